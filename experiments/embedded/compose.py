@@ -1,0 +1,100 @@
+"""Composed pictures and their captions: things, backgrounds, sizes and places that a caption may leave unsaid.
+
+What a caption leaves open must be decided by the sampler, once for the whole picture: that is what makes
+few-step sampling hard, and what reinforcement learning can teach.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+SIDE = 64  # pixels
+COLOURS = {
+    "white": (255, 255, 255), "grey": (150, 152, 158), "red": (214, 52, 56), "yellow": (250, 212, 70),
+    "green": (72, 168, 88), "blue": (58, 118, 216), "purple": (134, 82, 178), "pink": (246, 160, 192),
+}  # fmt: skip
+STYLES = ("cartoon", "flat", "3d")  # Noto, Fluent flat, Fluent 3D: the order of data.TRAIN_VENDORS
+CELL = 8  # pixels: places lie on this grid, so that a thing is cut into the same patches wherever it stands
+SMALL, BIG, HALF = 40, 56, 32  # pixels: a single thing's two sizes, and the size of each of two
+
+
+class Picture(NamedTuple):
+    """What is in one picture: everything, whether a caption says it or not."""
+
+    things: tuple[int, ...]
+    style: int
+    colour: str
+    sizes: tuple[int, ...]
+    places: tuple[tuple[int, int], ...]  # x, y of the upper left corner
+
+
+def draw(rng: np.random.Generator, *, concepts: int, styles: int = 3, pair: float = 0.15) -> Picture:
+    """Draws one picture's content."""
+    colour = str(rng.choice(list(COLOURS)))
+    style = int(rng.integers(styles))
+    if rng.random() >= pair:
+        size = SMALL if rng.random() < 0.5 else BIG
+        x, y = (int(v) * CELL for v in rng.integers(0, (SIDE - size) // CELL + 1, 2))
+        return Picture((int(rng.integers(concepts)),), style, colour, (size,), ((x, y),))
+    things = tuple(int(v) for v in rng.choice(concepts, 2, replace=False))
+    across = [int(v) * CELL for v in rng.integers(0, (SIDE - HALF) // CELL + 1, 2)]
+    places = ((0, across[0]), (HALF, across[1]))
+    places = places if rng.random() < 0.5 else tuple((y, x) for x, y in places)
+    return Picture(things, style, colour, (HALF, HALF), places)
+
+
+def paint(picture: Picture, sprites: np.ndarray) -> np.ndarray:
+    """Paints a picture from sprites [concepts, designs, S, S, 4] uint8: uint8 [SIDE, SIDE, 3]."""
+    canvas = Image.new("RGB", (SIDE, SIDE), COLOURS[picture.colour])
+    for thing, size, place in zip(picture.things, picture.sizes, picture.places, strict=True):
+        sprite = Image.fromarray(sprites[thing, picture.style]).convert("RGBa")
+        sprite = sprite.resize((size, size), Image.Resampling.LANCZOS).convert("RGBA")
+        canvas.paste(sprite, place, sprite)
+    return np.asarray(canvas)
+
+
+def place_words(picture: Picture) -> str:
+    """Where a single thing is, in words; empty when that is no clear side."""
+    (x, y), size = picture.places[0], picture.sizes[0]
+    room = SIDE - size
+    dx, dy = x - room / 2, y - room / 2
+    if abs(dx) == abs(dy):
+        return ""
+    if abs(dx) > abs(dy):
+        return "on the left" if dx < 0 else "on the right"
+    return "at the top" if dy < 0 else "at the bottom"
+
+
+def caption(picture: Picture, names: list[str], tags: list[list[str]], rng: np.random.Generator) -> str:
+    """One of the many captions of a picture; each says only some of what there is."""
+
+    def noun(thing: int, adjective: str) -> str:
+        words = f"{adjective} {names[thing]}".strip()
+        return f"{'an' if words[0] in 'aeiou' else 'a'} {words}" if article else words
+
+    article = rng.random() < 0.7
+    style = STYLES[picture.style] if rng.random() < 0.25 else ""
+    ground = f" on a {picture.colour} background" if rng.random() < 0.35 else ""
+    first = picture.things[0]
+    if len(picture.things) == 1:
+        size = ""
+        if rng.random() < 0.2:
+            size = "small" if picture.sizes[0] == SMALL else "big"
+        text = noun(first, f"{size} {style}".strip())
+        if rng.random() < 0.2:
+            text = f"{text} {place_words(picture)}".strip()
+        text += ground
+        if tags[first] and rng.random() < 0.08:
+            text = ", ".join([text, *rng.choice(tags[first], min(2, len(tags[first])), replace=False)])
+        return text
+    if rng.random() < 0.15:  # one of the two goes without saying
+        return noun(picture.things[int(rng.integers(2))], style) + ground
+    order = (0, 1) if rng.random() < 0.5 else (1, 0)
+    one, two = (noun(picture.things[i], style if i == order[0] else "") for i in order)
+    (x0, y0), (x1, y1) = (picture.places[i] for i in order)
+    between = " and "
+    if rng.random() < 0.4:
+        side_by_side = {x0, x1} == {0, HALF} and abs(y0 - y1) < HALF
+        between = (" left of " if x0 < x1 else " right of ") if side_by_side else (" above " if y0 < y1 else " below ")
+    return one + between + two + ground

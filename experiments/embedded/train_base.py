@@ -1,0 +1,236 @@
+"""The embedded generator: the Meissonic transformer and its text encoder, trained together on composed emoji."""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.progress import track
+from torch import Tensor
+
+from experiments.embedded import compose
+from experiments.embedded.train_vq import nearest, patches
+from speedrl.models.meissonic import MeissonicTransformer
+from speedrl.platform import bf16_is_fast, import_torchvision
+
+WIDTH, WORDS, CODES, MASK = 192, 16, 1024, 1031
+TRANSFORMER = dict(
+    num_layers=1, num_single_layers=4, attention_head_dim=64, num_attention_heads=3, joint_attention_dim=WIDTH,
+    pooled_projection_dim=WIDTH, axes_dims_rope=(8, 28, 28), vocab_size=MASK + 1, codebook_size=CODES,
+    downsample=True, upsample=True,
+)  # fmt: skip
+
+
+def token_tables(sprites: np.ndarray, centres: Tensor) -> dict[int, np.ndarray]:
+    """Tokens of every thing on every colour, per size: int16 [concepts, styles, colours, size / 4, size / 4].
+
+    Places are whole cells, so a picture's tokens are these blocks pasted on a flat ground: the same tokens that
+    painting and encoding the picture gives, without painting it.
+    """
+    concepts, styles = sprites.shape[:2]
+    tables = {}
+    for size in (compose.SMALL, compose.BIG, compose.HALF):
+        side = size // 4
+        table = np.zeros((concepts, styles, len(compose.COLOURS), side, side), np.int16)
+        for thing in track(range(concepts), f"tokens at {size} pixels"):
+            pictures = np.stack([
+                compose.paint(compose.Picture((thing,), style, colour, (size,), ((0, 0),)), sprites)
+                for style in range(styles) for colour in compose.COLOURS
+            ])  # fmt: skip
+            index = nearest(patches(torch.from_numpy(pictures)).flatten(0, 1), centres).numpy().reshape(-1, 16, 16)
+            table[thing] = index[:, :side, :side].reshape(styles, -1, side, side)
+        tables[size] = table
+    return tables
+
+
+def paste(picture: compose.Picture, tables: dict[int, np.ndarray]) -> np.ndarray:
+    """Tokens of a picture: int16 [16, 16]."""
+    colour = list(compose.COLOURS).index(picture.colour)
+    grid = np.full((16, 16), CODES - len(compose.COLOURS) + colour, np.int16)
+    for thing, size, (x, y) in zip(picture.things, picture.sizes, picture.places, strict=True):
+        block = tables[size][thing, picture.style, colour]
+        grid[y // 4 : (y + size) // 4, x // 4 : (x + size) // 4] = block
+    return grid
+
+
+def train_tokenizer(captions: list[str], out: Path, *, size: int = 2048) -> None:
+    """A CLIPTokenizer of this vocabulary: byte-pair merges of the captions' words, in vocab.json and merges.txt."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+
+    ends = ["<|startoftext|>", "<|endoftext|>"]
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>", continuing_subword_prefix=""))
+    tokenizer.normalizer = normalizers.Lowercase()
+    words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(words, "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=size - 2 * len(letters), end_of_word_suffix="</w>", initial_alphabet=letters, show_progress=False
+    )
+    tokenizer.train_from_iterator(captions, trainer)
+    merges = json.loads(tokenizer.to_str())["model"]["merges"]
+    pieces = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges), *ends]
+    vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "vocab.json").write_text(json.dumps(vocabulary))
+    (out / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n")
+    clip = CLIPTokenizer(vocab=str(out / "vocab.json"), merges=str(out / "merges.txt"), model_max_length=WORDS)
+    clip.save_pretrained(out)
+
+
+def new_text_encoder(tokenizer):
+    import_torchvision()
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    return CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=4 * WIDTH, projection_dim=WIDTH,
+            num_hidden_layers=2, num_attention_heads=3, max_position_embeddings=WORDS, hidden_act="gelu",
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id, attn_implementation="eager",
+        )
+    )  # fmt: skip
+
+
+class Batches:
+    """An endless stream of (tokens int64 [B, 256], caption ids int64 [B, WORDS]), from its own seeded generator."""
+
+    def __init__(self, tables, names, tags, tokenizer, *, batch: int, seed: int, empty: float = 0.1):
+        self.tables, self.names, self.tags, self.tokenizer = tables, names, tags, tokenizer
+        self.batch, self.empty, self.rng = batch, empty, np.random.default_rng(seed)
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        drawn = [compose.draw(self.rng, concepts=len(self.names)) for _ in range(self.batch)]
+        grids = np.stack([paste(picture, self.tables) for picture in drawn]).reshape(self.batch, -1)
+        captions = [compose.caption(picture, self.names, self.tags, self.rng) for picture in drawn]
+        captions = ["" if self.rng.random() < self.empty else caption for caption in captions]
+        ids = self.tokenizer(
+            captions, padding="max_length", truncation=True, max_length=WORDS, return_tensors="pt"
+        ).input_ids
+        return torch.from_numpy(grids).long(), ids
+
+
+def corrupt(tokens: Tensor, *, scored: int = 128) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Masks a cosine-distributed share of each sample: (masked tokens [B, L], timestep [B], places [B, scored],
+    weights [B, scored]). The loss is taken at `scored` of the masked places, all of them if they are fewer.
+
+    The timestep is the sampler's countdown, N - 1 - s of a step count N drawn from 1 to 64, log-uniform: the base
+    sees every countdown beside every share of masked tokens, so that any step count is in its range.
+    """
+    batch, length = tokens.shape
+    progress = (torch.rand(1) + torch.arange(batch) / batch).remainder(1)[torch.randperm(batch)]
+    count = (torch.cos(progress * math.pi / 2) * length).ceil().clamp(min=1)
+    score = torch.rand(batch, length)
+    rank = score.argsort(-1).argsort(-1)
+    masked = rank < count[:, None]
+    steps = torch.exp(torch.rand(batch) * math.log(64.99)).floor()
+    timestep = steps - 1 - (progress * steps).floor()
+    places = score.argsort(-1)[:, :scored]
+    weights = (torch.arange(scored) < count[:, None]).float()
+    return torch.where(masked, MASK, tokens), timestep, places, weights
+
+
+def train(
+    tables: dict[int, np.ndarray],
+    names: list[str],
+    tags: list[list[str]],
+    out: Path,
+    *,
+    steps: int,
+    batch: int = 64,
+    lr: float = 2e-3,
+    cooldown: float = 0.3,
+    decay: float = 0.998,
+    seed: int = 0,
+    save_every: int = 250,
+) -> None:
+    """Trains for `steps` updates with Muon on matrices and AdamW on the rest; resumes from `out/state.pt`.
+
+    The rate rises over 100 steps, holds, and falls linearly over the last `cooldown` share. What is saved is the
+    exponential moving average of the weights.
+    """
+    from transformers import CLIPTokenizer
+
+    torch.manual_seed(seed)
+    if not (out / "tokenizer").exists():
+        rng = np.random.default_rng(seed)
+        captions = [compose.caption(compose.draw(rng, concepts=len(names)), names, tags, rng) for _ in range(60_000)]
+        train_tokenizer(captions, out / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
+    model = torch.nn.ModuleDict({"transformer": MeissonicTransformer(**TRANSFORMER), "text": new_text_encoder(tokenizer)})
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            torch.nn.init.normal_(module.weight, std=0.02)
+    for block in (*model["transformer"].transformer_blocks, *model["transformer"].single_transformer_blocks):
+        for name, module in block.named_modules():
+            if name.startswith("norm") and isinstance(module, torch.nn.Linear):
+                torch.nn.init.zeros_(module.weight)  # blocks start as identities
+                torch.nn.init.zeros_(module.bias)
+    torch.nn.init.normal_(model["transformer"].mlm_layer.conv2.weight, std=0.02)
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ("_blocks." in name or ".layers." in name)]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+    average = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    stream = Batches(tables, names, tags, tokenizer, batch=batch, seed=seed)
+    first, state = 0, out / "state.pt"
+    if state.exists():
+        saved = torch.load(state, weights_only=False)  # our own file, written below
+        model.load_state_dict(saved["model"])
+        average = saved["average"]
+        for optimizer, value in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(value)
+        stream.rng.bit_generator.state = saved["numpy"]
+        torch.set_rng_state(saved["torch"])
+        first = saved["step"]
+    micro = torch.tensor([[compose.SIDE, compose.SIDE, 0.0, 0.0, 6.0]]).expand(batch, -1)
+    autocast = bf16_is_fast("cpu")
+
+    @torch.compile
+    def objective(tokens: Tensor, ids: Tensor, noisy: Tensor, timestep: Tensor, places: Tensor, weights: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            text = model["text"](ids, output_hidden_states=True)
+            features = model["transformer"].features(
+                noisy.view(-1, 16, 16), timestep, text.hidden_states[-2], text.text_embeds, micro
+            )
+            logits = model["transformer"].head(features.gather(1, places[..., None].expand(-1, -1, features.shape[-1])))
+        loss = F.cross_entropy(logits.float().flatten(0, 1), tokens.gather(1, places).flatten(), reduction="none")
+        return (loss * weights.flatten()).sum() / weights.sum()
+
+    began, recent = time.time(), []
+    for step in range(first, steps):
+        rate = lr * min(1, (step + 1) / 100, (steps - step) / (cooldown * steps))
+        tokens, ids = next(stream)
+        loss = objective(tokens, ids, *corrupt(tokens))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            keep = min(decay, (step + 1) / (step + 10))
+            for name, value in model.state_dict().items():
+                average[name].lerp_(value, 1 - keep) if value.is_floating_point() else average[name].copy_(value)
+        recent.append(loss.item())
+        if step % 25 == 24:
+            speed = (step + 1 - first) / (time.time() - began)
+            left = (steps - step) / speed / 60
+            print(f"base {step + 1}/{steps} loss {np.mean(recent):.3f} {speed:.2f} steps/s {left:.0f} min left", flush=True)
+            recent = []
+        if step % save_every == save_every - 1 or step == steps - 1:
+            partial = out / "state.partial"
+            torch.save({"model": model.state_dict(), "average": average, "step": step + 1,
+                        "optimizers": [o.state_dict() for o in optimizers], "torch": torch.get_rng_state(),
+                        "numpy": stream.rng.bit_generator.state}, partial)  # fmt: skip
+            os.replace(partial, state)

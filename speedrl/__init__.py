@@ -1,0 +1,1 @@
+"""Speed-RL: fewer sampling steps for masked image generators, by group-relative policy optimisation."""

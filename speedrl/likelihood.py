@@ -1,0 +1,114 @@
+"""Log-probabilities of tokens and of whole reveal steps: one function serves sampling and training."""
+
+import torch
+from torch import Tensor
+
+
+def guided(cond_logits: Tensor, uncond_logits: Tensor, guidance: float) -> Tensor:
+    """Classifier-free guidance, u + g (c - u): logits [..., V] twice -> float32 [..., V].
+
+    Guidance 1 is the conditional network, 0 the unconditional one (Ho and Salimans, arXiv 2207.12598). A rollout
+    and its training must use the same guidance: the ratio compares guided distributions.
+    """
+    uncond = uncond_logits.float()
+    return uncond + guidance * (cond_logits.float() - uncond)
+
+
+def log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probability in nats of each token: logits float [..., V], tokens int64 [...] -> float32 [...]."""
+    logits = logits.float()
+    return logits.gather(-1, tokens[..., None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+def sample_tokens(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw a token at every position by inverting the distribution function, without host synchronisation.
+
+    logits [..., V] and uniform float32 [...] in [0, 1] -> tokens int64 [...] and their log-probabilities float32
+    [...], by the same `log_probs` that training uses. A code of probability 0 is never drawn, at either end.
+    """
+    probs = logits.float().softmax(-1)
+    # codes of probability 0 get no share of the line, even where a parallel cumsum is not quite monotone
+    cdf = probs.cumsum(-1).masked_fill(probs == 0, 0)
+    total = cdf.amax(-1)
+    # below the total even where the product rounds up to it: some code is always found
+    target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+    tokens = (cdf > target[..., None]).byte().argmax(-1)  # the first code past the target
+    return tokens, log_probs(logits, tokens)
+
+
+def plackett_luce(scores: Tensor, rank: Tensor, candidates: Tensor, revealed: Tensor) -> Tensor:
+    """Log-probability that Gumbel-top-k on `scores` reveals exactly the `revealed` positions in the order `rank`.
+
+    scores float [..., L]; rank int64 [..., L], 0 for the first (read at revealed positions only); candidates and
+    revealed bool [..., L], revealed within candidates -> float32 [...]. Each revealed position is a softmax choice
+    among the candidates not yet revealed (Plackett-Luce; Kool et al., arXiv 1903.06059). The order within the
+    revealed set is part of the event. Nothing revealed gives 0.
+    """
+    length = scores.shape[-1]
+    by_rank = rank.masked_fill(~revealed, length).argsort(dim=-1, stable=True)
+    # finite in place of -inf: no infinity is subtracted from another below
+    ordered = scores.float().masked_fill(~candidates, -1e30).gather(-1, by_rank)
+    remaining = ordered.flip(-1).logcumsumexp(-1).flip(-1)
+    return torch.where(revealed.gather(-1, by_rank), ordered - remaining, 0).sum(-1)
+
+
+def exact_log_prob(
+    log_probs: Tensor,
+    rank: Tensor,
+    masked: Tensor,
+    revealed: Tensor,
+    temperature: Tensor,
+    *,
+    order: str = "confidence",
+) -> tuple[Tensor, Tensor]:
+    """Exact log-probability of one reveal step, the choice of positions included, and its number of terms.
+
+    log_probs float32 [..., L] of the tokens DRAWN at this step, those that were discarded again included; rank int64
+    [..., L] of the reveal; masked (before the step) and revealed (by it) bool [..., L]; temperature float [...] of
+    the step's confidence noise -> (float32 [...] in nats, int64 [...]).
+
+    order "confidence": the sum of log p over all masked positions, plus the Plackett-Luce order of log p / T. That
+    order has probability 1 where the step reveals all that is masked, and where T = 0 makes it deterministic.
+    order "random": the sum of log p over the revealed positions minus log C(n, k), k of n masked; what was drawn and
+    discarded plays no part. A step that finds nothing masked (a finished sample) gives 0 and 0 terms.
+    ValueError for another order.
+    """
+    n, k = masked.sum(-1), revealed.sum(-1)
+    if order == "random":
+        subsets = torch.lgamma(n + 1.0) - torch.lgamma(k + 1.0) - torch.lgamma(n - k + 1.0)
+        return torch.where(revealed, log_probs, 0).sum(-1) - subsets, k
+    if order != "confidence":
+        raise ValueError(f"unknown reveal order {order!r}: choose confidence or random")
+    chosen = (k < n) & (temperature > 0)
+    scores = log_probs / torch.where(chosen, temperature, 1)[..., None]
+    choice = torch.where(chosen, plackett_luce(scores, rank, masked, revealed), 0)
+    return torch.where(masked, log_probs, 0).sum(-1) + choice, n + torch.where(chosen, k, 0)
+
+
+def log_ratio(
+    new: Tensor, old: Tensor, *, level: str = "token", weights: Tensor | None = None, terms: Tensor | None = None
+) -> Tensor:
+    """Log of the importance ratio between the policy that trains and the one that sampled, float32.
+
+    level "token": new and old [B, L] -> [B, L], the difference at each token (PPO, GRPO).
+    level "sequence": new and old [B, L] -> [B, L], each sample's mean difference at all its tokens; `weights`
+    float [B, L] leaves out tokens of weight 0. The ratio is the length-normalised one of GSPO (arXiv 2507.18071): a
+    ratio of raw sums over thousands of tokens would be 0 or infinite.
+    level "exact": new and old [B], sums of `exact_log_prob` over the steps, with `terms` int [B], the sum of its
+    counts -> [B, 1], the difference per term, which broadcasts over tokens.
+    ValueError for another level, and for "exact" without terms.
+    """
+    difference = new.float() - old.detach().float()
+    match level:
+        case "token":
+            return difference
+        case "sequence" if weights is None:
+            return difference.mean(-1, keepdim=True).expand_as(difference)
+        case "sequence":
+            kept = weights.sum(-1, keepdim=True).clamp(min=1)
+            return ((difference * weights).sum(-1, keepdim=True) / kept).expand_as(difference)
+        case "exact" if terms is None:
+            raise ValueError("the exact likelihood needs `terms`, the number of terms of each sample")
+        case "exact":
+            return (difference / terms.clamp(min=1))[:, None]
+    raise ValueError(f"unknown likelihood level {level!r}: choose token, sequence or exact")

@@ -1,0 +1,61 @@
+"""Mask schedules: how many tokens stay masked, at which timestep and temperature, for per-sample step counts."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def mask_ratio(progress: Tensor, *, kind: str = "cosine") -> Tensor:
+    """Share of the tokens still masked after `progress` in [0, 1] of the steps: 1 at 0, falling to 0 at 1.
+
+    Any shape, floating dtype; the result has both. Kinds, for progress p: "cosine" cos(pi/2 p), "linear" 1 - p,
+    "square" 1 - p^2, "arccos" 2/pi arccos(p) (MaskGIT, arXiv 2202.04200, section 3.3). ValueError for another kind.
+    """
+    match kind:
+        case "cosine":
+            return torch.cos(progress * (math.pi / 2))
+        case "linear":
+            return 1 - progress
+        case "square":
+            return 1 - progress**2
+        case "arccos":
+            return torch.acos(progress) * (2 / math.pi)
+    raise ValueError(f"unknown mask schedule {kind!r}: choose cosine, linear, square or arccos")
+
+
+def masked_counts(steps: Tensor, *, length: int, kind: str = "cosine") -> Tensor:
+    """Tokens still masked after each step: steps int64 [B] -> int64 [B, S] with S = steps.max().
+
+    For a sample of N steps over L tokens, step s leaves max(1, min(previous - 1, floor(L ratio((s + 1) / N)))), the
+    last step leaves 0, and so does every step after it: the rule of Meissonic's and aMUSEd's schedulers. A sample
+    with more steps than tokens reveals nothing in some steps. ValueError for a step count or length below 1.
+    """
+    n = steps.cpu()  # one synchronisation for a whole rollout; float64 does not exist on every device
+    if n.numel() == 0 or n.min() < 1 or length < 1:
+        raise ValueError(f"step counts and length must be at least 1, got steps {n.tolist()} and length {length}")
+    s = torch.arange(int(n.max()))
+    progress = ((s + 1).double() / n[:, None]).clamp(max=1)
+    # 1e-9: ten tokens at a ratio of 0.2 are 2, although float64 makes 1.9999999999999996 of it
+    wanted = (length * mask_ratio(progress, kind=kind) + 1e-9).floor().long()
+    # m_s = min(m_{s-1} - 1, wanted_s) is a running minimum of m_s + s, started at m_0 <= L - 1
+    masked = (wanted + s).clamp(max=length - 1).cummin(dim=1).values - s
+    return torch.where(s < n[:, None] - 1, masked.clamp(min=1), 0).to(steps.device)
+
+
+def timesteps(steps: Tensor) -> Tensor:
+    """Countdown N - 1 - s that conditions the network at step s, 0 once done: steps int64 [B] -> int64 [B, S].
+
+    Meissonic feeds this countdown, so the step count is part of the conditioning and must be replayed with the state.
+    """
+    s = torch.arange(int(steps.max()), device=steps.device)
+    return (steps[:, None] - 1 - s).clamp(min=0)
+
+
+def temperatures(steps: Tensor, *, start: float = 2.0) -> Tensor:
+    """Temperature of the confidence noise, linspace(start, 0, N) for each sample: steps int64 [B] -> float32 [B, S].
+
+    0 once a sample is done. N = 1 gives [start], which is of no effect: the last step reveals everything.
+    """
+    s = torch.arange(int(steps.max()), device=steps.device)
+    return start * (1 - s / (steps[:, None] - 1).clamp(min=1)).clamp(min=0)

@@ -1,0 +1,71 @@
+"""Mask schedules against the published counts, and their invariants."""
+
+import pytest
+import torch
+
+from speedrl.schedule import mask_ratio, masked_counts, temperatures, timesteps
+
+KINDS = ["cosine", "linear", "square", "arccos"]
+
+
+def revealed(steps: list[int], length: int, kind: str = "cosine") -> torch.Tensor:
+    masked = masked_counts(torch.tensor(steps), length=length, kind=kind)
+    return -torch.diff(masked, dim=1, prepend=torch.full((len(steps), 1), length))
+
+
+def test_reveals_per_step_of_the_reference_sampler():
+    counts = revealed([4, 8], 4096)
+    assert counts[0].tolist() == [312, 888, 1329, 1567, 0, 0, 0, 0]
+    assert counts[1].tolist() == [79, 233, 379, 509, 621, 708, 768, 799]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("length", [1, 3, 16, 256])
+def test_counts_follow_the_recurrence(kind, length):
+    steps = list(range(1, 21))
+    counts = masked_counts(torch.tensor(steps), length=length, kind=kind)
+    for row, n in zip(counts.tolist(), steps, strict=True):
+        previous = length
+        for s in range(20):
+            ratio = mask_ratio(torch.tensor(min((s + 1) / n, 1), dtype=torch.float64), kind=kind)
+            expected = max(1, min(previous - 1, int(length * ratio + 1e-9))) if s < n - 1 else 0
+            assert row[s] == expected
+            previous = expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_step_reveals_and_all_steps_reveal_everything(kind):
+    steps = [1, 2, 3, 5, 16]
+    counts = revealed(steps, 16, kind)
+    assert counts.sum(1).tolist() == [16] * 5
+    for row, n in zip(counts, steps, strict=True):
+        assert (row[:n] > 0).all() and (row[n:] == 0).all()
+
+
+def test_rounding_does_not_lose_a_token():
+    assert masked_counts(torch.tensor([5]), length=10, kind="linear").tolist() == [[8, 6, 4, 2, 0]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ratio_falls_from_one_to_zero(kind):
+    ratio = mask_ratio(torch.linspace(0, 1, 101, dtype=torch.float64), kind=kind)
+    assert ratio[0] == pytest.approx(1) and ratio[-1] == pytest.approx(0, abs=1e-12)
+    assert (ratio.diff() < 0).all()
+
+
+def test_timestep_counts_down_to_zero_and_stays():
+    assert timesteps(torch.tensor([1, 2, 4])).tolist() == [[0, 0, 0, 0], [1, 0, 0, 0], [3, 2, 1, 0]]
+
+
+def test_temperature_is_a_linspace_per_sample():
+    rows = temperatures(torch.tensor([1, 2, 5]), start=2.0)
+    assert rows.dtype == torch.float32
+    assert rows[0].tolist() == [2, 0, 0, 0, 0] and rows[1].tolist() == [2, 0, 0, 0, 0]
+    torch.testing.assert_close(rows[2], torch.linspace(2, 0, 5))
+
+
+def test_bad_input_is_named():
+    with pytest.raises(ValueError, match="at least 1"):
+        masked_counts(torch.tensor([4, 0]), length=16)
+    with pytest.raises(ValueError, match="'cubic'"):
+        masked_counts(torch.tensor([4]), length=16, kind="cubic")
