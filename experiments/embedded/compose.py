@@ -16,7 +16,8 @@ COLOURS = {
 }  # fmt: skip
 STYLES = ("cartoon", "flat", "3d")  # Noto, Fluent flat, Fluent 3D: the order of data.TRAIN_VENDORS
 CELL = 8  # pixels: places lie on this grid, so that a thing is cut into the same patches wherever it stands
-SMALL, BIG, HALF = 40, 56, 32  # pixels: a single thing's two sizes, and the size of each of two
+SMALL, BIG = 32, 48  # pixels: the two sizes of a single thing; each of two is small
+HALF = SIDE // 2
 
 
 class Picture(NamedTuple):
@@ -29,19 +30,19 @@ class Picture(NamedTuple):
     places: tuple[tuple[int, int], ...]  # x, y of the upper left corner
 
 
-def draw(rng: np.random.Generator, *, concepts: int, styles: int = 3, pair: float = 0.15) -> Picture:
+def draw(rng: np.random.Generator, *, concepts: int, styles: int = 3, pair: float = 0.15, small: float = 0.25) -> Picture:
     """Draws one picture's content."""
     colour = str(rng.choice(list(COLOURS)))
     style = int(rng.integers(styles))
     if rng.random() >= pair:
-        size = SMALL if rng.random() < 0.5 else BIG
+        size = SMALL if rng.random() < small else BIG
         x, y = (int(v) * CELL for v in rng.integers(0, (SIDE - size) // CELL + 1, 2))
         return Picture((int(rng.integers(concepts)),), style, colour, (size,), ((x, y),))
     things = tuple(int(v) for v in rng.choice(concepts, 2, replace=False))
-    across = [int(v) * CELL for v in rng.integers(0, (SIDE - HALF) // CELL + 1, 2)]
+    across = [int(v) * CELL for v in rng.integers(0, (SIDE - SMALL) // CELL + 1, 2)]
     places = ((0, across[0]), (HALF, across[1]))
     places = places if rng.random() < 0.5 else tuple((y, x) for x, y in places)
-    return Picture(things, style, colour, (HALF, HALF), places)
+    return Picture(things, style, colour, (SMALL, SMALL), places)
 
 
 def paint(picture: Picture, sprites: np.ndarray) -> np.ndarray:

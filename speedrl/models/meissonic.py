@@ -292,6 +292,12 @@ class MeissonicTransformer(nn.Module):
             self.ropes[key] = rope_table(height, width, text, self.axes, device)
         return self.ropes[key]
 
+    def compile_blocks(self) -> None:
+        """Compiles each kind of block once for all its layers, for any batch size: seconds, where the whole network
+        would take minutes."""
+        for block in (*self.transformer_blocks, *self.single_transformer_blocks):
+            block.compile(dynamic=True)
+
     def features(self, tokens: Tensor, timestep: Tensor, text: Tensor, pooled: Tensor, micro_conds: Tensor) -> Tensor:
         """What the head reads: tokens int64 [B, H, W] (even H and W), timestep [B], text [B, T, joint_attention_dim],
         pooled [B, pooled_projection_dim], micro_conds [B, 5] -> [B, H * W, width]."""

@@ -1,0 +1,5 @@
+"""The same as the command `speedrl`, without installing it."""
+
+from speedrl.cli import app
+
+app()

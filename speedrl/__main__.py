@@ -1,0 +1,5 @@
+"""The same as the command `speedrl`."""
+
+from speedrl.cli import app
+
+app()

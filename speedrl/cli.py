@@ -1,0 +1,146 @@
+"""The command line. Each command forwards to one function, whose keyword defaults are the options' defaults."""
+
+import ast
+import functools
+import inspect
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Argument, Option
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Fewer sampling steps for masked image generators, by reinforcement learning.",
+)
+
+
+def defaults(target: str) -> dict[str, object]:
+    """Keyword-only defaults of "module.function" of this package, read from its source; tuples as "1,2,4".
+
+    Importing it to inspect its signature would import torch: seconds, for a page of help.
+    """
+    module, function = target.split(".")
+    tree = ast.parse((Path(__file__).parent / f"{module}.py").read_text())
+    (node,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function)
+    pairs = zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
+    values = {argument.arg: ast.literal_eval(value) for argument, value in pairs if value is not None}
+    return {name: ",".join(map(str, v)) if isinstance(v, tuple) else v for name, v in values.items()}
+
+
+def forwards(target: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Makes a command of a function: options without a default take that of the same keyword of `target`.
+
+    Errors that the user can mend are one line on standard error and exit status 2; Ctrl-C is one line and 130.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        named = inspect.getfullargspec(command).kwonlyargs
+        given = {name: value for name, value in defaults(target).items() if name in named}
+        command.__kwdefaults__ = given | (command.__kwdefaults__ or {})
+
+        @functools.wraps(command)
+        def run(**options):
+            try:
+                command(**options)
+            except (ValueError, OSError) as error:
+                print("error:", " ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
+                raise typer.Exit(2) from error
+            except KeyboardInterrupt as error:
+                print(str(error) or "interrupted", file=sys.stderr)
+                raise typer.Exit(130) from error
+
+        return run
+
+    return decorate
+
+
+@app.command()
+@forwards("sample.generate")
+def sample(
+    *,
+    prompts: Annotated[list[str], Argument(help="One row of pictures for each.", show_default=False)],
+    steps: Annotated[int, Option(help="Sampling steps; each is a call of the network, two with guidance.")],
+    count: Annotated[int, Option(min=1, help="Pictures of each prompt.")] = 1,
+    out: Annotated[Path, Option(help="The PNG to write.", dir_okay=False)] = Path("sample.png"),
+    seed: Annotated[int, Option(help="The same seed draws the same pictures.")],
+    model: Annotated[str, Option(help="embedded, a folder, a run's folder or a hub id.")] = "embedded",
+    guidance: Annotated[float | None, Option(help="Strength of the prompt; 1 is none. [default: the model's]")],
+    temperature: Annotated[
+        float | None, Option(help="Noise in the order of reveal, at the first step. [default: the model's]")
+    ],
+    device: Annotated[str, Option(help="cpu, cuda, ...")] = "cpu",
+) -> None:
+    """Draw pictures of prompts into a PNG."""
+    if not all(prompt.strip() for prompt in prompts):
+        raise ValueError("a prompt is empty: say what to draw")
+    from speedrl.models.checkpoint import load_generator
+    from speedrl.platform import quiet_allocator
+    from speedrl.sample import contact_sheet, save_png, to_pil
+    from speedrl.sample import sample as draw
+
+    quiet_allocator()
+    generator = load_generator(model, device=device)
+    wanted = [prompt for prompt in prompts for _ in range(count)]
+    pictures = draw(generator, wanted, steps=steps, seed=seed, guidance=guidance, temperature=temperature)
+    scale = max(1, 256 // generator.size[0])  # small pictures large enough to see
+    if len(pictures) == 1:
+        save_png(to_pil(pictures[0], scale=scale), out)
+    elif len(prompts) == 1:
+        save_png(contact_sheet(list(pictures.split(math.ceil(count**0.5))), scale=scale), out)
+    else:
+        save_png(contact_sheet(list(pictures.split(count)), labels=prompts, scale=scale), out)
+    print(f"wrote {out}")
+
+
+@app.command()
+@forwards("train.train")
+def train(
+    *,
+    out: Annotated[Path, Option(help="The run's folder.")],
+    model: Annotated[str, Option(help="embedded, a folder, a run's folder or a hub id.")],
+    prompts: Annotated[Path | None, Option(help="Text file, one prompt a line. [default: the embedded model's]")],
+    quality: Annotated[str, Option(help="The quality reward.")],
+    steps: Annotated[str, Option(help="Sampling steps: 8, or 2-16 to draw them.")],
+    steps_reward: Annotated[float, Option(help="Weight of the speed reward: what saving every network call is worth.")],
+    quality_gate: Annotated[float | None, Option(help="Quality under which speed earns nothing. [default: none]")],
+    iterations: Annotated[int, Option(help="Rollouts, each followed by its updates.")],
+    groups: Annotated[int, Option(help="Prompts of an iteration.")],
+    group_size: Annotated[int, Option(help="Pictures of each prompt.")],
+    lr: Annotated[float, Option(help="Learning rate.")],
+    guidance: Annotated[float, Option(help="Guidance of sampling and training; 1 is none.")],
+    temperature: Annotated[
+        float | None, Option(help="Noise in the order of reveal, at the first step. [default: the model's]")
+    ],
+    schedule: Annotated[str, Option(help="Mask schedule: cosine, linear, square or arccos.")],
+    order: Annotated[str, Option(help="Order of reveal: confidence or random.")],
+    likelihood: Annotated[str, Option(help="token, sequence or exact.")],
+    clip_range: Annotated[float, Option(help="Ratios are clipped to 1 +- this.")],
+    kl: Annotated[str, Option(help="Divergence: ce, reverse, k1, k2, k3 or none.")],
+    kl_weight: Annotated[float, Option(help="Weight of the divergence.")],
+    percentile: Annotated[
+        float, Option(help="Groups under this percentile of the quality's standard deviation do not train.")
+    ],
+    least_quality: Annotated[float | None, Option(help="Pictures under this quality do not train. [default: all do]")],
+    trained: Annotated[int | None, Option(help="Steps of each rollout that train. [default: all]")],
+    updates: Annotated[int, Option(help="Updates on each rollout.")],
+    micro_batch: Annotated[int, Option(help="Pictures of one backward pass.")],
+    clip_grad: Annotated[float, Option(help="Largest norm of the gradient.")],
+    seed: Annotated[int, Option(help="The same seed trains the same model.")],
+    save_every: Annotated[int, Option(help="Iterations between checkpoints.")],
+    resume: Annotated[bool, Option(help="Go on from the run's last checkpoint.")],
+    compile: Annotated[bool, Option(help="Use torch.compile.")],
+    device: Annotated[str, Option(help="cpu, cuda, ...")],
+) -> None:
+    """Train a model to need fewer steps, and save it in the run's folder."""
+    options = dict(locals())
+    from speedrl.platform import quiet_allocator
+    from speedrl.train import train
+
+    quiet_allocator()
+    print(f"wrote {train(**options)}")

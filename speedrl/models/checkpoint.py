@@ -1,0 +1,300 @@
+"""Generators on disk: one loading path for folders in Meissonic's layout, hub ids, our runs and the embedded model.
+
+A folder holds transformer/, vqvae/, text_encoder/, tokenizer/ and scheduler/, each json and safetensors. The released
+checkpoint and the embedded one differ in their numbers only.
+"""
+
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from speedrl.files import write_json
+from speedrl.models.meissonic import MeissonicTransformer
+from speedrl.platform import import_torchvision
+
+
+class Generator(NamedTuple):
+    """A text-to-image generator, and how it wants to be sampled."""
+
+    transformer: MeissonicTransformer
+    vqvae: nn.Module  # diffusers.VQModel, float32 and frozen
+    text_encoder: nn.Module  # transformers.CLIPTextModelWithProjection, frozen
+    tokenizer: Callable  # transformers.CLIPTokenizer
+    config: dict  # transformer/config.json
+    scheduler: dict  # scheduler/scheduler_config.json
+    grid: tuple[int, int]  # rows and columns of tokens
+    size: tuple[int, int]  # height and width in pixels
+    mask_id: int
+    codes: int  # logits are over tokens 0 .. codes - 1
+    steps: int  # its usual number of steps, guidance and temperature
+    guidance: float
+    temperature: float
+
+
+class Prompts(NamedTuple):
+    """What the transformer knows of B prompts."""
+
+    text: Tensor  # [B, T, D], CLIP's hidden_states[-2]
+    pooled: Tensor  # [B, D], CLIP's text_embeds
+    micro_conds: Tensor  # float32 [B, 5]: width, height, 0, 0, 6
+
+
+def load_generator(
+    source: str | Path = "embedded", *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Generator:
+    """Loads a generator in eval mode from "embedded", a folder, a run's folder or a hub id `owner/name`.
+
+    `dtype` is that of the transformer and the text encoder, whatever the files hold; the VQ decoder is always float32,
+    as half precision gives NaN. All but the transformer is frozen. Every key and shape must match.
+    FileNotFoundError where something is missing, ValueError where something is wrong, each in one line.
+    """
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"the device {device} cannot be used: {one_line(error)}") from error
+    folder = find(source)
+    config = read_json(folder / "transformer/config.json")
+    scheduler = read_json(folder / "scheduler/scheduler_config.json")
+    known = MeissonicTransformer.__init__.__kwdefaults__
+    transformer = load_module(
+        lambda: MeissonicTransformer(**{key: value for key, value in config.items() if key in known}),
+        folder / "transformer",
+        "diffusion_pytorch_model",
+        dtype=dtype,
+    )
+
+    import_torchvision()  # or the next two imports fail beside a torch without CUDA
+    from diffusers import VQModel
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+    vqvae = load_module(
+        lambda: VQModel.from_config(read_json(folder / "vqvae/config.json")),
+        folder / "vqvae",
+        "diffusion_pytorch_model",
+        dtype=torch.float32,
+    )
+    text_config = read_json(folder / "text_encoder/config.json")
+    text_encoder = load_module(
+        lambda: CLIPTextModelWithProjection(CLIPTextConfig.from_dict(text_config)),
+        folder / "text_encoder",
+        "model",
+        dtype=dtype,
+    )
+    if not (folder / "tokenizer/vocab.json").exists() and not (folder / "tokenizer/tokenizer.json").exists():
+        raise FileNotFoundError(f"{folder / 'tokenizer'} has no vocab.json: it is not a whole generator")
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise ValueError(f"{folder / 'tokenizer'} cannot be read: {one_line(error)}") from error
+
+    transformer = transformer.to(device)
+    vqvae = vqvae.to(device, memory_format=torch.channels_last).requires_grad_(False)
+    text_encoder = text_encoder.to(device).requires_grad_(False)
+    side = config.get("sample_size", 64)  # in tokens; released configurations leave it out
+    rows, columns = side if isinstance(side, list) else (side, side)
+    scale = 2 ** (len(vqvae.config.block_out_channels) - 1)  # pixels to a token
+    vocabulary = transformer.embed.embeddings.num_embeddings
+    return Generator(
+        transformer=transformer,
+        vqvae=vqvae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        config=config,
+        scheduler=scheduler,
+        grid=(rows, columns),
+        size=(rows * scale, columns * scale),
+        mask_id=scheduler.get("mask_token_id", vocabulary - 1),
+        codes=transformer.mlm_layer.conv2.out_channels,
+        steps=scheduler.get("num_inference_steps", 48),
+        guidance=scheduler.get("guidance_scale", 9.0),
+        temperature=scheduler.get("temperature", 2.0),
+    )
+
+
+def save_generator(generator: Generator, out: Path, *, dtype: torch.dtype = torch.float32) -> None:
+    """Saves a generator to the folder `out` in the layout that it was loaded from, weights rounded to `dtype`.
+
+    Written to `out.partial` and renamed, so that `out` is never half a checkpoint; one that stands there is replaced.
+    """
+    out = Path(out)
+    if out.exists() and any(out.iterdir()) and not (out / "transformer").exists():
+        raise ValueError(f"{out} is no generator's folder: choose another, nothing in it will be overwritten")
+    partial, old = out.with_name(out.name + ".partial"), out.with_name(out.name + ".old")
+    shutil.rmtree(partial, ignore_errors=True)
+    text_config = generator.text_encoder.config.to_dict() | {"dtype": str(dtype).removeprefix("torch.")}
+    save_module(generator.transformer, generator.config, partial / "transformer", "diffusion_pytorch_model", dtype=dtype)
+    vq_config = {key: value for key, value in generator.vqvae.config.items() if key != "_use_default_values"}
+    vq_config = {"_class_name": "VQModel"} | vq_config
+    save_module(generator.vqvae, vq_config, partial / "vqvae", "diffusion_pytorch_model", dtype=dtype)
+    save_module(generator.text_encoder, text_config, partial / "text_encoder", "model", dtype=dtype)
+    write_json(partial / "scheduler/scheduler_config.json", generator.scheduler)
+    generator.tokenizer.save_pretrained(partial / "tokenizer")
+    generator.tokenizer.backend_tokenizer.model.save(str(partial / "tokenizer"))  # vocab.json, merges.txt, as released
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    partial.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def encode_prompts(generator: Generator, prompts: list[str], *, batch: int = 256) -> Prompts:
+    """Text conditioning of B prompts, "" for the empty one of guidance; equal prompts are encoded once.
+
+    On the generator's device, without gradient; text and pooled in the text encoder's dtype. ValueError for none.
+    """
+    if not prompts:
+        raise ValueError("there is no prompt: give at least one")
+    different = list(dict.fromkeys(prompts))
+    encoder = generator.text_encoder
+    device = encoder.text_projection.weight.device
+    length = min(generator.tokenizer.model_max_length, encoder.config.max_position_embeddings)
+    ids = generator.tokenizer(
+        different, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+    ).input_ids
+    with torch.no_grad():
+        parts = [encoder(part.to(device), output_hidden_states=True) for part in ids.split(batch)]
+    height, width = generator.size
+    encoded = Prompts(
+        torch.cat([part.hidden_states[-2] for part in parts]),
+        torch.cat([part.text_embeds for part in parts]),
+        torch.tensor([[width, height, 0.0, 0.0, 6.0]], device=device).repeat(len(different), 1),
+    )
+    place = {prompt: i for i, prompt in enumerate(different)}
+    return take(encoded, torch.tensor([place[prompt] for prompt in prompts], device=device))
+
+
+def take(prompts: Prompts, index: Tensor) -> Prompts:
+    """Prompts at `index`, int64 [N], in that order and as often as they stand there."""
+    return Prompts(*(part[index] for part in prompts))
+
+
+def repeat(prompts: Prompts, times: int) -> Prompts:
+    """Every prompt `times` times, the copies of one beside each other: [B, ...] -> [B * times, ...]."""
+    return Prompts(*(part.repeat_interleave(times, 0) for part in prompts))
+
+
+def join(*prompts: Prompts) -> Prompts:
+    """Several batches of prompts as one."""
+    return Prompts(*(torch.cat(parts) for parts in zip(*prompts, strict=True)))
+
+
+def logits(
+    transformer: Callable[..., Tensor], tokens: Tensor, timestep: Tensor, prompts: Prompts, *, grid: tuple[int, int]
+) -> Tensor:
+    """The network on flat tokens: int64 [B, L] with L = rows * columns, timestep [B] -> logits [B, L, codes]."""
+    return transformer(tokens.view(-1, *grid), timestep, *prompts)
+
+
+@torch.inference_mode()
+def decode(generator: Generator, tokens: Tensor, *, batch: int = 64) -> Tensor:
+    """Pictures of finished tokens int64 [B, L]: float32 [B, 3, H, W] in [0, 1], `batch` of them at a time."""
+    rows, columns = generator.grid
+    pictures = []
+    for part in tokens.split(batch):
+        shape = (len(part), rows, columns, generator.vqvae.config.latent_channels)
+        with torch.autocast(tokens.device.type, enabled=False):
+            picture = generator.vqvae.decode(part, force_not_quantize=True, shape=shape, return_dict=False)[0]
+        pictures.append((picture.float() / 2 + 0.5).clamp(0, 1).contiguous())
+    return torch.cat(pictures)
+
+
+def find(source: str | Path) -> Path:
+    """The folder of a generator named as in `load_generator`; a hub id is downloaded."""
+    if str(source) == "embedded":
+        folder = Path(__file__).parent / "embedded"
+        if not (folder / "transformer").exists():
+            raise FileNotFoundError("the embedded model is not in this installation: rebuild it, see experiments/")
+        return folder
+    folder = Path(source)
+    if folder.is_file():
+        raise ValueError(f"{source} is a file, but a model is a folder with transformer/, vqvae/ and text_encoder/")
+    if folder.is_dir():
+        folder = folder / "model" if (folder / "model/transformer").exists() else folder
+        if not (folder / "transformer/config.json").exists():
+            raise FileNotFoundError(f"{source} has no transformer/config.json: it is not a model or a finished run")
+        return folder
+    if not re.fullmatch(r"\w[\w-]*/\w[\w.-]*", str(source)):
+        raise FileNotFoundError(f"there is no model at {source}: give a folder, a hub id owner/name, or embedded")
+    from huggingface_hub import snapshot_download
+
+    weights = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+    wanted = ["*/config.json", "scheduler/*", "tokenizer/*", *(f"*/{name}" for name in weights)]
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=wanted))
+    except Exception as error:  # the hub's errors have no common class
+        raise FileNotFoundError(f"there is no folder {source}, and from the hub: {one_line(error)}") from error
+
+
+def load_module(build: Callable[[], nn.Module], folder: Path, name: str, *, dtype: torch.dtype) -> nn.Module:
+    """A module with the weights of folder/name.safetensors, or of its fp16 variant, as `dtype`, in eval mode.
+
+    Shapes and keys must match. The weights are copies: the file may be replaced later.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = next((p for p in (folder / f"{name}.safetensors", folder / f"{name}.fp16.safetensors") if p.exists()), None)
+    if path is None:
+        raise FileNotFoundError(f"{folder} has no {name}.safetensors: it is not a whole generator")
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            # the parameters come from the file: no time and memory for random ones
+            with torch.device("meta"):
+                module = build()
+    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(f"{folder / 'config.json'} describes no such model: {one_line(error)}") from error
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged or half written: {one_line(error)}") from error
+    own = module.state_dict()
+    state = {key: value for key, value in state.items() if key in own or not key.endswith("position_ids")}
+    wrong = {key for key in own.keys() & state.keys() if own[key].shape != state[key].shape}
+    for what, keys in (
+        ("lacks", own.keys() - state.keys()),
+        ("has unknown", state.keys() - own.keys()),
+        ("has another shape for", wrong),
+    ):
+        if keys:
+            first = ", ".join(sorted(keys)[:3]) + (", ..." if len(keys) > 3 else "")
+            raise ValueError(f"{path} {what} {len(keys)} of {len(own)} weights ({first}): it is another model's")
+    module.load_state_dict({key: value.to(dtype, copy=True) for key, value in state.items()}, assign=True)
+    for parent in module.modules():
+        for key, buffer in parent.named_buffers(recurse=False):
+            if buffer.is_meta:  # CLIP's position_ids, which no file holds
+                setattr(parent, key, torch.arange(buffer.shape[-1]).expand(buffer.shape))
+    return module.eval()
+
+
+def save_module(module: nn.Module, config: dict, folder: Path, name: str, *, dtype: torch.dtype) -> None:
+    """Writes folder/config.json and folder/name.safetensors."""
+    from safetensors.torch import save_file
+
+    write_json(folder / "config.json", config)
+    state = {key: value.detach().to("cpu", dtype).contiguous() for key, value in module.state_dict().items()}
+    save_file(state, folder / f"{name}.safetensors", metadata={"format": "pt"})
+
+
+def read_json(path: Path) -> dict:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}: it is not a whole generator")
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:  # bad json and bad UTF-8 both
+        raise ValueError(f"{path} is not json: {one_line(error)}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is not a json object")
+    return values
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message, on one line and not too long."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:300] + "..."

@@ -1,0 +1,131 @@
+"""Pictures from prompts, and sheets of pictures."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from speedrl.files import write_atomically
+from speedrl.likelihood import guided
+from speedrl.models.checkpoint import Generator, Prompts, decode, encode_prompts, join, logits, repeat, take
+from speedrl.rollout import draw_noise, rollout
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+def guided_policy(
+    transformer: Callable[..., Tensor], prompts: Prompts, empty: Prompts, *, guidance: float, grid: tuple[int, int]
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """policy(tokens int64 [B, L], timestep int64 [B]) -> guided logits [B, L, codes], as `rollout` and training need it.
+
+    `prompts` of B, `empty` of 1 or B. One call of the network on [empty, prompts], 2 B rows; at guidance 1 the empty
+    prompt plays no part, and one call on B rows gives the network's own logits.
+    """
+    if guidance == 1:
+        return lambda tokens, timestep: logits(transformer, tokens, timestep, prompts, grid=grid)
+    size = len(prompts.text)
+    both = join(repeat(empty, size // len(empty.text)), prompts)
+
+    def policy(tokens: Tensor, timestep: Tensor) -> Tensor:
+        uncond, cond = logits(transformer, tokens.repeat(2, 1), timestep.repeat(2), both, grid=grid).chunk(2)
+        return guided(cond, uncond, guidance)
+
+    return policy
+
+
+@torch.inference_mode()
+def generate(
+    generator: Generator,
+    prompts: list[str],
+    *,
+    steps: int = 8,
+    guidance: float | None = None,
+    temperature: float | None = None,
+    seed: int = 0,
+    schedule: str = "cosine",
+    order: str = "confidence",
+    batch: int = 64,
+) -> Tensor:
+    """Tokens int64 [B, L] of B prompts, `batch` at a time; guidance and temperature None are the generator's own.
+
+    The noise of sample i depends on (seed, i) alone. ValueError for no prompts and for steps outside 1 .. L.
+    """
+    length = generator.grid[0] * generator.grid[1]
+    if not 1 <= steps <= length:
+        raise ValueError(f"the number of steps must be 1 to {length}, got {steps}")
+    guidance = generator.guidance if guidance is None else guidance
+    temperature = generator.temperature if temperature is None else temperature
+    encoded, empty = encode_prompts(generator, prompts), encode_prompts(generator, [""])
+    device = encoded.text.device
+    tokens = []
+    for first in range(0, len(prompts), batch):
+        part = take(encoded, torch.arange(first, min(first + batch, len(prompts)), device=device))
+        size = len(part.text)
+        policy = guided_policy(generator.transformer, part, empty, guidance=guidance, grid=generator.grid)
+        noise = draw_noise(size, steps, length, seed=seed, first=first, device=device)
+        finished = rollout(
+            policy,
+            torch.full((size,), steps, device=device),
+            noise,
+            length=length,
+            mask_id=generator.mask_id,
+            temperature=temperature,
+            schedule=schedule,
+            order=order,
+        )
+        tokens.append(finished.tokens)
+    return torch.cat(tokens)
+
+
+def sample(generator: Generator, prompts: list[str], **options) -> Tensor:
+    """Pictures float32 [B, 3, H, W] in [0, 1] of B prompts. `options` are those of `generate`."""
+    return decode(generator, generate(generator, prompts, **options))
+
+
+def to_pil(picture: Tensor, *, scale: int = 1) -> "Image.Image":
+    """A picture [3, H, W] in [0, 1] as a PIL image, every pixel `scale` x `scale`."""
+    from PIL import Image
+
+    pixels = rearrange(picture.clamp(0, 1).mul(255).round().byte().cpu(), "c h w -> h w c")
+    pixels = pixels.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+    return Image.fromarray(pixels.numpy())
+
+
+def contact_sheet(
+    rows: list[Tensor], *, labels: list[str] | None = None, titles: list[str] | None = None, scale: int = 1, gap: int = 4
+) -> "Image.Image":
+    """Rows of pictures, each [n, 3, H, W] in [0, 1], on one white sheet: a PIL image.
+
+    `labels` stand to the left of each row, `titles` above each column; `gap` in pixels. Rows may differ in n.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    height, width = (side * scale for side in rows[0].shape[-2:])
+    font = ImageFont.load_default(max(11, min(height, width) // 10))
+    box = [font.getbbox(label) for label in labels or []]
+    left = max((right for _, _, right, _ in box), default=-gap) + 2 * gap
+    top = font.getbbox("Ay")[3] + 2 * gap if titles else gap
+    columns = max(len(row) for row in rows)
+    sheet = Image.new("RGB", (left + columns * (width + gap), top + len(rows) * (height + gap)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, row in enumerate(rows):
+        y = top + i * (height + gap)
+        if labels:
+            draw.text((gap, y + height // 2), labels[i], fill="black", font=font, anchor="lm")
+        for j, picture in enumerate(row):
+            sheet.paste(to_pil(picture, scale=scale), (left + j * (width + gap), y))
+    for j, title in enumerate(titles or []):
+        shown = title
+        while shown and font.getlength(shown) > width:
+            shown = shown[:-1]
+        draw.text((left + j * (width + gap), gap), shown, fill="black", font=font)
+    return sheet
+
+
+def save_png(image: "Image.Image", path: Path) -> None:
+    """Writes a PNG, making its folder: to a temporary name first, so that a file of this name is always whole."""
+    write_atomically(Path(path), lambda partial: image.save(partial, format="PNG"))

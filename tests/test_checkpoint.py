@@ -1,0 +1,190 @@
+"""Loading and saving: round trips, agreement with the libraries, and what wrong folders say."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from speedrl.models.checkpoint import decode, encode_prompts, load_generator, repeat, save_generator, take
+
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def damaged(tiny_generator_folder, tmp_path):
+    """A copy to do harm to."""
+    return shutil.copytree(tiny_generator_folder, tmp_path / "damaged")
+
+
+def states(generator):
+    modules = generator.transformer, generator.vqvae, generator.text_encoder
+    return {(i, key): value for i, module in enumerate(modules) for key, value in module.state_dict().items()}
+
+
+def test_what_is_read_from_the_folder(tiny_generator):
+    g = tiny_generator
+    assert (g.grid, g.size, g.mask_id, g.codes) == ((4, 4), (16, 16), 39, 32)
+    assert (g.steps, g.guidance, g.temperature) == (6, 3.0, 1.5)
+    assert not any(module.training for module in (g.transformer, g.vqvae, g.text_encoder))
+    assert all(p.requires_grad for p in g.transformer.parameters())
+    assert not any(p.requires_grad for module in (g.vqvae, g.text_encoder) for p in module.parameters())
+
+
+def test_a_released_scheduler_and_configuration_leave_the_rest_to_defaults(damaged):
+    (damaged / "scheduler/scheduler_config.json").write_text(json.dumps({"_class_name": "Scheduler"}))
+    config = json.loads((damaged / "transformer/config.json").read_text())
+    del config["sample_size"]
+    (damaged / "transformer/config.json").write_text(json.dumps(config))
+    g = load_generator(damaged)
+    assert (g.grid, g.size, g.mask_id) == ((64, 64), (256, 256), 39)
+    assert (g.steps, g.guidance, g.temperature) == (48, 9.0, 2.0)
+
+
+def test_saving_and_loading_changes_nothing(tiny_generator, tmp_path):
+    save_generator(tiny_generator, tmp_path / "run/model")
+    again = load_generator(tmp_path / "run")  # a run's folder is as good as the model in it
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["model"]
+    before, after = states(tiny_generator), states(again)
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    assert again[5:] == tiny_generator[5:] and again.config == tiny_generator.config
+    assert again.config["_class_name"] == "Transformer2DModel"
+    prompts = ["an owl", ""]
+    for one, other in zip(encode_prompts(tiny_generator, prompts), encode_prompts(again, prompts), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_what_is_saved_is_what_the_libraries_read(tiny_generator, tmp_path):
+    from diffusers import VQModel
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+    save_generator(tiny_generator, tmp_path / "model")
+    vqvae = VQModel.from_pretrained(tmp_path / "model/vqvae")
+    text, report = CLIPTextModelWithProjection.from_pretrained(tmp_path / "model/text_encoder", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    for ours, theirs in ((tiny_generator.vqvae, vqvae), (tiny_generator.text_encoder, text)):
+        assert all(torch.equal(value, theirs.state_dict()[key]) for key, value in ours.state_dict().items())
+    (tmp_path / "model/tokenizer/tokenizer.json").unlink()  # vocab.json and merges.txt are enough, as released
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "model/tokenizer")
+    assert tokenizer("an owl").input_ids == tiny_generator.tokenizer("an owl").input_ids
+
+
+def test_half_precision_files_are_cast(tiny_generator, tmp_path):
+    save_generator(tiny_generator, tmp_path / "model", dtype=torch.float16)
+    assert load_file(tmp_path / "model" / WEIGHTS)["mlm_layer.conv2.weight"].dtype == torch.float16
+    again = load_generator(tmp_path / "model")
+    assert {value.dtype for value in states(again).values()} == {torch.float32}
+    torch.testing.assert_close(states(again), states(tiny_generator), atol=1e-3, rtol=1e-3)
+    low = load_generator(tmp_path / "model", dtype=torch.bfloat16)
+    assert low.transformer.mlm_layer.conv2.weight.dtype == torch.bfloat16
+    assert low.vqvae.quantize.embedding.weight.dtype == torch.float32
+    assert encode_prompts(low, ["a"]).text.dtype == torch.bfloat16
+
+
+def test_the_fp16_variant_is_found(damaged):
+    (damaged / WEIGHTS).rename(damaged / WEIGHTS.replace(".safe", ".fp16.safe"))
+    load_generator(damaged)
+
+
+def test_saving_replaces_a_model_but_no_other_folder(tiny_generator, tmp_path):
+    save_generator(tiny_generator, tmp_path / "model")
+    save_generator(tiny_generator, tmp_path / "model")
+    load_generator(tmp_path / "model")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="overwritten"):
+        save_generator(tiny_generator, tmp_path / "mine")
+    assert (tmp_path / "mine/thesis.txt").exists()
+
+
+def test_prompts_are_clips_own(tiny_generator):
+    prompts = encode_prompts(tiny_generator, ["an owl", "", "an owl"])
+    ids = tiny_generator.tokenizer(["an owl", ""], padding="max_length", max_length=8, return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = tiny_generator.text_encoder(ids, output_hidden_states=True)
+    torch.testing.assert_close(prompts.text, expected.hidden_states[-2][[0, 1, 0]])
+    torch.testing.assert_close(prompts.pooled, expected.text_embeds[[0, 1, 0]])
+    assert prompts.micro_conds.tolist() == [[16, 16, 0, 0, 6]] * 3
+    assert torch.equal(take(prompts, torch.tensor([1, 0])).text, prompts.text[[1, 0]])
+    assert torch.equal(repeat(prompts, 2).pooled, prompts.pooled[[0, 0, 1, 1, 2, 2]])
+
+
+def test_long_prompts_are_cut_and_no_prompt_is_an_error(tiny_generator):
+    assert encode_prompts(tiny_generator, ["abcdefghijkl " * 20]).text.shape[1] == 8
+    with pytest.raises(ValueError, match="no prompt"):
+        encode_prompts(tiny_generator, [])
+
+
+def test_decoded_pictures_are_the_vqmodels_and_do_not_depend_on_the_batch(tiny_generator):
+    tokens = torch.randint(tiny_generator.codes, (5, 16), generator=torch.Generator().manual_seed(0))
+    pictures = decode(tiny_generator, tokens)
+    assert pictures.shape == (5, 3, 16, 16) and pictures.dtype == torch.float32
+    assert pictures.min() >= 0 and pictures.max() <= 1
+    latents = tiny_generator.vqvae.quantize.embedding(tokens).view(5, 4, 4, 4).permute(0, 3, 1, 2)
+    expected = tiny_generator.vqvae.decoder(tiny_generator.vqvae.post_quant_conv(latents)) / 2 + 0.5
+    torch.testing.assert_close(pictures.clone(), expected.clamp(0, 1).detach())
+    torch.testing.assert_close(decode(tiny_generator, tokens, batch=2), pictures)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(decode(tiny_generator, tokens), pictures)
+
+
+def edit(path, change):
+    state = load_file(path)
+    change(state)
+    save_file(state, path)
+
+
+@pytest.mark.parametrize(
+    ("harm", "kind", "says"),
+    [
+        (lambda f: shutil.rmtree(f), FileNotFoundError, "no model at"),
+        (lambda f: shutil.rmtree(f / "transformer"), FileNotFoundError, "transformer/config.json"),
+        (lambda f: shutil.rmtree(f / "scheduler"), FileNotFoundError, "scheduler_config.json"),
+        (lambda f: shutil.rmtree(f / "tokenizer"), FileNotFoundError, "vocab.json"),
+        (lambda f: (f / WEIGHTS).unlink(), FileNotFoundError, "no diffusion_pytorch_model.safetensors"),
+        (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-100]), ValueError, "half written"),
+        (lambda f: (f / WEIGHTS).write_bytes(b""), ValueError, "half written"),
+        (lambda f: (f / "transformer/config.json").write_text("{"), ValueError, "not json"),
+        (lambda f: (f / "transformer/config.json").write_text("[]"), ValueError, "object"),
+        (lambda f: (f / "text_encoder/config.json").write_text('{"hidden_size": "wide"}'), ValueError, "no such model"),
+        (lambda f: (f / "tokenizer/merges.txt").write_text("an owl\n" * 3), ValueError, "tokenizer"),
+        (lambda f: edit(f / WEIGHTS, lambda s: s.pop("embed.conv.weight")), ValueError, r"lacks 1 of .*embed\.conv"),
+        (lambda f: edit(f / WEIGHTS, lambda s: s.update(a=torch.ones(1))), ValueError, r"unknown 1 of .*\(a\)"),
+        (
+            lambda f: edit(f / WEIGHTS, lambda s: s.update({"mlm_layer.conv2.weight": torch.ones(9, 32, 1, 1)})),
+            ValueError,
+            "another shape for 1 of",
+        ),
+    ],
+)  # fmt: skip
+def test_a_damaged_folder_says_what_is_wrong_in_one_line(damaged, harm, kind, says):
+    harm(damaged)
+    with pytest.raises(kind, match=says) as caught:
+        load_generator(damaged)
+    assert "\n" not in str(caught.value)
+
+
+def test_many_wrong_keys_are_counted_not_listed(damaged):
+    edit(damaged / WEIGHTS, lambda state: [state.pop(key) for key in list(state) if "blocks" in key])
+    with pytest.raises(ValueError, match=r"lacks 44 of \d+ weights \(.*, \.\.\.\)") as caught:
+        load_generator(damaged)
+    assert len(str(caught.value)) < 500
+
+
+def test_a_text_file_and_an_unknown_hub_id_are_no_models(tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("an owl\n")
+    with pytest.raises(ValueError, match="is a file"):
+        load_generator(tmp_path / "prompts.txt")
+
+    def offline(*_, **__):
+        raise OSError("no\nnetwork")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    with pytest.raises(FileNotFoundError, match="no folder someone/something, and from the hub: no network"):
+        load_generator("someone/something")
+
+
+def test_an_unknown_device_is_one_line(tiny_generator_folder):
+    with pytest.raises(ValueError, match="device bogus cannot be used"):
+        load_generator(tiny_generator_folder, device="bogus")

@@ -1,0 +1,130 @@
+"""The command line: what it writes, and what it says to bad input."""
+
+import inspect
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from speedrl import cli
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def one_line(result, *, exit_code=2):
+    assert result.exit_code == exit_code, result.output
+    assert result.stdout == "" and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    return result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "size"),
+    [
+        (["an owl"], (256, 256)),
+        (["an owl", "--count", 4], (4 + 2 * 260, 4 + 2 * 260)),
+        (["an owl", "a fox", "--count", 2], None),
+    ],
+)
+def test_sample_writes_a_png_and_says_where(tiny_generator_folder, tmp_path, arguments, size):
+    out = tmp_path / "pictures/owl.png"
+    result = run("sample", *arguments, "--steps", 2, "--model", tiny_generator_folder, "--out", out)
+    assert result.exit_code == 0 and result.stdout == f"wrote {out}\n" and result.stderr == ""
+    with Image.open(out) as image:
+        assert image.format == "PNG" and (image.size == size or size is None)
+        assert size or image.height == 4 + 2 * 260 and image.width > 4 + 2 * 260
+
+
+def test_sample_is_reproducible_by_seed(tiny_generator_folder, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run("sample", "an owl", "--seed", seed, "--model", tiny_generator_folder, "--out", tmp_path / name)
+    a, b, c = ((tmp_path / name).read_bytes() for name in "abc")
+    assert a == b != c
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([""], "a prompt is empty"),
+        (["an owl", "  "], "a prompt is empty"),
+        (["an owl", "--steps", 0], "1 to 16"),
+        (["an owl", "--steps", 17], "1 to 16"),
+        (["an owl", "--model", "no/such/model"], "no model at no/such/model"),
+        (["an owl", "--model", __file__], "is a file"),
+        (["an owl", "--model", Path(__file__).parent], "no transformer/config.json"),
+        (["an owl", "--device", "bogus"], "device bogus"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(tiny_generator_folder, tmp_path, arguments, says):
+    model = [] if "--model" in arguments else ["--model", tiny_generator_folder]
+    assert says in one_line(run("sample", *arguments, *model, "--out", tmp_path / "x.png"))
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_a_half_written_model_is_one_line_and_exit_2(tiny_generator_folder, tmp_path):
+    import shutil
+
+    model = shutil.copytree(tiny_generator_folder, tmp_path / "model")
+    weights = model / "text_encoder/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    assert "half written" in one_line(run("sample", "an owl", "--model", model, "--out", tmp_path / "x.png"))
+
+
+def test_an_output_that_cannot_be_written_is_one_line_and_exit_2(tiny_generator_folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    options = ["--model", tiny_generator_folder, "--out", tmp_path / "file/x.png"]
+    one_line(run("sample", "an owl", *options))
+    assert run("sample", "an owl", "--model", tiny_generator_folder, "--out", tmp_path).exit_code == 2
+
+
+@pytest.mark.parametrize("arguments", [["sample"], ["sample", "an owl", "--count", "0"], ["paint"], ["train", "--lr", "x"]])
+def test_usage_errors_exit_2(arguments):
+    assert run(*arguments).exit_code == 2
+
+
+def test_ctrl_c_is_one_line_and_exit_130(monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt("stopped after iteration 3; go on with --resume")
+
+    monkeypatch.setattr("speedrl.models.checkpoint.load_generator", interrupted)
+    result = run("sample", "an owl")
+    assert result.exit_code == 130 and result.stderr == "stopped after iteration 3; go on with --resume\n"
+
+
+@pytest.mark.parametrize("target", ["sample.generate", "train.train"])
+def test_defaults_read_from_the_source_are_those_of_the_signature(target):
+    module, function = target.split(".")
+    parameters = inspect.signature(getattr(__import__(f"speedrl.{module}", fromlist=[function]), function)).parameters
+    expected = {name: p.default for name, p in parameters.items() if p.kind == p.KEYWORD_ONLY}
+    found = cli.defaults(target)
+    expected = {k: ",".join(map(str, v)) if isinstance(v, tuple) else v for k, v in expected.items()}
+    assert found == {name: value for name, value in expected.items() if value is not inspect.Parameter.empty}
+
+
+@pytest.mark.parametrize("command", ["train"])
+def test_every_keyword_of_the_function_is_an_option(command):
+    assert set(inspect.signature(getattr(cli, command)).parameters) == set(cli.defaults(f"{command}.{command}"))
+
+
+@pytest.mark.parametrize("program", [["cli.py"], ["-m", "speedrl"]])
+def test_help_is_quick_and_needs_no_installation(program):
+    began = time.time()
+    environment = os.environ | {"PYTHONPATH": ""}
+    result = subprocess.run([sys.executable, *program, "--help"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0 and "sample" in result.stdout and "train" in result.stdout
+    assert time.time() - began < 5  # seconds; torch alone would take about half of them
+
+
+def test_the_embedded_model_is_the_default(tmp_path):
+    result = run("sample", "a red apple", "--out", tmp_path / "apple.png")
+    if "not in this installation" in result.stderr:
+        pytest.skip("the embedded model is not there")
+    assert result.exit_code == 0 and (tmp_path / "apple.png").exists()

@@ -1,0 +1,100 @@
+"""The transformer: the released checkpoint's shape, and its parts against plain references."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from speedrl.models.checkpoint import encode_prompts, logits
+from speedrl.models.meissonic import Down, MeissonicTransformer, Up, attention, rope_table, rotate, sinusoid
+
+
+def test_the_released_configuration_has_the_released_tensors():
+    with torch.device("meta"):
+        model = MeissonicTransformer()
+    state = model.state_dict()
+    assert len(state) == 867
+    assert sum(value.numel() for value in state.values()) == 1_006_946_304
+    for key, shape in {
+        "embed.embeddings.weight": (8256, 1024),
+        "mlm_layer.conv2.weight": (8192, 1024, 1, 1),
+        "cond_embed.linear_1.weight": (1024, 2304),
+        "transformer_blocks.13.ff_context.net.0.proj.weight": (4096, 1024),
+        "transformer_blocks.0.attn.to_out.0.bias": (1024,),
+        "single_transformer_blocks.27.proj_out.weight": (1024, 5120),
+        "down_block.downsample.conv.weight": (1024, 1024, 2, 2),
+        "up_block.upsample.conv.weight": (1024, 1024, 2, 2),
+    }.items():
+        assert state[key].shape == shape, key
+
+
+@pytest.mark.parametrize("kind", [Down, Up])
+def test_the_2x_blocks_are_their_convolutions(kind):
+    torch.manual_seed(0)
+    block, x = kind(6), torch.randn(2, 4, 6, 6)
+    block.norm.weight.data.normal_()
+    expected = block.conv(block.norm(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    torch.testing.assert_close(block(x), expected)
+
+
+def test_rotary_embedding_is_a_complex_rotation():
+    axes, height, width, text = (4, 6, 6), 3, 5, 2
+    x = torch.randn(2, 3, text + height * width, sum(axes), generator=torch.Generator().manual_seed(0))
+    table = rope_table(height, width, text, axes, torch.device("cpu"))
+    places = [(0, 0, 0)] * text + [(0, row, column) for row in range(height) for column in range(width)]
+    expected = torch.empty_like(x)
+    for t, place in enumerate(places):
+        angles = [p * 10000 ** (-2 * i / axis) for p, axis in zip(place, axes, strict=True) for i in range(axis // 2)]
+        turn = torch.polar(torch.ones(len(angles)), torch.tensor(angles))
+        expected[:, :, t] = torch.view_as_real(torch.view_as_complex(x[:, :, t].unflatten(-1, (-1, 2))) * turn).flatten(-2)
+    torch.testing.assert_close(rotate(x, table), expected)
+
+
+def test_short_attention_is_the_fused_one():
+    q, k, v = torch.randn(3, 2, 2, 7, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(attention(q, k, v), expected)
+
+
+def test_sinusoid_has_cosines_first():
+    assert torch.equal(sinusoid(torch.zeros(1), 8), torch.tensor([[1.0, 1, 1, 1, 0, 0, 0, 0]]))
+
+
+def test_the_rotary_axes_must_fill_the_head():
+    with pytest.raises(ValueError, match="axes_dims_rope"):
+        MeissonicTransformer(attention_head_dim=64)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(tiny_generator):
+    prompts = encode_prompts(tiny_generator, ["a", "b"])
+    tokens, timestep = torch.full((2, 16), tiny_generator.mask_id), torch.tensor([3, 1])
+    gradients = []
+    for checkpointing in (False, True):
+        model = copy.deepcopy(tiny_generator.transformer).train()
+        model.gradient_checkpointing = checkpointing
+        logits(model, tokens, timestep, prompts, grid=(4, 4)).square().mean().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert len(gradients[0]) > 40
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_head_at_chosen_places_is_the_forward_there(tiny_generator):
+    model, prompts = tiny_generator.transformer, encode_prompts(tiny_generator, ["a", "b"])
+    tokens, timestep = torch.full((2, 4, 4), tiny_generator.mask_id), torch.tensor([3, 1])
+    with torch.no_grad():
+        features = model.features(tokens, timestep, *prompts)
+        torch.testing.assert_close(model.head(features[:, [3, 7]]), model(tokens, timestep, *prompts)[:, [3, 7]])
+
+
+def test_text_timestep_and_tokens_all_matter(tiny_generator):
+    prompts, grid = encode_prompts(tiny_generator, ["a", "b"]), (4, 4)
+    tokens = torch.full((2, 16), tiny_generator.mask_id)
+    with torch.no_grad():
+        one, other = logits(tiny_generator.transformer, tokens, torch.tensor([3, 3]), prompts, grid=grid)
+        later, _ = logits(tiny_generator.transformer, tokens, torch.tensor([1, 3]), prompts, grid=grid)
+        tokens[0, 5] = 2
+        known, _ = logits(tiny_generator.transformer, tokens, torch.tensor([3, 3]), prompts, grid=grid)
+    assert one.shape == (16, tiny_generator.codes)
+    assert all((one - x).abs().max() > 1e-4 for x in (other, later, known))

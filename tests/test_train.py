@@ -1,0 +1,104 @@
+"""The loop on a tiny generator: it learns, resumes exactly, and refuses what cannot work."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from speedrl.models.checkpoint import load_generator
+from speedrl.train import step_range, train, trained_steps
+
+
+def red(images, prompts):
+    """A reward that a tiny generator can raise: how red a picture is."""
+    return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
+
+
+@pytest.fixture
+def options(tiny_generator_folder, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a b\nc d\ne f\n")
+    return dict(model=str(tiny_generator_folder), prompts=prompts, quality="tests.test_train:red", steps="3", groups=2,
+                group_size=4, compile=False, lr=3e-3)  # fmt: skip
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder):
+    return load_file(folder / "model/transformer/diffusion_pytorch_model.safetensors")
+
+
+def test_reward_rises_and_the_model_is_saved_in_the_layout_it_came_in(options, tmp_path):
+    saved = train(out=tmp_path / "run", iterations=25, kl_weight=0.0, **options)
+    rows = metrics(tmp_path / "run")
+    assert len(rows) == 25
+    assert sum(r["quality"] for r in rows[-5:]) > sum(r["quality"] for r in rows[:5])
+    assert load_generator(saved).grid == load_generator(options["model"]).grid
+
+
+@pytest.mark.parametrize("likelihood", ["token", "sequence", "exact"])
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_ratio_is_one_and_kl_zero_before_the_first_update(options, tmp_path, likelihood, guidance):
+    train(out=tmp_path / "run", iterations=1, likelihood=likelihood, guidance=guidance, **options | {"steps": "1-4"})
+    (row,) = metrics(tmp_path / "run")
+    assert row["ratio_max"] == pytest.approx(1, abs=1e-5)
+    assert row["kl"] == pytest.approx(0, abs=1e-6)
+    assert row["grad_norm"] > 0
+
+
+def test_micro_batches_do_not_change_the_update(options, tmp_path):
+    for size in (3, 8):
+        train(out=tmp_path / str(size), iterations=1, micro_batch=size, percentile=50.0, **options | {"steps": "2-4"})
+    one, other = weights(tmp_path / "3"), weights(tmp_path / "8")
+    assert all(torch.allclose(one[name], other[name], atol=1e-5) for name in one)
+
+
+def test_resuming_equals_the_uninterrupted_run(options, tmp_path):
+    train(out=tmp_path / "whole", iterations=4, updates=2, trained=2, **options)
+    train(out=tmp_path / "parts", iterations=2, updates=2, trained=2, **options)
+    train(out=tmp_path / "parts", iterations=4, updates=2, trained=2, resume=True, **options)
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    timeless = [[{k: v for k, v in row.items() if k != "images_per_second"} for row in metrics(tmp_path / name)]
+                for name in ("whole", "parts")]  # fmt: skip
+    assert timeless[0] == timeless[1]
+
+
+def test_a_run_is_not_overwritten_and_a_damaged_checkpoint_is_named(options, tmp_path):
+    train(out=tmp_path / "run", iterations=1, **options)
+    with pytest.raises(ValueError, match="holds a run already"):
+        train(out=tmp_path / "run", iterations=1, **options)
+    checkpoint = tmp_path / "run/checkpoint.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="checkpoint.pt is damaged"):
+        train(out=tmp_path / "run", iterations=2, resume=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"steps": "0"}, "at least 1"), ({"steps": "many"}, "number or a range"), ({"steps": "99"}, "more than the 16"),
+     ({"group_size": 1}, "group-size"), ({"lr": 0.0}, "lr"), ({"kl": "k9"}, "divergence"), ({"trained": 9}, "trained"),
+     ({"iterations": 0}, "iterations")],
+)  # fmt: skip
+def test_settings_that_cannot_work_are_named_before_anything_is_written(options, tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        train(out=tmp_path / "run", **options | change)
+    assert not (tmp_path / "run").exists()
+
+
+def test_step_ranges():
+    assert step_range("8") == (8, 8) and step_range("2-16") == (2, 16)
+    with pytest.raises(ValueError, match="must rise"):
+        step_range("9-3")
+
+
+def test_a_subset_of_steps_has_the_asked_size_and_every_step_its_turn():
+    steps = torch.tensor([2, 4, 6]).repeat(400)
+    which = trained_steps(steps, 2, torch.Generator().manual_seed(0))
+    assert (which.sum(-1) == 2).all()
+    assert not which[steps == 2][:, 2:].any()
+    share = which[steps == 4][:, :4].float().mean(0)
+    assert torch.allclose(share, torch.full((4,), 0.5), atol=0.1)
