@@ -21,14 +21,16 @@ app = typer.Typer(
 
 
 def defaults(target: str) -> dict[str, object]:
-    """Keyword-only defaults of "module.function" of this package, read from its source; tuples as "1,2,4".
+    """Keyword defaults of "module.function" of this package, read from its source; tuples as "1,2,4".
 
     Importing it to inspect its signature would import torch: seconds, for a page of help.
     """
     module, function = target.split(".")
     tree = ast.parse((Path(__file__).parent / f"{module}.py").read_text())
     (node,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function)
-    pairs = zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
+    optional = node.args.args[len(node.args.args) - len(node.args.defaults) :]
+    pairs = [*zip(optional, node.args.defaults, strict=True)]
+    pairs += zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
     values = {argument.arg: ast.literal_eval(value) for argument, value in pairs if value is not None}
     return {name: ",".join(map(str, v)) if isinstance(v, tuple) else v for name, v in values.items()}
 
@@ -144,3 +146,74 @@ def train(
 
     quiet_allocator()
     print(f"wrote {train(**options)}")
+
+
+def numbers(text: str | None, kind: type, *, option: str) -> tuple | None:
+    """Reads "1,2,4" as a tuple of `kind`; None stays None. ValueError otherwise."""
+    if text is None:
+        return None
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--{option} takes numbers with commas between them, like 1,2,4, not {text!r}") from None
+
+
+@app.command("eval")
+@forwards("evaluate.evaluate")
+def evaluate(
+    *,
+    model: Annotated[list[str], Option(help="embedded, a folder, a run or a hub id; give it again for more.")] = (
+        "embedded",
+    ),
+    out: Annotated[Path, Option(help="Folder of the results; rows that it has are kept.")],
+    steps: Annotated[str, Option(help="Step counts.")],
+    guidance: Annotated[str | None, Option(help="Guidances, like 1,3. [default: the model's, and 1]")],
+    temperature: Annotated[str | None, Option(help="Temperatures of the reveal. [default: the model's]")],
+    prompts: Annotated[Path | None, Option(help="Text file, one prompt a line. [default: the embedded model's]")],
+    held_out: Annotated[Path | None, Option(help="Another, of prompts that no training saw.")],
+    count: Annotated[int, Option(help="Pictures of each prompt and seed.")],
+    seeds: Annotated[int, Option(help="Repetitions, for the spread.")],
+    quality: Annotated[str, Option(help="The quality reward.")],
+    pictures: Annotated[int, Option(help="Columns of the contact sheet, 0 for none.")],
+    batch: Annotated[int, Option(help="Pictures drawn at a time.")],
+    compile: Annotated[bool, Option(help="Use torch.compile.")],
+    device: Annotated[str, Option(help="cpu, cuda, ...")],
+) -> None:
+    """Measure models over step counts: a table, results.json and a plot."""
+    options = dict(locals())
+    options["steps"] = numbers(steps, int, option="steps")
+    options["guidance"] = numbers(guidance, float, option="guidance")
+    options["temperature"] = numbers(temperature, float, option="temperature")
+    from speedrl.evaluate import evaluate
+    from speedrl.platform import quiet_allocator
+
+    quiet_allocator()
+    evaluate(options.pop("model"), **options)
+
+
+@app.command()
+@forwards("ablate.ablate")
+def ablate(
+    *,
+    name: Annotated[str, Argument(help="Which ablation: speed-reward.")],
+    out: Annotated[Path, Option(help="Folder of the runs and the table; finished runs are kept.")],
+    seeds: Annotated[str, Option(help="Seeds to train from, like 0,1,2.")],
+    model: Annotated[str, Option(help="embedded, a folder, a run's folder or a hub id.")],
+    iterations: Annotated[int | None, Option(help="Iterations of each training. [default: as train]")] = None,
+    groups: Annotated[int | None, Option(help="Prompts of an iteration. [default: as train]")] = None,
+    group_size: Annotated[int | None, Option(help="Pictures of each prompt. [default: as train]")] = None,
+    lr: Annotated[float | None, Option(help="Learning rate. [default: as train]")] = None,
+    device: Annotated[str | None, Option(help="cpu, cuda, ... [default: as train]")] = None,
+    eval_steps: Annotated[str | None, Option(help="Step counts to measure. [default: as eval]")] = None,
+    eval_count: Annotated[int | None, Option(help="Pictures of each prompt and seed. [default: as eval]")] = None,
+) -> None:
+    """Train and measure the variants of an ablation, and put them into one table."""
+    training = {"iterations": iterations, "groups": groups, "group_size": group_size, "lr": lr, "device": device}
+    evaluation = {"steps": numbers(eval_steps, int, option="eval-steps"), "count": eval_count, "device": device}
+    training, evaluation = ({k: v for k, v in options.items() if v is not None} for options in (training, evaluation))
+    from speedrl.ablate import ablate
+    from speedrl.platform import quiet_allocator
+
+    quiet_allocator()
+    seeds = numbers(seeds, int, option="seeds")
+    ablate(name, out=out, seeds=seeds, model=model, evaluation=evaluation, **training)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def guided_policy(
     transformer: Callable[..., Tensor], prompts: Prompts, empty: Prompts, *, guidance: float, grid: tuple[int, int]
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """policy(tokens int64 [B, L], timestep int64 [B]) -> guided logits [B, L, codes], as `rollout` and training need it.
+    """policy(tokens int64 [B, L], timestep int64 [B]) -> guided logits [B, L, codes], for `rollout` and training.
 
     `prompts` of B, `empty` of 1 or B. One call of the network on [empty, prompts], 2 B rows; at guidance 1 the empty
     prompt plays no part, and one call on B rows gives the network's own logits.
@@ -96,7 +96,12 @@ def to_pil(picture: Tensor, *, scale: int = 1) -> "Image.Image":
 
 
 def contact_sheet(
-    rows: list[Tensor], *, labels: list[str] | None = None, titles: list[str] | None = None, scale: int = 1, gap: int = 4
+    rows: list[Tensor],
+    *,
+    labels: list[str] | None = None,
+    titles: list[str] | None = None,
+    scale: int = 1,
+    gap: int = 4,
 ) -> "Image.Image":
     """Rows of pictures, each [n, 3, H, W] in [0, 1], on one white sheet: a PIL image.
 

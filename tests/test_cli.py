@@ -85,7 +85,9 @@ def test_an_output_that_cannot_be_written_is_one_line_and_exit_2(tiny_generator_
     assert run("sample", "an owl", "--model", tiny_generator_folder, "--out", tmp_path).exit_code == 2
 
 
-@pytest.mark.parametrize("arguments", [["sample"], ["sample", "an owl", "--count", "0"], ["paint"], ["train", "--lr", "x"]])
+@pytest.mark.parametrize(
+    "arguments", [["sample"], ["sample", "an owl", "--count", "0"], ["paint"], ["train", "--lr", "x"]]
+)
 def test_usage_errors_exit_2(arguments):
     assert run(*arguments).exit_code == 2
 
@@ -99,26 +101,47 @@ def test_ctrl_c_is_one_line_and_exit_130(monkeypatch):
     assert result.exit_code == 130 and result.stderr == "stopped after iteration 3; go on with --resume\n"
 
 
-@pytest.mark.parametrize("target", ["sample.generate", "train.train"])
+@pytest.mark.parametrize("target", ["sample.generate", "train.train", "evaluate.evaluate", "ablate.ablate"])
 def test_defaults_read_from_the_source_are_those_of_the_signature(target):
     module, function = target.split(".")
     parameters = inspect.signature(getattr(__import__(f"speedrl.{module}", fromlist=[function]), function)).parameters
-    expected = {name: p.default for name, p in parameters.items() if p.kind == p.KEYWORD_ONLY}
+    expected = {name: p.default for name, p in parameters.items()}
     found = cli.defaults(target)
     expected = {k: ",".join(map(str, v)) if isinstance(v, tuple) else v for k, v in expected.items()}
     assert found == {name: value for name, value in expected.items() if value is not inspect.Parameter.empty}
 
 
-@pytest.mark.parametrize("command", ["train"])
-def test_every_keyword_of_the_function_is_an_option(command):
-    assert set(inspect.signature(getattr(cli, command)).parameters) == set(cli.defaults(f"{command}.{command}"))
+@pytest.mark.parametrize(("command", "more"), [("train", set()), ("evaluate", {"model"})])
+def test_every_keyword_of_the_function_is_an_option(command, more):
+    assert set(inspect.signature(getattr(cli, command)).parameters) == set(cli.defaults(f"{command}.{command}")) | more
+
+
+def test_eval_forwards_lists_of_numbers(monkeypatch):
+    seen = {}
+    monkeypatch.setattr("speedrl.evaluate.evaluate", lambda models, **options: seen.update(options, models=models))
+    assert run("eval", "--model", "a", "--model", "b", "--steps", "1,8", "--guidance", "1,2.5").exit_code == 0
+    assert seen["models"] == ["a", "b"] and seen["steps"] == (1, 8) and seen["guidance"] == (1.0, 2.5)
+    assert seen["temperature"] is None and seen["device"] == "cpu"
+    assert "--steps" in one_line(run("eval", "--steps", "1;8"))
+
+
+def test_ablate_forwards_what_is_given_and_nothing_else(monkeypatch):
+    seen = {}
+    monkeypatch.setattr("speedrl.ablate.ablate", lambda name, **options: seen.update(options, name=name))
+    assert run("ablate", "--seeds", "0,1", "--iterations", "3", "--eval-steps", "2,8").exit_code == 0
+    assert seen.pop("out") == Path("runs/ablate")
+    assert seen == {
+        "name": "speed-reward", "seeds": (0, 1), "model": "embedded", "iterations": 3, "evaluation": {"steps": (2, 8)},
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("program", [["cli.py"], ["-m", "speedrl"]])
 def test_help_is_quick_and_needs_no_installation(program):
     began = time.time()
     environment = os.environ | {"PYTHONPATH": ""}
-    result = subprocess.run([sys.executable, *program, "--help"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, *program, "--help"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert result.returncode == 0 and "sample" in result.stdout and "train" in result.stdout
     assert time.time() - began < 5  # seconds; torch alone would take about half of them
 

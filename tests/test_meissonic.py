@@ -47,7 +47,9 @@ def test_rotary_embedding_is_a_complex_rotation():
     for t, place in enumerate(places):
         angles = [p * 10000 ** (-2 * i / axis) for p, axis in zip(place, axes, strict=True) for i in range(axis // 2)]
         turn = torch.polar(torch.ones(len(angles)), torch.tensor(angles))
-        expected[:, :, t] = torch.view_as_real(torch.view_as_complex(x[:, :, t].unflatten(-1, (-1, 2))) * turn).flatten(-2)
+        expected[:, :, t] = torch.view_as_real(torch.view_as_complex(x[:, :, t].unflatten(-1, (-1, 2))) * turn).flatten(
+            -2
+        )
     torch.testing.assert_close(rotate(x, table), expected)
 
 

@@ -40,9 +40,7 @@ def test_guidance_extrapolates_from_the_empty_prompt_in_one_call(tiny_generator,
     prompts, empty = encode_prompts(tiny_generator, PROMPTS), encode_prompts(tiny_generator, [""] * empties)
     tokens, timestep = torch.full((5, 16), tiny_generator.mask_id), torch.tensor([3, 2, 1, 0, 3])
     cond = logits(tiny_generator.transformer, tokens, timestep, prompts, grid=(4, 4))
-    uncond = logits(
-        tiny_generator.transformer, tokens, timestep, encode_prompts(tiny_generator, [""] * 5), grid=(4, 4)
-    )
+    uncond = logits(tiny_generator.transformer, tokens, timestep, encode_prompts(tiny_generator, [""] * 5), grid=(4, 4))
     policy = guided_policy(network, prompts, empty, guidance=3, grid=(4, 4))
     torch.testing.assert_close(policy(tokens, timestep), uncond + 3 * (cond - uncond))
     assert calls == [10]

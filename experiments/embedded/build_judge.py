@@ -121,15 +121,15 @@ def recall_by_vendor(
         for size in (compose.SMALL, compose.BIG):
             drawn = [draw_single(rng, thing, style=style, size=size) for thing in range(len(names))]
             images = stack([compose.paint(picture, table) for picture in drawn])
-            first, five = judge.nearest_hits((judge.network_features(network, images) - mean) @ centres.T, concepts, names)
+            scores = (judge.network_features(network, images) - mean) @ centres.T
+            first, five = judge.nearest_hits(scores, concepts, names)
             pixels, _ = judge.nearest_hits((thumbnails(images) - pixel_mean) @ pixel_centres.T, concepts, names)
-            found[f"{vendor} {size}"] = {
-                "r1": float(first.float().mean()), "r5": float(five.float().mean()), "pixels_r1": float(pixels.float().mean())
-            }  # fmt: skip
+            hits = {"r1": first, "r5": five, "pixels_r1": pixels}
+            found[f"{vendor} {size}"] = {key: float(hit.float().mean()) for key, hit in hits.items()}
     return found
 
 
-def build(packages: Path, cache: Path, out: Path, *, seed: int = 0, real: int = 20, count: int = 4) -> dict:
+def build(packages: Path, cache: Path, out: Path, *, seed: int = 0, real: int = 12, count: int = 4) -> dict:
     """Writes out/judge/judge.{json,safetensors} and out/prompts/{train,eval,held_out}.txt; returns judge.json's table.
 
     `packages` holds what data.fetch unpacked, `cache` the rendered sprites. Statistics of real pictures take `real`
@@ -149,9 +149,6 @@ def build(packages: Path, cache: Path, out: Path, *, seed: int = 0, real: int = 
     prompts = {"seen": draw_prompts(seen, listed, set(), rng, count=60)}
     prompts["held-out"] = draw_prompts(unseen, listed, set(), rng, count=60)
     training = draw_prompts(seen, listed, set(prompts["seen"]), rng, count=640, pair=0.15)
-    for name, lines in (("eval", prompts["seen"]), ("held_out", prompts["held-out"]), ("train", training)):
-        text = "\n".join(lines) + "\n"
-        write_atomically(out / "prompts" / f"{name}.txt", lambda partial, text=text: partial.write_text(text))
 
     network = judge.load_network()
 
@@ -213,4 +210,7 @@ def build(packages: Path, cache: Path, out: Path, *, seed: int = 0, real: int = 
 
     write_atomically(out / "judge" / "judge.safetensors", write)
     write_json(out / "judge" / "judge.json", summary)
+    for name, lines in (("eval", prompts["seen"]), ("held_out", prompts["held-out"]), ("train", training)):
+        text = "\n".join(lines) + "\n"
+        write_atomically(out / "prompts" / f"{name}.txt", lambda partial, text=text: partial.write_text(text))
     return summary

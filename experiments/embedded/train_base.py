@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from rich.progress import track
 from torch import Tensor
 
 from experiments.embedded import compose
-from experiments.embedded.train_vq import nearest, patches
+from experiments.embedded.train_vq import PATCH, nearest, patches
+from speedrl.models.checkpoint import Generator, save_generator
 from speedrl.models.meissonic import MeissonicTransformer
 from speedrl.platform import bf16_is_fast, import_torchvision
 
@@ -24,6 +26,7 @@ TRANSFORMER = dict(
     pooled_projection_dim=WIDTH, axes_dims_rope=(8, 28, 28), vocab_size=MASK + 1, codebook_size=CODES,
     downsample=True, upsample=True,
 )  # fmt: skip
+SAMPLING = {"num_inference_steps": 32, "guidance_scale": 2.0, "temperature": 2.0}  # the best of a sweep on the base
 
 
 def token_tables(sprites: np.ndarray, centres: Tensor) -> dict[int, np.ndarray]:
@@ -83,6 +86,14 @@ def train_tokenizer(captions: list[str], out: Path, *, size: int = 2048) -> None
     (out / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n")
     clip = CLIPTokenizer(vocab=str(out / "vocab.json"), merges=str(out / "merges.txt"), model_max_length=WORDS)
     clip.save_pretrained(out)
+
+
+def tokenizer(names: list[str], tags: list[list[str]], out: Path, *, captions: int = 60_000, seed: int = 0) -> None:
+    """Makes out/tokenizer from drawn captions, unless it is there."""
+    if not (out / "tokenizer/vocab.json").exists():
+        rng = np.random.default_rng(seed)
+        texts = [compose.caption(compose.draw(rng, concepts=len(names)), names, tags, rng) for _ in range(captions)]
+        train_tokenizer(texts, out / "tokenizer")
 
 
 def new_text_encoder(tokenizer):
@@ -192,12 +203,9 @@ def train(
     from transformers import CLIPTokenizer
 
     torch.manual_seed(seed)
-    if not (out / "tokenizer").exists():
-        rng = np.random.default_rng(seed)
-        captions = [compose.caption(compose.draw(rng, concepts=len(names)), names, tags, rng) for _ in range(60_000)]
-        train_tokenizer(captions, out / "tokenizer")
-    tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
-    model = torch.nn.ModuleDict({"transformer": MeissonicTransformer(**TRANSFORMER), "text": new_text_encoder(tokenizer)})
+    tokenizer(names, tags, out)
+    tokens_of = CLIPTokenizer.from_pretrained(out / "tokenizer")
+    model = torch.nn.ModuleDict({"transformer": MeissonicTransformer(**TRANSFORMER), "text": new_text_encoder(tokens_of)})
     for module in model.modules():
         if isinstance(module, torch.nn.Embedding):
             torch.nn.init.normal_(module.weight, std=0.02)
@@ -220,7 +228,7 @@ def train(
     rank = dist.get_rank() if dist.is_initialized() else 0
     batch //= ranks
     torch.manual_seed(seed + 1000 * rank)
-    stream = Batches(tables, names, tags, tokenizer, batch=batch, seed=seed + 1000 * rank)
+    stream = Batches(tables, names, tags, tokens_of, batch=batch, seed=seed + 1000 * rank)
     first, state, own = 0, out / "state.pt", out / f"random-{rank}.pt"
     if state.exists():
         saved = torch.load(state, weights_only=False)  # our own file, written below
@@ -285,3 +293,31 @@ def replace(path: Path, value: dict) -> None:
     partial = path.with_suffix(".partial")
     torch.save(value, partial)
     os.replace(partial, path)
+
+
+def export(base: Path, vq: Path, out: Path) -> None:
+    """The averaged weights of `base/state.pt`, the tokenizer and the VQModel as a generator's folder, in float16."""
+    import_torchvision()
+    from diffusers import VQModel
+    from transformers import CLIPTokenizer
+
+    average = torch.load(base / "state.pt", weights_only=False)["average"]
+    tokens_of = CLIPTokenizer.from_pretrained(base / "tokenizer")
+    transformer, text = MeissonicTransformer(**TRANSFORMER), new_text_encoder(tokens_of)
+    for name, module in (("transformer.", transformer), ("text.", text)):
+        module.load_state_dict({k.removeprefix(name): v for k, v in average.items() if k.startswith(name)})
+    side = compose.SIDE // PATCH
+    config = {"_class_name": "Transformer2DModel", "guidance_embeds": False, "in_channels": WIDTH, "patch_size": 1,
+              "sample_size": side} | TRANSFORMER  # fmt: skip
+    scheduler = {"_class_name": "Scheduler", "mask_token_id": MASK, "masking_schedule": "cosine"} | SAMPLING
+    generator = Generator(
+        transformer, VQModel.from_pretrained(vq), text, tokens_of, config, scheduler, (side, side), (compose.SIDE,) * 2,
+        MASK, CODES, steps=SAMPLING["num_inference_steps"], guidance=SAMPLING["guidance_scale"],
+        temperature=SAMPLING["temperature"],
+    )  # fmt: skip
+    fresh = base / "generator"
+    save_generator(generator, fresh, dtype=torch.float16)
+    out.mkdir(parents=True, exist_ok=True)
+    for folder in fresh.iterdir():  # beside the reward and the judge, which stay
+        shutil.rmtree(out / folder.name, ignore_errors=True)
+        shutil.move(folder, out / folder.name)

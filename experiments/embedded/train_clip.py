@@ -28,7 +28,7 @@ WORDS = 16
 PLACES = ("", "on the left", "on the right", "at the top", "at the bottom")
 MODEL = {
     "embed_dim": 128,
-    "vision_cfg": {"image_size": compose.SIDE, "layers": [1, 1, 1, 1], "width": 24},
+    "vision_cfg": {"image_size": compose.SIDE, "layers": [1, 2, 2, 2], "width": 16},
     "text_cfg": {
         "context_length": WORDS, "width": 128, "heads": 2, "layers": 2,
         "hf_tokenizer_name": ".",  # open_clip reads the tokenizer beside the weights, whatever the name
@@ -233,7 +233,7 @@ def save(model: torch.nn.Module, config: dict, out: Path) -> None:
 
 def train(
     sprites: np.ndarray, names: list[str], tags: list[list[str]], vqvae_folder: Path, centres: Tensor, out: Path,
-    *, steps: int, batch: int = 96, pictures: int = 16_000, captions: int = 4, lr: float = 2e-3, decay: float = 0.05,
+    *, steps: int, batch: int = 96, pictures: int = 12_000, captions: int = 4, lr: float = 2e-3, decay: float = 0.05,
     seed: int = 0, save_every: int = 200,
 ) -> None:  # fmt: skip
     """Trains for `steps` updates with AdamW, warmed up and then on a cosine, and saves the reward to `out`.

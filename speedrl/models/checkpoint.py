@@ -129,11 +129,12 @@ def save_generator(generator: Generator, out: Path, *, dtype: torch.dtype = torc
     partial, old = out.with_name(out.name + ".partial"), out.with_name(out.name + ".old")
     shutil.rmtree(partial, ignore_errors=True)
     text_config = generator.text_encoder.config.to_dict() | {"dtype": str(dtype).removeprefix("torch.")}
-    save_module(generator.transformer, generator.config, partial / "transformer", "diffusion_pytorch_model", dtype=dtype)
-    vq_config = {key: value for key, value in generator.vqvae.config.items() if key != "_use_default_values"}
+    pictures, words = "diffusion_pytorch_model", "model"  # the names that the libraries give their weights
+    save_module(generator.transformer, generator.config, partial / "transformer", pictures, dtype=dtype)
+    vq_config = {key: value for key, value in generator.vqvae.config.items() if key not in ("_use_default_values", "_name_or_path")}
     vq_config = {"_class_name": "VQModel"} | vq_config
-    save_module(generator.vqvae, vq_config, partial / "vqvae", "diffusion_pytorch_model", dtype=dtype)
-    save_module(generator.text_encoder, text_config, partial / "text_encoder", "model", dtype=dtype)
+    save_module(generator.vqvae, vq_config, partial / "vqvae", pictures, dtype=dtype)
+    save_module(generator.text_encoder, text_config, partial / "text_encoder", words, dtype=dtype)
     write_json(partial / "scheduler/scheduler_config.json", generator.scheduler)
     generator.tokenizer.save_pretrained(partial / "tokenizer")
     generator.tokenizer.backend_tokenizer.model.save(str(partial / "tokenizer"))  # vocab.json, merges.txt, as released
@@ -244,11 +245,10 @@ def load_module(build: Callable[[], nn.Module], folder: Path, name: str, *, dtyp
     if path is None:
         raise FileNotFoundError(f"{folder} has no {name}.safetensors: it is not a whole generator")
     try:
-        with warnings.catch_warnings(action="ignore"):
-            # the parameters come from the file: no time and memory for random ones
-            with torch.device("meta"):
-                module = build()
-    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
+        # the parameters come from the file: no time and memory for random ones
+        with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+            module = build()
+    except Exception as error:  # each library has its own for numbers that make no model
         raise ValueError(f"{folder / 'config.json'} describes no such model: {one_line(error)}") from error
     try:
         state = load_file(path)

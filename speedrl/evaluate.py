@@ -1,0 +1,351 @@
+"""Evaluation: how good, how true to the prompt, how diverse and how fast, over a list of step counts."""
+
+import hashlib
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor
+
+from speedrl.files import read_lines, write_atomically, write_json
+from speedrl.judge import Judge, concepts_in, diversity, features, frechet, load_judge, pixel_diversity, recall
+from speedrl.models.checkpoint import Generator, find, load_generator
+from speedrl.reward import load_quality
+from speedrl.sample import contact_sheet, sample, save_png
+
+METRICS = {
+    "reward": "reward", "judge_r1": "R@1", "judge_r5": "R@5", "frechet": "Fréchet", "diversity": "diversity",
+    "pixel_diversity": "pixel diversity",
+}  # fmt: skip
+
+
+def evaluate(
+    models: Sequence[str],
+    *,
+    out: str | Path = "runs/eval",
+    steps: Sequence[int] = (1, 2, 4, 8, 16, 32),
+    guidance: Sequence[float] | None = None,
+    temperature: Sequence[float] | None = None,
+    prompts: str | Path | Sequence[str] | None = None,
+    held_out: str | Path | Sequence[str] | None = None,
+    count: int = 4,
+    seeds: int = 3,
+    quality: str | None = "embedded",
+    pictures: int = 10,
+    batch: int = 64,
+    compile: bool = False,
+    device: str = "cpu",
+) -> list[dict]:
+    """Evaluates every model at every step count, guidance and temperature, on each set of prompts: one row each.
+
+    guidance None is the model's own and 1 (none); temperature None is the model's own. Prompts are files of lines or
+    lists: without any, the sets "seen" and "held-out" are the embedded model's two lists; `prompts` alone is evaluated
+    alone, as "given", and `held_out` beside it as "given held-out". `count` pictures of each prompt for each of
+    `seeds` seeds; picture i of a seed starts from the same noise whatever the model and the settings. `quality` None
+    leaves the reward out. `pictures` is the number of columns of the contact sheet, 0 for none. `compile` pays where
+    there are many pictures.
+
+    A row: model, prompts (the set), steps, guidance, temperature, network_calls (one a step, two with guidance),
+    seconds_per_image (median over seeds; text encoder and decoder included, in batches of at most `batch`), and each
+    of METRICS with METRIC_spread, the standard deviation over seeds (n - 1); None where it has no meaning.
+    Writes out/results.json after each row, quality_against_calls.png and pictures.png, and prints a table. Rows that
+    results.json already has for the same weights, prompts, judge and settings are not computed again, and other rows
+    stay in the file unless their model's weights have changed. ValueError or FileNotFoundError for bad input, before
+    anything is computed.
+    """
+    out, models = Path(out), list(dict.fromkeys(map(str, models)))
+    if not models:
+        raise ValueError("there is no model to evaluate: give at least one")
+    if not steps or min(steps) < 1:
+        raise ValueError(f"step counts must be at least 1, got {list(steps)}")
+    if count < 1 or seeds < 1 or batch < 1:
+        raise ValueError(f"count, seeds and batch must be at least 1, got {count}, {seeds} and {batch}")
+    sets = prompt_sets(prompts, held_out)
+    parts = ("transformer", "vqvae", "text_encoder", "tokenizer", "scheduler")
+    weights = {model: fingerprint(*(find(model) / part for part in parts)) for model in models}
+    kept = read_results(out / "results.json")
+    kept = {key: row for key, row in kept.items() if weights.get(row["model"], row["weights"]) == row["weights"]}
+    console = Console()
+    judge = judge_if_there(device, console)
+    score = load_quality(quality, device=device) if quality else None
+    embedded = Path(__file__).parent / "models" / "embedded"
+    judged_by = fingerprint(embedded / "judge", embedded / "reward" if quality == "embedded" else Path(quality or ""))
+
+    rows, sheet, labels, done = [], [], [], 0
+    shown = next(iter(sets.values()))[:pictures]
+    bar = (BarColumn(), TaskProgressColumn(), TextColumn("left"), TimeRemainingColumn())
+    with Progress(TextColumn("{task.description}"), *bar, console=console) as progress:
+        task = progress.add_task("loading", total=None)
+        for number, model in enumerate(models):
+            generator = load_generator(model, device=device)
+            strengths = list(dict.fromkeys(guidance or (generator.guidance, 1.0)))
+            heats = list(dict.fromkeys(temperature or (generator.temperature,)))
+            for s in dict.fromkeys(steps) if shown else ():
+                progress.update(task, description=f"{shorten(model)}: pictures")
+                sheet.append(sample(generator, shown, steps=s, guidance=strengths[0], temperature=heats[0]).cpu())
+                labels.append(f"{shorten(model)}, {s} step{'s' * (s > 1)}")
+            if compile:  # after the contact sheet, whose few pictures would not pay for it
+                generator.transformer.compile_blocks()
+            todo = []
+            for g, t, s, which in itertools.product(strengths, heats, dict.fromkeys(steps), sets):
+                row = {"model": model, "prompts": which, "steps": s, "guidance": float(g), "temperature": float(t),
+                       "network_calls": network_calls(s, g), "weights": weights[model]}  # fmt: skip
+                settings = json.dumps([row, sets[which], count, seeds, quality, judged_by, device])
+                row["settings"] = hashlib.sha256(settings.encode()).hexdigest()[:16]
+                old = kept.get(identity(row), {})
+                rows.append(old if old.get("settings") == row["settings"] else row)
+                if rows[-1] is row:
+                    todo.append(row)
+            effort = [len(sets[row["prompts"]]) * (row["network_calls"] + 2) for row in todo]
+            # the models to come are taken to cost as much as this one
+            progress.update(task, total=done + sum(effort) * (len(models) - number), completed=done)
+            for row, cost in zip(todo, effort, strict=True):
+                label = f"{shorten(model)}: {row['steps']} steps, guidance {row['guidance']:g}, {row['prompts']}"
+                progress.update(task, description=label)
+                row |= one_cell(
+                    generator, judge, score, sets[row["prompts"]], which=row["prompts"], steps=row["steps"],
+                    guidance=row["guidance"], temperature=row["temperature"], count=count, seeds=seeds, batch=batch,
+                    after_seed=lambda cost=cost: progress.advance(task, cost / seeds),
+                )  # fmt: skip
+                done += cost
+                kept[identity(row)] = row
+                write_json(out / "results.json", list(kept.values()))
+    plot(rows, out / "quality_against_calls.png", real=judge.real if judge else None)
+    if sheet:
+        scale = max(1, 96 // sheet[0].shape[-1])
+        save_png(contact_sheet(sheet, labels=labels, titles=shown, scale=scale), out / "pictures.png")
+    console.print(table(rows))
+    console.print(f"wrote results.json, quality_against_calls.png{' and pictures.png' * bool(sheet)} in {out}")
+    return rows
+
+
+def one_cell(
+    generator: Generator,
+    judge: Judge | None,
+    quality: Callable[[Tensor, list[str]], Tensor] | None,
+    prompts: list[str],
+    *,
+    which: str,
+    steps: int,
+    guidance: float,
+    temperature: float,
+    count: int,
+    seeds: int,
+    batch: int,
+    after_seed: Callable[[], object],
+) -> dict[str, float | None]:
+    """seconds_per_image, METRICS and their spread, of `count` pictures of each prompt for each seed 0 .. seeds - 1."""
+    wanted = [prompt for prompt in prompts for _ in range(count)]
+    # compilation and first calls stay out of the clock
+    sample(generator, wanted[:batch], steps=1, guidance=guidance, temperature=temperature, batch=batch)
+    values, seconds = [], []
+    for seed in range(seeds):
+        began = time.perf_counter()
+        images = sample(
+            generator, wanted, steps=steps, guidance=guidance, temperature=temperature, seed=seed, batch=batch
+        ).cpu()
+        seconds.append((time.perf_counter() - began) / len(wanted))
+        values.append(measure(judge, quality, images.unflatten(0, (-1, count)), prompts, which=which))
+        after_seed()
+    return {"seconds_per_image": statistics.median(seconds)} | over_seeds(values)
+
+
+def measure(
+    judge: Judge | None,
+    quality: Callable[[Tensor, list[str]], Tensor] | None,
+    images: Tensor,
+    prompts: list[str],
+    *,
+    which: str = "seen",
+) -> dict[str, float | None]:
+    """METRICS of pictures [P, n, 3, H, W] in [0, 1], n of each of P prompts; None where one has no meaning.
+
+    reward: the mean quality. judge_r1, judge_r5: the share of pictures that show a concept of their prompt, over the
+    prompts that name one. frechet: to the real pictures of the prompts `which`, so for those two sets alone.
+    diversity and pixel_diversity: within a prompt, for n of 2 or more. ValueError where P differs.
+    """
+    if len(images) != len(prompts):
+        raise ValueError(f"pictures of {len(images)} prompts for {len(prompts)} prompts")
+    n, found = images.shape[1], dict.fromkeys(METRICS)
+    flat, repeated = images.flatten(0, 1), [prompt for prompt in prompts for _ in range(n)]
+    if quality is not None:
+        found["reward"] = float(quality(flat, repeated).float().mean())
+    if n > 1:
+        found["pixel_diversity"] = pixel_diversity(images)
+    if judge is None:
+        return found
+    values = features(judge, flat)
+    if n > 1:
+        found["diversity"] = diversity(judge, values.unflatten(0, images.shape[:2]))
+    concepts = [concepts_in(prompt, judge.names) for prompt in repeated]
+    named = [i for i, concept in enumerate(concepts) if concept]
+    if named:
+        first, five = recall(judge, values[named], [concepts[i] for i in named])
+        found["judge_r1"], found["judge_r5"] = float(first.float().mean()), float(five.float().mean())
+    if which in judge.real_mean and len(values) > 1:
+        found["frechet"] = frechet(judge, values, prompts=which)
+    return found
+
+
+def over_seeds(values: list[dict[str, float | None]]) -> dict[str, float | None]:
+    """Mean of each metric over seeds, and METRIC_spread, its standard deviation (n - 1; None for one seed)."""
+    row = {}
+    for metric in METRICS:
+        known = [value[metric] for value in values if value.get(metric) is not None]
+        row[metric] = statistics.fmean(known) if known else None
+        row[f"{metric}_spread"] = statistics.stdev(known) if len(known) > 1 else None
+    return row
+
+
+def network_calls(steps: int, guidance: float) -> int:
+    """Network calls of one picture: one a step, two with guidance."""
+    return steps * (1 if guidance == 1 else 2)
+
+
+def prompt_sets(
+    prompts: str | Path | Sequence[str] | None, held_out: str | Path | Sequence[str] | None
+) -> dict[str, list[str]]:
+    """The prompts of each set, as `evaluate` says. ValueError for an empty list."""
+
+    def lines(source: str | Path | Sequence[str]) -> list[str]:
+        found = read_lines(source) if isinstance(source, str | Path) else [line for line in source if line.strip()]
+        if not found:
+            raise ValueError("the list of prompts is empty: give at least one")
+        return found
+
+    own = Path(__file__).parent / "models" / "embedded" / "prompts"
+    sets = {"seen": lines(own / "eval.txt")} if prompts is None else {"given": lines(prompts)}
+    if held_out is not None:
+        sets["given held-out"] = lines(held_out)
+    elif prompts is None:
+        sets["held-out"] = lines(own / "held_out.txt")
+    return sets
+
+
+def judge_if_there(device: str, console: Console) -> Judge | None:
+    try:
+        return load_judge(device=device)
+    except FileNotFoundError as error:
+        console.print(f"no judge, so no recall, Fréchet distance or diversity: {error}")
+        return None
+
+
+def fingerprint(*folders: Path) -> str:
+    """Hash of the files in these folders: a model trained anew under its old name is another one."""
+    digest = hashlib.sha256()
+    for path in (path for folder in folders for path in sorted(folder.glob("*")) if path.is_file()):
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def identity(row: dict) -> tuple:
+    """What a row of results.json is about: there is one for each."""
+    return tuple(row[name] for name in ("model", "prompts", "steps", "guidance", "temperature"))
+
+
+def read_results(path: Path) -> dict[tuple, dict]:
+    """The rows of an earlier results.json by their identity. ValueError where it is no such file."""
+    if not path.exists():
+        return {}
+    try:
+        rows = json.loads(path.read_text())
+        return {identity(row): row for row in rows if row["settings"] and row["weights"]}
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"{path} is not an evaluation's result: move it away, or give another folder") from None
+
+
+def shorten(model: str, *, width: int = 28) -> str:
+    return model if len(model) <= width else "…" + model[1 - width :]
+
+
+def columns_of(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
+    """A header and a line of text for each row; metrics that no row has are left out."""
+    shown = {name: title for name, title in METRICS.items() if any(row.get(name) is not None for row in rows)}
+
+    def number(row: dict, name: str) -> str:
+        value, spread = row.get(name), row.get(f"{name}_spread")
+        digits = 1 if name == "frechet" else 3
+        text = "–" if value is None else f"{value:.{digits}f}"
+        return text if spread is None else f"{text} ±{spread:.{digits}f}"
+
+    header = ["model", "prompts", "steps", "guidance", "temperature", "calls", "s/image", *shown.values()]
+    lines = [
+        [shorten(row["model"]), row["prompts"], str(row["steps"]), f"{row['guidance']:g}", f"{row['temperature']:g}",
+         str(row["network_calls"]), f"{row['seconds_per_image']:.3f}", *(number(row, name) for name in shown)]
+        for row in rows
+    ]  # fmt: skip
+    return header, lines
+
+
+def table(rows: list[dict]) -> Table:
+    """Rows for the terminal; ± is the spread over seeds."""
+    header, lines = columns_of(rows)
+    shown = Table(box=None, header_style="bold", pad_edge=False)
+    for i, title in enumerate(header):
+        shown.add_column(title, justify="right" if i > 1 else "left", overflow="fold")
+    for line in lines:
+        shown.add_row(*line)
+    return shown
+
+
+def markdown(rows: list[dict]) -> str:
+    """Rows as a table in Markdown."""
+    header, lines = columns_of(rows)
+    rule = ["---" if i < 2 else "--:" for i in range(len(header))]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *lines)) + "\n"
+
+
+def plot(rows: list[dict], path: Path, *, real: dict | None = None) -> None:
+    """Quality against network calls into a PNG: a row of panels for each set of prompts, a column for each metric.
+
+    A curve for each model, guidance and temperature, told apart by marker and dash as well as by colour; bars are the
+    spread over seeds. `real` is judge.real: a dotted line where real pictures are.
+    """
+    from matplotlib.figure import Figure  # without pyplot: no global state, no window
+
+    sets = list(dict.fromkeys(row["prompts"] for row in rows))
+    metrics = [m for m in METRICS if m != "judge_r5" and any(row.get(m) is not None for row in rows)]
+    if not metrics:
+        return
+    curves = list(dict.fromkeys((row["model"], row["guidance"], row["temperature"]) for row in rows))
+    heats = {temperature for _, _, temperature in curves}
+    figure = Figure(figsize=(3.4 * len(metrics), 2.9 * len(sets) + 0.3 * len(curves)), layout="constrained", dpi=130)
+    axes = figure.subplots(len(sets), len(metrics), squeeze=False)
+    ticks = sorted({row["network_calls"] for row in rows})
+    for (i, which), (j, metric) in ((a, b) for a in enumerate(sets) for b in enumerate(metrics)):
+        panel = axes[i][j]
+        for k, (model, guidance, temperature) in enumerate(curves):
+            points = sorted(
+                (row["network_calls"], row[metric], row.get(f"{metric}_spread") or 0)
+                for row in rows
+                if (row["model"], row["guidance"], row["temperature"]) == (model, guidance, temperature)
+                and row["prompts"] == which
+                and row.get(metric) is not None
+            )
+            if points:
+                label = f"{shorten(model)}, guidance {guidance:g}"
+                label += f", temperature {temperature:g}" if len(heats) > 1 else ""
+                calls, values, spreads = zip(*points, strict=True)
+                panel.errorbar(
+                    calls, values, yerr=spreads, label=label,
+                    marker="osD^vPX*<>"[k % 10], linestyle=("-", "--", "-.", (0, (1, 1)))[k % 4], color=f"C{k % 10}",
+                    markersize=5, linewidth=1.4, capsize=2,
+                )  # fmt: skip
+        if real and real.get(which, {}).get(metric) is not None:
+            panel.axhline(real[which][metric], color="black", linestyle=":", linewidth=1, label="real pictures")
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(ticks, [str(tick) for tick in ticks])
+        panel.grid(alpha=0.3)
+        panel.set_title(f"{METRICS[metric]}, {which} prompts", fontsize=10)
+        panel.set_xlabel("network calls a picture" if i == len(sets) - 1 else "")
+    pairs = [pair for panel in axes.flat for pair in zip(*panel.get_legend_handles_labels(), strict=True)]
+    known = {label: handle for handle, label in pairs}
+    figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=2, fontsize=9, frameon=False)
+    write_atomically(path, lambda partial: figure.savefig(partial, format="png"))

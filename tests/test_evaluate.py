@@ -1,0 +1,135 @@
+"""Evaluation on a tiny random generator: what a row says, and what is not computed twice."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import speedrl.evaluate
+from speedrl.evaluate import columns_of, evaluate, markdown, measure, network_calls, plot, prompt_sets
+from speedrl.judge import Judge
+
+PROMPTS = ["a dog", "a cat", "nothing of note"]
+
+
+def redness(images, prompts):
+    assert len(images) == len(prompts)
+    return images[:, 0].mean((1, 2))
+
+
+@pytest.fixture
+def judge(monkeypatch):
+    """A judge whose features are the picture's mean colour, of three concepts: red, green and blue."""
+    made = Judge(
+        torch.nn.Identity(), ["dog", "cat", "bird"], frozenset({"bird"}), torch.full((3,), 0.5), torch.eye(3),
+        torch.eye(3)[:, :2], {"seen": torch.zeros(2)}, {"seen": torch.eye(2)}, {"seen": {"judge_r1": 0.6}},
+    )  # fmt: skip
+    monkeypatch.setattr(speedrl.evaluate, "features", lambda judge, images: images.mean((2, 3)))
+    monkeypatch.setattr(speedrl.evaluate, "load_judge", lambda device: made)
+    monkeypatch.setattr(speedrl.evaluate, "load_quality", lambda name, device: redness)
+    return made
+
+
+def flat(*colours):
+    return torch.tensor(colours, dtype=torch.float32)[:, :, None, None].expand(-1, -1, 8, 8)
+
+
+def test_measure(judge):
+    red, green = flat((1, 0, 0)), flat((0, 1, 0))
+    images = torch.stack([torch.cat([red, red]), torch.cat([green, red]), torch.cat([red, green])])
+    found = measure(judge, redness, images, PROMPTS)
+    assert found["judge_r1"] == 0.75  # the third prompt names nothing
+    assert found["judge_r5"] == 1 and found["reward"] == pytest.approx(4 / 6)
+    assert found["pixel_diversity"] == pytest.approx((2 / 3) ** 0.5 * 2 / 3)
+    assert found["frechet"] > 0 and found["diversity"] > 0
+    assert measure(judge, redness, images, PROMPTS, which="given")["frechet"] is None
+    nameless = measure(judge, None, images[:1, :1], PROMPTS[2:])
+    assert all(value is None for value in nameless.values())
+    bare = measure(None, redness, images, PROMPTS)
+    assert bare["reward"] is not None and bare["judge_r1"] is None and bare["diversity"] is None
+    with pytest.raises(ValueError, match="3 prompts"):
+        measure(judge, redness, images, PROMPTS[:2])
+
+
+def test_rows_and_files(judge, tiny_generator_folder, tmp_path, capsys):
+    options = dict(out=tmp_path, prompts=PROMPTS, held_out=["a bird"], count=2, seeds=2, pictures=2, batch=4)
+    rows = evaluate([tiny_generator_folder], steps=(1, 2), **options)
+    assert len(rows) == 2 * 2 * 2  # steps, guidance 3 and 1, prompts
+    assert {row["prompts"] for row in rows} == {"given", "given held-out"}
+    for row in rows:
+        assert row["network_calls"] == row["steps"] * (2 if row["guidance"] == 3 else 1)
+        assert row["temperature"] == 1.5 and row["seconds_per_image"] > 0
+        assert row["reward"] is not None and row["reward_spread"] is not None
+    assert json.loads((tmp_path / "results.json").read_text()) == rows
+    for name in ("pictures.png", "quality_against_calls.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert "R@1" in capsys.readouterr().out
+    assert len(columns_of(rows)[1]) == markdown(rows).count("\n") - 2 == 8
+
+
+def test_what_is_there_is_kept_and_the_rest_computed(judge, tiny_generator_folder, tmp_path, monkeypatch):
+    folder = shutil.copytree(tiny_generator_folder, tmp_path / "model")
+    options = dict(out=tmp_path / "out", prompts=PROMPTS, count=2, seeds=1, pictures=0, guidance=(1.0,))
+    one, measured = speedrl.evaluate.one_cell, []
+
+    def counted(*args, **kwargs):
+        measured.append((kwargs["steps"], kwargs["temperature"]))
+        return one(*args, **kwargs)
+
+    monkeypatch.setattr(speedrl.evaluate, "one_cell", counted)
+    first = evaluate([folder], steps=(1, 2), **options)
+    again = evaluate([folder], steps=(1, 2, 3), **options)
+    assert measured == [(1, 1.5), (2, 1.5), (3, 1.5)] and again[:2] == first
+    evaluate([folder], steps=(1,), temperature=(0.5, 1.5), **options)
+    assert measured[3:] == [(1, 0.5)]
+    assert len(json.loads((tmp_path / "out" / "results.json").read_text())) == 4  # nothing computed is lost
+    evaluate([folder], steps=(1,), **options | {"count": 3})
+    assert measured[4:] == [(1, 1.5)]
+    config = folder / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text() + " ")  # another model under the same name
+    evaluate([folder], steps=(2,), **options)
+    assert measured[5:] == [(2, 1.5)] and len(json.loads((tmp_path / "out" / "results.json").read_text())) == 1
+
+
+def test_same_seed_same_row(judge, tiny_generator_folder, tmp_path):
+    options = dict(steps=(2,), prompts=PROMPTS, count=2, seeds=2, pictures=0, guidance=(1.0,))
+    (first,) = evaluate([tiny_generator_folder], out=tmp_path / "a", **options)
+    (second,) = evaluate([tiny_generator_folder], out=tmp_path / "b", batch=5, **options)
+    for metric in ("reward", "judge_r1", "pixel_diversity"):
+        assert first[metric] == pytest.approx(second[metric], abs=1e-4)
+
+
+def test_bad_input(judge, tiny_generator_folder, tmp_path):
+    with pytest.raises(ValueError, match="no model"):
+        evaluate([], out=tmp_path)
+    with pytest.raises(ValueError, match="step counts"):
+        evaluate([tiny_generator_folder], out=tmp_path, steps=(4, 0))
+    with pytest.raises(ValueError, match="list of prompts is empty"):
+        evaluate([tiny_generator_folder], out=tmp_path, prompts=[" "])
+    with pytest.raises(ValueError, match="at least 1"):
+        evaluate([tiny_generator_folder], out=tmp_path, prompts=PROMPTS, count=0)
+    with pytest.raises(FileNotFoundError):
+        evaluate([tmp_path / "absent"], out=tmp_path, prompts=PROMPTS)
+    (tmp_path / "results.json").write_text("text")
+    with pytest.raises(ValueError, match="not an evaluation"):
+        evaluate([tiny_generator_folder], out=tmp_path, prompts=PROMPTS)
+
+
+def test_sets_and_calls(tmp_path):
+    (tmp_path / "p.txt").write_text("a dog\n\na cat\n")
+    assert prompt_sets(tmp_path / "p.txt", None) == {"given": ["a dog", "a cat"]}
+    assert list(prompt_sets(["x"], ["y"])) == ["given", "given held-out"]
+    assert network_calls(8, 1) == 8 and network_calls(8, 1.5) == 16
+
+
+def test_plot_of_many_curves(tmp_path):
+    rows = [
+        {"model": f"runs/{m}", "prompts": which, "steps": s, "guidance": 1.0, "temperature": t, "network_calls": s,
+         "seconds_per_image": 0.1, "reward": s / 9, "reward_spread": 0.01, "judge_r1": None}
+        for m in range(6) for which in ("seen", "held-out") for s in (1, 2, 4) for t in (0.5, 2.0)
+    ]  # fmt: skip
+    plot(rows, tmp_path / "plot.png", real={"seen": {"reward": 0.4}})
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+    plot([row | {"reward": None} for row in rows], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
