@@ -20,7 +20,8 @@ class Display:
             TimeRemainingColumn(), console=self.console,
         )  # fmt: skip
         self.task = self.progress.add_task("training", total=total, completed=first)
-        self.live = Live(self.render(), console=self.console, refresh_per_second=2) if self.console.is_terminal else None
+        terminal = self.console.is_terminal
+        self.live = Live(self.render(), console=self.console, refresh_per_second=2) if terminal else None
 
     def __enter__(self) -> "Display":
         self.began = time.time()

@@ -61,7 +61,7 @@ def step_range(text: str) -> tuple[int, int]:
 
 
 def rows(batch: Rollout, keep: Tensor, *, mask_id: int, every_place: bool = False) -> Rows:
-    """Replays the states of the steps in `keep`, bool [B, S]. With `every_place` all masked places, not the revealed."""
+    """Replays the states of the steps in `keep`, bool [B, S]; with `every_place` for all places, not the revealed."""
     sample, step = keep.nonzero(as_tuple=True)
     part = Rollout(*(None if field is None else field[sample] for field in batch))
     tokens = state(part, step, mask_id=mask_id)
@@ -77,8 +77,11 @@ def rows(batch: Rollout, keep: Tensor, *, mask_id: int, every_place: bool = Fals
     return Rows(sample, step, tokens, countdown, places, drawn.gather(1, places), revealed.gather(1, places))
 
 
-def place_logits(transformer: nn.Module, part: Rows, prompts: Prompts, empty: Prompts, *, guidance: float, grid) -> Tensor:
-    """Guided logits at a row's places, float32 [R, K, V]: the head runs there only."""
+def place_logits(
+    transformer: nn.Module, part: Rows, prompts: Prompts, empty: Prompts, *, guidance: float, grid: tuple[int, int]
+) -> Tensor:
+    """Guided logits at the rows' places, float32 [R, K, V]: the head runs there only."""
+
     def at_places(tokens: Tensor, timestep: Tensor, prompts: Prompts, places: Tensor) -> Tensor:
         features = transformer.features(tokens.unflatten(1, grid), timestep, *prompts)
         return transformer.head(features.gather(1, places[..., None].expand(-1, -1, features.shape[-1])))
@@ -160,14 +163,15 @@ def save(out: Path, transformer: nn.Module, optimizer, random: torch.Generator, 
 
 
 def restore(out: Path, transformer: nn.Module, optimizer, random: torch.Generator) -> int:
-    """Loads OUT/checkpoint.pt into place, drops metrics past it, and returns its iteration. ValueError if it is damaged."""
+    """Loads OUT/checkpoint.pt into place, drops metrics past it, returns its iteration. ValueError if it is damaged."""
     try:
         state = torch.load(out / "checkpoint.pt", weights_only=True, map_location="cpu")
         transformer.load_state_dict(state["transformer"])
         optimizer.load_state_dict(state["optimizer"])
         random.set_state(state["random"])
     except Exception as error:  # torch has no common error for a damaged file
-        raise ValueError(f"{out / 'checkpoint.pt'} is damaged or another model's ({type(error).__name__}): delete it") from error
+        what = f"{out / 'checkpoint.pt'} is damaged or another model's"
+        raise ValueError(f"{what} ({type(error).__name__}): start the run anew in another folder") from error
     metrics = out / "metrics.jsonl"
     lines = metrics.read_text().splitlines(keepends=True)[: state["iteration"]] if metrics.exists() else []
     write_atomically(metrics, lambda partial: partial.write_text("".join(lines)))
@@ -324,8 +328,10 @@ def train(
             prompt = take(encoded, chosen.to(device))
             policy = guided_policy(transformer, prompt, empty, guidance=guidance, grid=grid)
             with autocast:
-                batch = rollout(policy, counts, noise, length=length, mask_id=generator.mask_id, temperature=temperature,
-                                schedule=schedule, order=order, record=likelihood == "exact")  # fmt: skip
+                batch = rollout(
+                    policy, counts, noise, length=length, mask_id=generator.mask_id, temperature=temperature,
+                    schedule=schedule, order=order, record=likelihood == "exact",
+                )  # fmt: skip
 
             # REWARDS
             pictures = decode(generator, batch.tokens)
@@ -383,5 +389,7 @@ def train(
                 break
     if done < iterations:
         raise KeyboardInterrupt(f"stopped after iteration {done}; go on with the same command and --resume")
-    save_generator(generator, out / "model", dtype=torch.float32)
+    # from here on the model is sampled as it was trained
+    how = {"num_inference_steps": bounds[1], "guidance_scale": guidance, "temperature": temperature}
+    save_generator(generator._replace(scheduler=generator.scheduler | how), out / "model")
     return out / "model"

@@ -67,10 +67,10 @@ def main(
         torch.set_num_threads(1)
         return train_base.train(blocks, names, tags, cache / "base", steps=base_steps)
     train_base.tokenizer(names, tags, cache / "base")
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "-m", "experiments.embedded",
-         "--only-base", "--cache", str(cache), "--base-steps", str(base_steps)], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "-m"]
+    options = ["--only-base", "--cache", str(cache), "--base-steps", str(base_steps)]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*launcher, "experiments.embedded", *options], check=True, env=one_thread)
     train_base.export(cache / "base", cache / "vq", out)
     train_clip.train(sprites, names, tags, cache / "vq", centres, out / "reward")
     build_judge.build(packages, cache, out)

@@ -30,7 +30,9 @@ class Picture(NamedTuple):
     places: tuple[tuple[int, int], ...]  # x, y of the upper left corner
 
 
-def draw(rng: np.random.Generator, *, concepts: int, styles: int = 3, pair: float = 0.15, small: float = 0.25) -> Picture:
+def draw(
+    rng: np.random.Generator, *, concepts: int, styles: int = 3, pair: float = 0.15, small: float = 0.25
+) -> Picture:
     """Draws one picture's content."""
     colour = str(rng.choice(list(COLOURS)))
     style = int(rng.integers(styles))

@@ -32,7 +32,7 @@ SPRITE = 128  # pixels; larger than any size that a composition asks for
 
 # Things with a shape of their own. Left out: near twins (clock faces, moon phases, "dog face" beside "dog"),
 # scenes that fill their frame, and things that differ by a detail under 4 pixels.
-SUBGROUPS = (
+SUBGROUPS = (  # noqa: SIM905
     "animal-mammal animal-bird animal-amphibian animal-reptile animal-marine animal-bug plant-flower plant-other "
     "food-fruit food-vegetable food-prepared food-asian food-sweet drink transport-water transport-air"
 ).split()
@@ -124,7 +124,8 @@ def held_out(names: list[str]) -> set[str]:
 def concepts(folder: Path) -> list[dict]:
     """Concepts with all three training designs and at least two of the judge's: name, tags, and a key per vendor."""
     meta = json.loads((folder / "emojibase-data/meta/groups.json").read_text())["subgroups"]
-    icons = {v: json.loads((folder / v / "icons.json").read_text())["icons"] for v in (*TRAIN_VENDORS[:2], *JUDGE_VENDORS)}
+    vendors = (*TRAIN_VENDORS[:2], *JUDGE_VENDORS)
+    icons = {v: json.loads((folder / v / "icons.json").read_text())["icons"] for v in vendors}
     chars = {}
     for vendor in icons:
         path = folder / vendor / "chars.json"
@@ -160,7 +161,8 @@ def render(folder: Path, vendor: str, key: str, icons: dict) -> np.ndarray:
         table, icon = icons[vendor], icons[vendor]["icons"][key]
         width, height = icon.get("width", table.get("width", 16)), icon.get("height", table.get("height", 16))
         box = f"{icon.get('left', 0)} {icon.get('top', 0)} {width} {height}"
-        svg = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{box}">{icon["body"]}</svg>'
+        names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+        svg = f'<svg {names} viewBox="{box}">{icon["body"]}</svg>'
         png = resvg_py.svg_to_bytes(svg_string=svg, width=256, height=256)
         picture = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
     bounds = picture.getchannel("A").point(lambda a: 255 * (a > 16)).getbbox()
@@ -174,7 +176,7 @@ def render(folder: Path, vendor: str, key: str, icons: dict) -> np.ndarray:
 
 
 def sprites(folder: Path, vendors: tuple[str, ...], out: Path) -> tuple[list[dict], np.ndarray]:
-    """All designs of ``vendors``: (concepts, uint8 [concepts, vendors, SPRITE, SPRITE, 4]); zeros where a vendor has none."""
+    """(concepts, their designs by ``vendors``, uint8 [concepts, vendors, SPRITE, SPRITE, 4], zeros where there is none)."""
     listed = concepts(folder)
     if out.exists():
         return listed, np.load(out)

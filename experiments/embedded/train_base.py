@@ -136,7 +136,8 @@ class Muon(torch.optim.Optimizer):
             for parameter in group["params"]:
                 buffer = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
                 buffer.lerp_(parameter.grad, 1 - group["momentum"])
-                by_shape.setdefault(tuple(parameter.shape), []).append((parameter, parameter.grad.lerp(buffer, group["momentum"])))
+                ahead = parameter.grad.lerp(buffer, group["momentum"])
+                by_shape.setdefault(tuple(parameter.shape), []).append((parameter, ahead))
             for shape, pairs in by_shape.items():
                 updates = orthogonalised(torch.stack([update for _, update in pairs]))
                 for (parameter, _), update in zip(pairs, updates, strict=True):
@@ -205,7 +206,8 @@ def train(
     torch.manual_seed(seed)
     tokenizer(names, tags, out)
     tokens_of = CLIPTokenizer.from_pretrained(out / "tokenizer")
-    model = torch.nn.ModuleDict({"transformer": MeissonicTransformer(**TRANSFORMER), "text": new_text_encoder(tokens_of)})
+    transformer, text_encoder = MeissonicTransformer(**TRANSFORMER), new_text_encoder(tokens_of)
+    model = torch.nn.ModuleDict({"transformer": transformer, "text": text_encoder})
     for module in model.modules():
         if isinstance(module, torch.nn.Embedding):
             torch.nn.init.normal_(module.weight, std=0.02)
@@ -245,7 +247,7 @@ def train(
     autocast = bf16_is_fast("cpu")
 
     @torch.compile
-    def objective(tokens: Tensor, ids: Tensor, noisy: Tensor, timestep: Tensor, places: Tensor, weights: Tensor) -> Tensor:
+    def objective(tokens, ids, noisy, timestep, places, weights) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             text = model["text"](ids, output_hidden_states=True)
             features = model["transformer"].features(
@@ -279,8 +281,8 @@ def train(
         recent.append(loss.item())
         if step % 25 == 24 and rank == 0:
             speed = (step + 1 - first) / (time.time() - began)
-            left = (steps - step) / speed / 60
-            print(f"base {step + 1}/{steps} loss {np.mean(recent):.3f} {speed:.2f} steps/s {left:.0f} min left", flush=True)
+            left = f"{(steps - step) / speed / 60:.0f} min left"
+            print(f"base {step + 1}/{steps} loss {np.mean(recent):.3f} {speed:.2f} steps/s {left}", flush=True)
             recent = []
         if step % save_every == save_every - 1 or step == steps - 1:
             replace(own, {"torch": torch.get_rng_state(), "numpy": stream.rng.bit_generator.state})

@@ -129,12 +129,14 @@ def train(
     codebook = model.quantize.embedding.weight.detach()
     for step, target, index in batches(encoder_steps, "encoder"):
         latents = rearrange(model.quant_conv(model.encoder(target)), "n c h w -> (n h w) c")
-        logits = latents @ codebook.T - codebook.square().sum(-1) / 2  # minus half the squared distance, but for a constant
+        # minus half the squared distance, but for a constant
+        logits = latents @ codebook.T - codebook.square().sum(-1) / 2
         loss = F.cross_entropy(logits, index)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % 50 == 0:
-            print(f"encoder {step} {loss.item():.4f} {(logits.argmax(-1) == index).float().mean().item():.3f}", flush=True)
+            right = (logits.argmax(-1) == index).float().mean().item()
+            print(f"encoder {step} {loss.item():.4f} {right:.3f}", flush=True)
     model.save_pretrained(out)

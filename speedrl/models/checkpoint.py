@@ -131,8 +131,8 @@ def save_generator(generator: Generator, out: Path, *, dtype: torch.dtype = torc
     text_config = generator.text_encoder.config.to_dict() | {"dtype": str(dtype).removeprefix("torch.")}
     pictures, words = "diffusion_pytorch_model", "model"  # the names that the libraries give their weights
     save_module(generator.transformer, generator.config, partial / "transformer", pictures, dtype=dtype)
-    vq_config = {key: value for key, value in generator.vqvae.config.items() if key not in ("_use_default_values", "_name_or_path")}
-    vq_config = {"_class_name": "VQModel"} | vq_config
+    private = ("_use_default_values", "_name_or_path")
+    vq_config = {"_class_name": "VQModel"} | {k: v for k, v in generator.vqvae.config.items() if k not in private}
     save_module(generator.vqvae, vq_config, partial / "vqvae", pictures, dtype=dtype)
     save_module(generator.text_encoder, text_config, partial / "text_encoder", words, dtype=dtype)
     write_json(partial / "scheduler/scheduler_config.json", generator.scheduler)

@@ -245,7 +245,7 @@ class Up(nn.Module):
 class MeissonicTransformer(nn.Module):
     """Logits over codes for every token of a masked grid. Keyword arguments are those of its config.json.
 
-    ValueError where the head's width does not match the rotary axes.
+    ValueError where the head's width does not match the rotary axes, or the pooled text the transformer.
     """
 
     def __init__(
@@ -264,9 +264,11 @@ class MeissonicTransformer(nn.Module):
         upsample: bool = True,
     ):
         super().__init__()
-        if sum(axes_dims_rope) != attention_head_dim:
-            raise ValueError(f"axes_dims_rope {tuple(axes_dims_rope)} must add up to attention_head_dim {attention_head_dim}")
         width, head = num_attention_heads * attention_head_dim, attention_head_dim
+        if sum(axes_dims_rope) != head:
+            raise ValueError(f"axes_dims_rope {tuple(axes_dims_rope)} must add up to attention_head_dim {head}")
+        if pooled_projection_dim != width:
+            raise ValueError(f"pooled_projection_dim {pooled_projection_dim} must be the transformer's width, {width}")
         self.axes = tuple(axes_dims_rope)
         self.gradient_checkpointing = False
         self.ropes: dict[tuple, Tensor] = {}
