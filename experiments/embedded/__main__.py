@@ -5,7 +5,6 @@ interruption. Stages: packages, sprites, tokenizer, base, reward, judge.
 """
 
 import os
-import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,6 @@ import typer
 from typer import Option
 
 from experiments.embedded import build_judge, compose, data, train_base, train_clip, train_vq
-from speedrl.files import write_atomically
 from speedrl.platform import quiet_allocator
 
 EMBEDDED = Path(__file__).parents[2] / "speedrl/models/embedded"
@@ -34,20 +32,13 @@ def pictures(sprites: np.ndarray, path: Path, *, count: int = 6000, seed: int = 
     return np.load(path)
 
 
-def tables(sprites: np.ndarray, centres: torch.Tensor, path: Path) -> dict[int, np.ndarray]:
-    """`train_base.token_tables`, kept in `path`."""
-    if not path.exists():
-        made = train_base.token_tables(sprites, centres)
-        write_atomically(path, lambda partial: partial.write_bytes(pickle.dumps(made)))
-    return pickle.loads(path.read_bytes())  # our own file
-
-
 def main(
     *,
     cache: Annotated[Path, Option(help="Where packages, pictures and checkpoints stay.")] = Path("runs/rebuild"),
     out: Annotated[Path, Option(help="The generator's folder.")] = EMBEDDED,
     base_steps: Annotated[int, Option(help="Updates of the base.")] = 2000,
-    processes: Annotated[int, Option(help="Processes for the base, one a core.")] = os.cpu_count() or 1,
+    device: Annotated[str, Option(help="Where the base trains: cpu, in a process a core, or cuda.")] = "cpu",
+    processes: Annotated[int, Option(help="Processes of the base on the CPU.")] = os.cpu_count() or 1,
     only_base: Annotated[bool, Option(hidden=True)] = False,
 ) -> None:
     """Rebuild the embedded model, hours on two cores."""
@@ -61,16 +52,19 @@ def main(
         train_vq.train(pictures(sprites, cache / "pictures.npy"), cache / "vq")
         (cache / "vq/done").touch()
     centres = torch.load(cache / "vq/centres.pt", weights_only=True)
-    blocks = tables(sprites, centres, cache / "tables.pkl")
     if only_base:  # one of the processes started below
         torch.distributed.init_process_group("gloo")
         torch.set_num_threads(1)
-        return train_base.train(blocks, names, tags, cache / "base", steps=base_steps)
-    train_base.tokenizer(names, tags, cache / "base")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "-m"]
-    options = ["--only-base", "--cache", str(cache), "--base-steps", str(base_steps)]
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*launcher, "experiments.embedded", *options], check=True, env=one_thread)
+        return train_base.train(train_base.read_pool(cache / "base"), cache / "base", steps=base_steps)
+    if not (cache / "base/pool.safetensors").exists():
+        train_base.make_pool(train_base.token_tables(sprites, centres), names, tags, cache / "base")
+    if device == "cpu":
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "-m"]
+        options = ["--only-base", "--cache", str(cache), "--base-steps", str(base_steps)]
+        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+        subprocess.run([*launcher, "experiments.embedded", *options], check=True, env=one_thread)
+    else:
+        train_base.train(train_base.read_pool(cache / "base"), cache / "base", steps=base_steps, device=device)
     train_base.export(cache / "base", cache / "vq", out)
     train_clip.train(sprites, names, tags, cache / "vq", centres, out / "reward")
     build_judge.build(packages, cache, out)

@@ -176,7 +176,7 @@ def render(folder: Path, vendor: str, key: str, icons: dict) -> np.ndarray:
 
 
 def sprites(folder: Path, vendors: tuple[str, ...], out: Path) -> tuple[list[dict], np.ndarray]:
-    """(concepts, their designs by ``vendors``, uint8 [concepts, vendors, SPRITE, SPRITE, 4], zeros where there is none)."""
+    """(concepts, their designs, uint8 [concepts, vendors, SPRITE, SPRITE, 4], zeros where a vendor has none)."""
     listed = concepts(folder)
     if out.exists():
         return listed, np.load(out)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 import time
 from pathlib import Path
@@ -12,10 +11,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from rich.progress import track
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from experiments.embedded import compose
 from experiments.embedded.train_vq import PATCH, nearest, patches
+from speedrl.files import write_atomically
 from speedrl.models.checkpoint import Generator, save_generator
 from speedrl.models.meissonic import MeissonicTransformer
 from speedrl.platform import bf16_is_fast, import_torchvision
@@ -144,22 +145,41 @@ class Muon(torch.optim.Optimizer):
                     parameter.add_(update, alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
 
 
-class Batches:
-    """An endless stream of (tokens int64 [B, 256], caption ids int64 [B, WORDS]), from its own seeded generator."""
+def read_pool(out: Path) -> dict[str, Tensor]:
+    """What `make_pool` wrote: tokens int16 [N, 256] and caption ids int16 [N, WORDS]."""
+    return load_file(out / "pool.safetensors")
 
-    def __init__(self, tables, names, tags, tokenizer, *, batch: int, seed: int, empty: float = 0.1):
-        self.tables, self.names, self.tags, self.tokenizer = tables, names, tags, tokenizer
-        self.batch, self.empty, self.rng = batch, empty, np.random.default_rng(seed)
 
-    def __next__(self) -> tuple[Tensor, Tensor]:
-        drawn = [compose.draw(self.rng, concepts=len(self.names)) for _ in range(self.batch)]
-        grids = np.stack([paste(picture, self.tables) for picture in drawn]).reshape(self.batch, -1)
-        captions = [compose.caption(picture, self.names, self.tags, self.rng) for picture in drawn]
-        captions = ["" if self.rng.random() < self.empty else caption for caption in captions]
-        ids = self.tokenizer(
-            captions, padding="max_length", truncation=True, max_length=WORDS, return_tensors="pt"
+def make_pool(
+    tables: dict[int, np.ndarray],
+    names: list[str],
+    tags: list[list[str]],
+    out: Path,
+    *,
+    pictures: int = 300_000,
+    empty: float = 0.1,
+    seed: int = 0,
+) -> None:
+    """Draws the pictures to train on into out/pool.safetensors, for `read_pool`, and trains out/tokenizer.
+
+    A share `empty` of the captions is empty, for guidance.
+    """
+    from transformers import CLIPTokenizer
+
+    tokenizer(names, tags, out)
+    tokens_of, rng = CLIPTokenizer.from_pretrained(out / "tokenizer"), np.random.default_rng(seed)
+    tokens, ids = np.empty((pictures, 256), np.int16), np.empty((pictures, WORDS), np.int16)
+    for first in track(range(0, pictures, 1000), "compositions"):
+        part = slice(first, min(first + 1000, pictures))
+        drawn = [compose.draw(rng, concepts=len(names)) for _ in range(part.stop - part.start)]
+        tokens[part] = np.stack([paste(picture, tables) for picture in drawn]).reshape(len(drawn), -1)
+        captions = [compose.caption(picture, names, tags, rng) for picture in drawn]
+        captions = ["" if rng.random() < empty else caption for caption in captions]
+        ids[part] = tokens_of(
+            captions, padding="max_length", truncation=True, max_length=WORDS, return_tensors="np"
         ).input_ids
-        return torch.from_numpy(grids).long(), ids
+    made = {"tokens": torch.from_numpy(tokens), "ids": torch.from_numpy(ids)}
+    write_atomically(out / "pool.safetensors", lambda partial: save_file(made, partial))
 
 
 def corrupt(tokens: Tensor, *, scored: int = 128) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -169,23 +189,20 @@ def corrupt(tokens: Tensor, *, scored: int = 128) -> tuple[Tensor, Tensor, Tenso
     The timestep is the sampler's countdown, N - 1 - s of a step count N drawn from 1 to 64, log-uniform: the base
     sees every countdown beside every share of masked tokens, so that any step count is in its range.
     """
-    batch, length = tokens.shape
-    progress = (torch.rand(1) + torch.arange(batch) / batch).remainder(1)[torch.randperm(batch)]
+    (batch, length), device = tokens.shape, tokens.device
+    # evenly spread over the batch: less noise from batch to batch
+    progress = (torch.rand(1, device=device) + torch.arange(batch, device=device) / batch).remainder(1)
     count = (torch.cos(progress * math.pi / 2) * length).ceil().clamp(min=1)
-    score = torch.rand(batch, length)
-    rank = score.argsort(-1).argsort(-1)
-    masked = rank < count[:, None]
-    steps = torch.exp(torch.rand(batch) * math.log(64.99)).floor()
+    order = torch.rand(batch, length, device=device).argsort(-1)
+    masked = order.argsort(-1) < count[:, None]
+    steps = torch.exp(torch.rand(batch, device=device) * math.log(64.99)).floor()
     timestep = steps - 1 - (progress * steps).floor()
-    places = score.argsort(-1)[:, :scored]
-    weights = (torch.arange(scored) < count[:, None]).float()
-    return torch.where(masked, MASK, tokens), timestep, places, weights
+    weights = (torch.arange(scored, device=device) < count[:, None]).float()
+    return torch.where(masked, MASK, tokens), timestep, order[:, :scored], weights
 
 
 def train(
-    tables: dict[int, np.ndarray],
-    names: list[str],
-    tags: list[list[str]],
+    data: dict[str, Tensor],
     out: Path,
     *,
     steps: int,
@@ -195,16 +212,17 @@ def train(
     decay: float = 0.998,
     seed: int = 0,
     save_every: int = 250,
+    device: str = "cpu",
 ) -> None:
-    """Trains for `steps` updates with Muon on matrices and AdamW on the rest; resumes from `out/state.pt`.
+    """Trains on `data`, of `read_pool`, for `steps` updates of `batch` pictures, with Muon on matrices and AdamW on the
+    rest; resumes from `out/state.pt`.
 
-    The rate rises over 100 steps, holds, and falls linearly over the last `cooldown` share. What is saved is the
-    exponential moving average of the weights.
+    The rate rises over 100 steps, holds, and falls linearly over the last `cooldown` share. What counts in the end is
+    the exponential moving average of the weights. Under torch.distributed each process takes its share of a batch.
     """
     from transformers import CLIPTokenizer
 
     torch.manual_seed(seed)
-    tokenizer(names, tags, out)
     tokens_of = CLIPTokenizer.from_pretrained(out / "tokenizer")
     transformer, text_encoder = MeissonicTransformer(**TRANSFORMER), new_text_encoder(tokens_of)
     model = torch.nn.ModuleDict({"transformer": transformer, "text": text_encoder})
@@ -217,6 +235,7 @@ def train(
                 torch.nn.init.zeros_(module.weight)  # blocks start as identities
                 torch.nn.init.zeros_(module.bias)
     torch.nn.init.normal_(model["transformer"].mlm_layer.conv2.weight, std=0.02)
+    model.to(device)
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ("_blocks." in name or ".layers." in name)]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
@@ -230,25 +249,23 @@ def train(
     rank = dist.get_rank() if dist.is_initialized() else 0
     batch //= ranks
     torch.manual_seed(seed + 1000 * rank)
-    stream = Batches(tables, names, tags, tokens_of, batch=batch, seed=seed + 1000 * rank)
-    first, state, own = 0, out / "state.pt", out / f"random-{rank}.pt"
+    data = {name: value.to(device) for name, value in data.items()}
+    first, state = 0, out / "state.pt"
     if state.exists():
-        saved = torch.load(state, weights_only=False)  # our own file, written below
+        saved = torch.load(state, weights_only=True)
         model.load_state_dict(saved["model"])
-        average = saved["average"]
+        average = {name: value.to(device) for name, value in saved["average"].items()}
         for optimizer, value in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(value)
         first = saved["step"]
-        random = torch.load(own, weights_only=False)
-        stream.rng.bit_generator.state = random["numpy"]
-        torch.set_rng_state(random["torch"])
+        torch.manual_seed(seed + 1000 * rank + first)
     learned = [p for p in model.parameters() if p.requires_grad]
-    micro = torch.tensor([[compose.SIDE, compose.SIDE, 0.0, 0.0, 6.0]]).expand(batch, -1)
-    autocast = bf16_is_fast("cpu")
+    micro = torch.tensor([[compose.SIDE, compose.SIDE, 0.0, 0.0, 6.0]], device=device).expand(batch, -1)
+    autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16_is_fast(device))
 
     @torch.compile
     def objective(tokens, ids, noisy, timestep, places, weights) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with autocast:
             text = model["text"](ids, output_hidden_states=True)
             features = model["transformer"].features(
                 noisy.view(-1, 16, 16), timestep, text.hidden_states[-2], text.text_embeds, micro
@@ -260,7 +277,8 @@ def train(
     began, recent = time.time(), []
     for step in range(first, steps):
         rate = lr * min(1, (step + 1) / 100, (steps - step) / (cooldown * steps))
-        tokens, ids = next(stream)
+        drawn = torch.randint(len(data["ids"]), (batch,), device=device)
+        tokens, ids = data["tokens"][drawn].long(), data["ids"][drawn].long()
         loss = objective(tokens, ids, *corrupt(tokens))
         loss.backward()
         if ranks > 1:
@@ -278,23 +296,18 @@ def train(
             keep = min(decay, (step + 1) / (step + 10))
             for name, value in model.state_dict().items():
                 average[name].lerp_(value, 1 - keep) if value.is_floating_point() else average[name].copy_(value)
-        recent.append(loss.item())
+        recent.append(loss.detach())
         if step % 25 == 24 and rank == 0:
             speed = (step + 1 - first) / (time.time() - began)
             left = f"{(steps - step) / speed / 60:.0f} min left"
-            print(f"base {step + 1}/{steps} loss {np.mean(recent):.3f} {speed:.2f} steps/s {left}", flush=True)
+            print(
+                f"base {step + 1}/{steps} loss {torch.stack(recent).mean():.3f} {speed:.2f} steps/s {left}", flush=True
+            )
             recent = []
-        if step % save_every == save_every - 1 or step == steps - 1:
-            replace(own, {"torch": torch.get_rng_state(), "numpy": stream.rng.bit_generator.state})
-            if rank == 0:
-                replace(state, {"model": model.state_dict(), "average": average, "step": step + 1,
-                                "optimizers": [optimizer.state_dict() for optimizer in optimizers]})  # fmt: skip
-
-
-def replace(path: Path, value: dict) -> None:
-    partial = path.with_suffix(".partial")
-    torch.save(value, partial)
-    os.replace(partial, path)
+        if (step % save_every == save_every - 1 or step == steps - 1) and rank == 0:
+            value = {"model": model.state_dict(), "average": average, "step": step + 1,
+                     "optimizers": [optimizer.state_dict() for optimizer in optimizers]}  # fmt: skip
+            write_atomically(state, lambda partial, value=value: torch.save(value, partial))
 
 
 def export(base: Path, vq: Path, out: Path) -> None:
@@ -303,7 +316,7 @@ def export(base: Path, vq: Path, out: Path) -> None:
     from diffusers import VQModel
     from transformers import CLIPTokenizer
 
-    average = torch.load(base / "state.pt", weights_only=False)["average"]
+    average = torch.load(base / "state.pt", weights_only=True, map_location="cpu")["average"]
     tokens_of = CLIPTokenizer.from_pretrained(base / "tokenizer")
     transformer, text = MeissonicTransformer(**TRANSFORMER), new_text_encoder(tokens_of)
     for name, module in (("transformer.", transformer), ("text.", text)):
