@@ -74,7 +74,7 @@ def ablate(
     write_json(out / "ablation.json", {"ablation": name, "seeds": list(seeds), "failed": failed, "rows": rows})
     text = f"# {name}\n\n{markdown(rows)}" + "".join(f"\nFailed: {run}: {why}\n" for run, why in failed.items())
     write_atomically(out / "ablation.md", lambda partial: partial.write_text(text))
-    console.print(table(rows))
+    console.print(table(rows, width=console.width))
     console.print(f"wrote ablation.json and ablation.md in {out}")
     if len(measured) == 1:
         raise ValueError(f"no variant of {name} ran: {'; '.join(f'{run}: {why}' for run, why in failed.items())}")

@@ -137,15 +137,21 @@ def train(
     save_every: Annotated[int, Option(help="Iterations between checkpoints.")],
     resume: Annotated[bool, Option(help="Go on from the run's last checkpoint.")],
     compile: Annotated[bool, Option(help="Use torch.compile.")],
+    compare: Annotated[bool, Option(help="End with a comparison of the model before and after.")] = True,
     device: Annotated[str, Option(help="cpu, cuda, ...")],
 ) -> None:
-    """Train a model to need fewer steps, and save it in the run's folder."""
-    options = dict(locals())
+    """Train a model to need fewer steps, save it in the run's folder, and compare it with what it was."""
+    options = {name: value for name, value in locals().items() if name != "compare"}
     from speedrl.platform import quiet_allocator
     from speedrl.train import train
 
     quiet_allocator()
-    print(f"wrote {train(**options)}")
+    trained = train(**options)
+    print(f"wrote {trained}")
+    if compare:
+        from speedrl.report import report
+
+        report(model, trained, out=out, prompts=prompts, quality=quality, device=device)
 
 
 def numbers(text: str | None, kind: type, *, option: str) -> tuple | None:

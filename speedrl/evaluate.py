@@ -93,7 +93,7 @@ def evaluate(
             if compile:  # after the contact sheet, whose few pictures would not pay for it
                 generator.transformer.compile_blocks()
             todo = []
-            for g, t, s, which in itertools.product(strengths, heats, dict.fromkeys(steps), sets):
+            for which, g, t, s in itertools.product(sets, strengths, heats, dict.fromkeys(steps)):
                 row = {"model": model, "prompts": which, "steps": s, "guidance": float(g), "temperature": float(t),
                        "network_calls": network_calls(s, g), "weights": weights[model]}  # fmt: skip
                 settings = json.dumps([row, sets[which], count, seeds, quality, judged_by, device])
@@ -120,7 +120,7 @@ def evaluate(
     if sheet:
         scale = max(1, 96 // sheet[0].shape[-1])
         save_png(contact_sheet(sheet, labels=labels, titles=shown, scale=scale), out / "pictures.png")
-    console.print(table(rows))
+    console.print(table(rows, width=console.width))
     console.print(f"wrote results.json, quality_against_calls.png{' and pictures.png' * bool(sheet)} in {out}")
     return rows
 
@@ -265,15 +265,15 @@ def shorten(model: str, *, width: int = 28) -> str:
     return model if len(model) <= width else "…" + model[1 - width :]
 
 
-def columns_of(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
-    """A header and a line of text for each row; metrics that no row has are left out."""
+def columns_of(rows: list[dict], *, spreads: bool = True) -> tuple[list[str], list[list[str]]]:
+    """A header and a line of text for each row, ± the spread; metrics that no row has are left out."""
     shown = {name: title for name, title in METRICS.items() if any(row.get(name) is not None for row in rows)}
 
     def number(row: dict, name: str) -> str:
         value, spread = row.get(name), row.get(f"{name}_spread")
         digits = 1 if name == "frechet" else 3
         text = "–" if value is None else f"{value:.{digits}f}"
-        return text if spread is None else f"{text} ±{spread:.{digits}f}"
+        return text if spread is None or not spreads else f"{text} ±{spread:.{digits}f}"
 
     header = ["model", "prompts", "steps", "guidance", "temperature", "calls", "s/image", *shown.values()]
     lines = [
@@ -284,14 +284,18 @@ def columns_of(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
     return header, lines
 
 
-def table(rows: list[dict]) -> Table:
-    """Rows for the terminal; ± is the spread over seeds."""
-    header, lines = columns_of(rows)
+def table(rows: list[dict], *, width: int = 160) -> Table:
+    """Rows for a terminal of `width` columns; a narrow one gets short titles, no spreads and no pixel diversity."""
+    wide = width >= 140
+    header, lines = columns_of(rows, spreads=wide)
+    short = {"guidance": "cfg", "temperature": "temp", "s/image": "s/img", "diversity": "div."}
     shown = Table(box=None, header_style="bold", pad_edge=False)
-    for i, title in enumerate(header):
-        shown.add_column(title, justify="right" if i > 1 else "left", overflow="fold")
+    kept = [i for i, title in enumerate(header) if wide or title != METRICS["pixel_diversity"]]
+    for i in kept:
+        title = header[i] if wide else short.get(header[i], header[i])
+        shown.add_column(title, justify="right" if i > 1 else "left", overflow="fold", no_wrap=i > 0)
     for line in lines:
-        shown.add_row(*line)
+        shown.add_row(*(line[i] for i in kept))
     return shown
 
 
@@ -306,7 +310,7 @@ def plot(rows: list[dict], path: Path, *, real: dict | None = None) -> None:
     """Quality against network calls into a PNG: a row of panels for each set of prompts, a column for each metric.
 
     A curve for each model, guidance and temperature, told apart by marker and dash as well as by colour; bars are the
-    spread over seeds. `real` is judge.real: a dotted line where real pictures are.
+    spread over seeds. `real` is judge.real: a broad grey line where real pictures are.
     """
     from matplotlib.figure import Figure  # without pyplot: no global state, no window
 
@@ -339,7 +343,7 @@ def plot(rows: list[dict], path: Path, *, real: dict | None = None) -> None:
                     markersize=5, linewidth=1.4, capsize=2,
                 )  # fmt: skip
         if real and real.get(which, {}).get(metric) is not None:
-            panel.axhline(real[which][metric], color="black", linestyle=":", linewidth=1, label="real pictures")
+            panel.axhline(real[which][metric], color="0.75", linewidth=4, zorder=0, label="real pictures")
         panel.set_xscale("log", base=2)
         panel.set_xticks(ticks, [str(tick) for tick in ticks])
         panel.grid(alpha=0.3)

