@@ -75,12 +75,13 @@ def evaluate(
     judge = judge_if_there(device, console)
     score = load_quality(quality, device=device) if quality else None
     embedded = Path(__file__).parent / "models" / "embedded"
-    judged_by = fingerprint(embedded / "judge", embedded / "reward" if quality == "embedded" else Path(quality or ""))
+    scored_by = [embedded / "reward" if quality == "embedded" else Path(quality)] if quality else []
+    judged_by = fingerprint(embedded / "judge", *scored_by)
 
     rows, sheet, labels, done = [], [], [], 0
     shown = next(iter(sets.values()))[:pictures]
     bar = (BarColumn(), TaskProgressColumn(), TextColumn("left"), TimeRemainingColumn())
-    with Progress(TextColumn("{task.description}"), *bar, console=console) as progress:
+    with Progress(TextColumn("{task.description}"), *bar, console=console, transient=True) as progress:
         task = progress.add_task("loading", total=None)
         for number, model in enumerate(models):
             generator = load_generator(model, device=device)
@@ -118,7 +119,7 @@ def evaluate(
                 write_json(out / "results.json", list(kept.values()))
     plot(rows, out / "quality_against_calls.png", real=judge.real if judge else None)
     if sheet:
-        scale = max(1, 96 // sheet[0].shape[-1])
+        scale = max(1, 128 // sheet[0].shape[-1])
         save_png(contact_sheet(sheet, labels=labels, titles=shown, scale=scale), out / "pictures.png")
     console.print(table(rows, width=console.width))
     console.print(f"wrote results.json, quality_against_calls.png{' and pictures.png' * bool(sheet)} in {out}")
@@ -262,6 +263,8 @@ def read_results(path: Path) -> dict[tuple, dict]:
 
 
 def shorten(model: str, *, width: int = 28) -> str:
+    """A model's name for tables: its end, where it is long, without the folder that every run has."""
+    model = model.removesuffix("/model")
     return model if len(model) <= width else "…" + model[1 - width :]
 
 

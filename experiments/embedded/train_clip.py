@@ -365,6 +365,8 @@ def report(
             worse[f"noise {sigma}"] = noisy.clamp(0, 255).permute(0, 2, 3, 1)
         for label, value in worse.items():
             score = (features(value) * captioned).sum(-1)
-            result[label] = {"mean": score.mean().item(), "clean wins": (own > score).float().mean().item()}
+            differs = (value != base).flatten(1).any(1)  # a donor may be the picture itself
+            wins = (own > score)[differs].float().mean().item()
+            result[label] = {"mean": score[differs].mean().item(), "clean wins": wins}
         found[domain] = result
     return found
