@@ -46,7 +46,7 @@ def main(
     packages = cache / "packages"
     if not only_base:
         data.fetch(packages)
-    concepts, sprites = data.sprites(packages, data.TRAIN_VENDORS, cache / "train.npy")
+    concepts, sprites = data.sprites(packages, data.TRAIN_VENDORS, cache / "train.npz")
     names, tags = [c["name"] for c in concepts], [c["tags"] for c in concepts]
     if not (cache / "vq/done").exists():
         train_vq.train(pictures(sprites, cache / "pictures.npy"), cache / "vq")

@@ -78,8 +78,7 @@ def meant(prompt: str, thing: int, name: str, rng: np.random.Generator, *, count
     """`count` pictures that a one-thing prompt could mean, drawn as the training pictures are."""
     found = []
     while len(found) < count:
-        size = compose.SMALL if rng.random() < 0.5 else compose.BIG
-        picture = draw_single(rng, thing, style=int(rng.integers(len(compose.STYLES))), size=size)
+        picture = compose.draw(rng, concepts=1, pair=0.0)._replace(things=(thing,))
         if fits(picture, prompt, name):
             found.append(picture)
     return found
@@ -136,8 +135,8 @@ def build(packages: Path, cache: Path, out: Path, *, seed: int = 0, real: int = 
     for each evaluation prompt; what real pictures reach is measured on `count` others, as generated ones are.
     ValueError where the cached sprites are of another list of concepts.
     """
-    listed, table = data.sprites(packages, data.TRAIN_VENDORS, cache / "train.npy")
-    _, other = data.sprites(packages, data.JUDGE_VENDORS, cache / "judge.npy")
+    listed, table = data.sprites(packages, data.TRAIN_VENDORS, cache / "train.npz")
+    _, other = data.sprites(packages, data.JUDGE_VENDORS, cache / "judge.npz")
     if not len(listed) == len(table) == len(other):
         raise ValueError(f"the sprites in {cache} are of another list of concepts: delete them and run again")
     names = [concept["name"] for concept in listed]

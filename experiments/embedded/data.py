@@ -17,6 +17,8 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 
+from speedrl.files import write_atomically
+
 PACKAGES = {
     "emojibase-data": "17.0.0",
     "@lobehub/fluent-emoji-3d": "1.1.0",
@@ -177,17 +179,20 @@ def render(folder: Path, vendor: str, key: str, icons: dict) -> np.ndarray:
 
 def sprites(folder: Path, vendors: tuple[str, ...], out: Path) -> tuple[list[dict], np.ndarray]:
     """(concepts, their designs, uint8 [concepts, vendors, SPRITE, SPRITE, 4], zeros where a vendor has none)."""
+    if out.exists():  # enough without the packages, and small enough to carry to another machine
+        with np.load(out) as kept:
+            return json.loads(str(kept["concepts"])), kept["sprites"]
     listed = concepts(folder)
-    if out.exists():
-        return listed, np.load(out)
     icons = {v: json.loads((folder / v / "icons.json").read_text()) for v in vendors if v != "fluent-emoji-3d"}
     table = np.zeros((len(listed), len(vendors), SPRITE, SPRITE, 4), np.uint8)
     for i, concept in enumerate(track(listed, f"sprites: {', '.join(vendors)}")):
         for j, vendor in enumerate(vendors):
             if concept["keys"][vendor]:
                 table[i, j] = render(folder, vendor, concept["keys"][vendor], icons)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_suffix(".partial.npy")
-    np.save(partial, table)
-    partial.rename(out)
+
+    def write(partial: Path) -> None:
+        with partial.open("wb") as file:
+            np.savez_compressed(file, sprites=table, concepts=json.dumps(listed))
+
+    write_atomically(out, write)
     return listed, table

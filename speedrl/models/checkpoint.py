@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from speedrl.files import write_json
 from speedrl.models.meissonic import MeissonicTransformer
@@ -233,6 +234,15 @@ def find(source: str | Path) -> Path:
         raise FileNotFoundError(f"there is no folder {source}, and from the hub: {one_line(error)}") from error
 
 
+class NoInitialisation(TorchFunctionMode):
+    """Makes torch.nn.init's functions do nothing: on the meta device they would import torch.compile, for seconds."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 def load_module(build: Callable[[], nn.Module], folder: Path, name: str, *, dtype: torch.dtype) -> nn.Module:
     """A module with the weights of folder/name.safetensors, or of its fp16 variant, as `dtype`, in eval mode.
 
@@ -246,7 +256,7 @@ def load_module(build: Callable[[], nn.Module], folder: Path, name: str, *, dtyp
         raise FileNotFoundError(f"{folder} has no {name}.safetensors: it is not a whole generator")
     try:
         # the parameters come from the file: no time and memory for random ones
-        with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+        with torch.device("meta"), NoInitialisation(), warnings.catch_warnings(action="ignore"):
             module = build()
     except Exception as error:  # each library has its own for numbers that make no model
         raise ValueError(f"{folder / 'config.json'} describes no such model: {one_line(error)}") from error
