@@ -49,7 +49,7 @@ def main(
     concepts, sprites = data.sprites(packages, data.TRAIN_VENDORS, cache / "train.npz")
     names, tags = [c["name"] for c in concepts], [c["tags"] for c in concepts]
     if not (cache / "vq/done").exists():
-        train_vq.train(pictures(sprites, cache / "pictures.npy"), cache / "vq")
+        train_vq.train(pictures(sprites, cache / "pictures.npy"), cache / "vq", device=device)
         (cache / "vq/done").touch()
     centres = torch.load(cache / "vq/centres.pt", weights_only=True)
     if only_base:  # one of the processes started below

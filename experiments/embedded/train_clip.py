@@ -6,6 +6,7 @@ not to be held against the generator, and every caption must also prefer its pic
 others in it. It is saved in open_clip's layout and shares nothing with the generator's text encoder.
 """
 
+import math
 import re
 from pathlib import Path
 
@@ -221,6 +222,15 @@ def contrast(images: Tensor, text: Tensor, scale: Tensor, true: Tensor) -> Tenso
     return (to_image + F.cross_entropy(clean.T, target)) / 2
 
 
+def naming(features: Tensor, prototypes: Tensor, scale: Tensor, things: Tensor) -> Tensor:
+    """Softmax loss of naming what is shown or said, [B, D] of norm 1 against [concepts, D]; things int64 [B, 2].
+
+    Half of it for each of the two things, which are the same where there is only one.
+    """
+    logits = scale * features @ F.normalize(prototypes, dim=-1).T
+    return (F.cross_entropy(logits, things[:, 0]) + F.cross_entropy(logits, things[:, 1])) / 2
+
+
 def save(model: torch.nn.Module, config: dict, out: Path) -> None:
     """open_clip's local layout, weights in half precision."""
     tensors = {
@@ -233,7 +243,7 @@ def save(model: torch.nn.Module, config: dict, out: Path) -> None:
 
 def train(
     sprites: np.ndarray, names: list[str], tags: list[list[str]], vqvae_folder: Path, centres: Tensor, out: Path,
-    *, steps: int, batch: int = 96, pictures: int = 12_000, captions: int = 4, lr: float = 2e-3, decay: float = 0.05,
+    *, steps: int = 1600, batch: int = 96, pictures: int = 12_000, captions: int = 4, lr: float = 2e-3, decay: float = 0.05,
     seed: int = 0, save_every: int = 200,
 ) -> None:  # fmt: skip
     """Trains for `steps` updates with AdamW, warmed up and then on a cosine, and saves the reward to `out`.
@@ -255,8 +265,12 @@ def train(
     vocabulary = len(CLIPTokenizer.from_pretrained(out))
     config = MODEL | {"text_cfg": MODEL["text_cfg"] | {"vocab_size": vocabulary}}
     model = CLIP(**config).train().to(memory_format=torch.channels_last)
-    plain = [p for p in model.parameters() if p.ndim < 2]
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    # both towers also name the things, by prototypes that are thrown away: alone, the contrast learns colours for the
+    # first quarter of the training and nothing else
+    prototypes = torch.nn.Parameter(torch.randn(len(names), config["embed_dim"]))
+    learned = [*model.parameters(), prototypes]
+    plain = [p for p in learned if p.ndim < 2]
+    matrices = [p for p in learned if p.ndim >= 2]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": decay}, {"params": plain, "weight_decay": 0.0}], lr=lr, betas=(0.9, 0.98)
     )
@@ -264,39 +278,42 @@ def train(
     if state.exists():
         saved = torch.load(state, weights_only=True)
         model.load_state_dict(saved["model"])
+        prototypes.data.copy_(saved["prototypes"])
         optimizer.load_state_dict(saved["optimizer"])
         torch.set_rng_state(saved["torch"])
         first = saved["step"]
 
     @torch.compile
-    def objective(images: Tensor, ids: Tensor, true: Tensor) -> Tensor:
-        features = model.encode_image(images, normalize=True)
-        return contrast(features, model.encode_text(ids, normalize=True), model.logit_scale.exp(), true)
+    def objective(images: Tensor, ids: Tensor, true: Tensor, shown: Tensor, named: Tensor) -> Tensor:
+        features, text = model.encode_image(images, normalize=True), model.encode_text(ids, normalize=True)
+        scale = model.logit_scale.exp()
+        by_name = naming(features[:batch], prototypes, scale, shown) + naming(text, prototypes, scale, named)
+        return contrast(features, text, scale, true) + by_name / 2
 
     recent = []
     for step in track(range(first, steps), "reward"):
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / 100) * (0.01 + 0.99 * (1 + np.cos(np.pi * step / steps)) / 2)
+            group["lr"] = lr * min(1, (step + 1) / 100) * (0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2)
         drawn = torch.randint(len(data["pictures"]), (batch // 2,))
         chosen = torch.cat([drawn, siblings(data["facts"], drawn)])
         which = torch.randint(data["ids"].shape[1], (batch,))
-        true = holds(data["said"][chosen, which], data["facts"][chosen])
+        told, shown = data["said"][chosen, which], data["facts"][chosen]
         images = augmented(torch.cat([data["pictures"][chosen], data["twins"][drawn]]))
-        loss = objective(images, data["ids"][chosen, which], true)
+        loss = objective(images, data["ids"][chosen, which], holds(told, shown), shown[:, :2], told[:, :2])
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
-            model.logit_scale.clamp_(max=np.log(100))
+            model.logit_scale.clamp_(max=math.log(100))
         recent.append(loss.item())
         if step % 50 == 49:
             scale = model.logit_scale.exp().item()
             print(f"reward {step + 1}/{steps} loss {np.mean(recent):.3f} scale {scale:.1f}", flush=True)
             recent = []
         if step % save_every == save_every - 1 and step + 1 < steps:
-            value = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1,
-                     "torch": torch.get_rng_state()}  # fmt: skip
+            value = {"model": model.state_dict(), "prototypes": prototypes.detach(), "optimizer": optimizer.state_dict(), "torch": torch.get_rng_state(),
+                     "step": step + 1}  # fmt: skip
             write_atomically(state, lambda partial, value=value: torch.save(value, partial))
     save(model, config, out)
     state.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ whole tokens); the decoder is trained on top and smooths what the patches cut, a
 the codes. A VQ-VAE trained from scratch in the same time was far worse.
 """
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from rich.progress import track
 from torch import Tensor
 
 from experiments.embedded import compose
+from speedrl.files import write_atomically
 from speedrl.platform import import_torchvision
 
 PATCH = 4
@@ -74,69 +76,83 @@ def train(
     codes: int = 1024,
     latent: int = 24,
     batch: int = 16,
-    decoder_steps: int = 1600,
-    encoder_steps: int = 300,
+    decoder_steps: int = 8000,
+    encoder_steps: int = 2000,
     lr: float = 2e-3,
     seed: int = 0,
+    save_every: int = 200,
+    device: str = "cpu",
 ) -> None:
-    """Trains on uint8 [N, 64, 64, 3] and saves to `out` a VQModel folder and `centres.pt`, float32 [codes, 48]."""
-    torch.manual_seed(seed)
-    pictures = torch.from_numpy(pictures)
-    flat = torch.tensor([c * PATCH**2 for c in compose.COLOURS.values()]).float() / 127.5 - 1
-    points = patches(pictures[:5000]).flatten(0, 1)
-    drawn = points[torch.cdist(points, flat).amin(-1) > 0.5]
-    drawn = drawn[torch.randperm(len(drawn))[:200_000]]
-    centres = kmeans(drawn, flat, codes=codes, seed=seed)
-    out.mkdir(parents=True, exist_ok=True)
-    torch.save(centres, out / "centres.pt")
+    """Trains on uint8 [N, 64, 64, 3] and saves to `out` a VQModel folder and `centres.pt`, float32 [codes, 48].
 
+    First the decoder with the codes' embeddings, then the encoder. Resumes from `out/state.pt`.
+    """
+    torch.manual_seed(seed)
+    out.mkdir(parents=True, exist_ok=True)
+    images = torch.from_numpy(pictures)
+    if not (out / "centres.pt").exists():
+        flat = torch.tensor([c * PATCH**2 for c in compose.COLOURS.values()]).float() / 127.5 - 1
+        points = patches(images[:5000]).flatten(0, 1)
+        drawn = points[torch.cdist(points, flat).amin(-1) > 0.5]
+        drawn = drawn[torch.randperm(len(drawn))[:200_000]]
+        found = kmeans(drawn, flat, codes=codes, seed=seed)
+        write_atomically(out / "centres.pt", lambda partial: torch.save(found, partial))
+    centres = torch.load(out / "centres.pt", weights_only=True).to(device)
     model = new_vqmodel(codes=codes, latent=latent).to(memory_format=torch.channels_last)
     # the codes start as whitened principal components of their patches
-    centred = centres - centres.mean(0)
+    centred = centres.cpu() - centres.cpu().mean(0)
     _, _, axes = torch.linalg.svd(centred, full_matrices=False)
     with torch.no_grad():
         projected = centred @ axes[:latent].T
         model.quantize.embedding.weight.copy_(projected / projected.std(0))
+    model.to(device)
+    decoding = [*model.decoder.parameters(), *model.post_quant_conv.parameters(), *model.quantize.parameters()]
+    encoding = [*model.encoder.parameters(), *model.quant_conv.parameters()]
+    optimizers = {
+        "decoder": torch.optim.AdamW(decoding, lr=lr, weight_decay=1e-4),
+        "encoder": torch.optim.AdamW(encoding, lr=lr),
+    }
+    last, done = {"decoder": decoder_steps, "encoder": encoder_steps}, 0
+    if (out / "state.pt").exists():
+        saved = torch.load(out / "state.pt", weights_only=True, map_location=device)
+        model.load_state_dict(saved["model"])
+        for part, optimizer in optimizers.items():
+            optimizer.load_state_dict(saved["optimizers"][part])
+        done = saved["done"]
+        torch.manual_seed(seed + done)
 
-    def batches(steps: int, label: str):
-        for step in track(range(steps), label):
-            chosen = pictures[torch.randint(len(pictures), (batch,))]
-            target = rearrange(chosen.float() / 127.5 - 1, "n h w c -> n c h w")
-            index = nearest(patches(chosen).flatten(0, 1), centres)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * min(1, (step + 1) / 50) * (0.02 + 0.98 * (1 + np.cos(np.pi * step / steps)) / 2)
-            yield step, target, index
-
-    def lookup(index: Tensor) -> Tensor:
-        return rearrange(model.quantize.embedding(index), "(n h w) c -> n c h w", h=16, w=16)
-
-    optimizer = torch.optim.AdamW([*model.decoder.parameters(), *model.post_quant_conv.parameters(),
-                                   *model.quantize.parameters()], lr=lr, weight_decay=1e-4)  # fmt: skip
-    for step, target, index in batches(decoder_steps, "decoder"):
-        picture = model.decoder(model.post_quant_conv(lookup(index)))
+    def decoder_loss(target: Tensor, index: Tensor) -> Tensor:
+        codes_of = rearrange(model.quantize.embedding(index), "(n h w) c -> n c h w", h=16, w=16)
+        picture = model.decoder(model.post_quant_conv(codes_of))
         sharp = sum((a - b).abs().mean() for a, b in zip(edges(picture), edges(target), strict=True))
-        loss = (picture - target).abs().mean() + sharp
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if step % 50 == 0:
-            print(f"decoder {step} {loss.item():.4f}", flush=True)
-        if step % 400 == 399:
-            model.save_pretrained(out)
+        return (picture - target).abs().mean() + sharp
 
-    optimizer = torch.optim.AdamW([*model.encoder.parameters(), *model.quant_conv.parameters()], lr=lr)
-    codebook = model.quantize.embedding.weight.detach()
-    for step, target, index in batches(encoder_steps, "encoder"):
+    def encoder_loss(target: Tensor, index: Tensor) -> Tensor:
+        codebook = model.quantize.embedding.weight.detach()
         latents = rearrange(model.quant_conv(model.encoder(target)), "n c h w -> (n h w) c")
         # minus half the squared distance, but for a constant
-        logits = latents @ codebook.T - codebook.square().sum(-1) / 2
-        loss = F.cross_entropy(logits, index)
-        optimizer.zero_grad()
+        return F.cross_entropy(latents @ codebook.T - codebook.square().sum(-1) / 2, index)
+
+    for number in track(range(done, sum(last.values())), "tokenizer of pictures"):
+        part, step = ("decoder", number) if number < decoder_steps else ("encoder", number - decoder_steps)
+        chosen = images[torch.randint(len(images), (batch,))].to(device)
+        target = rearrange(chosen.float() / 127.5 - 1, "n h w c -> n c h w").contiguous(
+            memory_format=torch.channels_last
+        )
+        loss = (decoder_loss if part == "decoder" else encoder_loss)(
+            target, nearest(patches(chosen).flatten(0, 1), centres)
+        )
+        optimizer = optimizers[part]
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1, (step + 1) / 50) * (0.02 + 0.98 * (1 + math.cos(math.pi * step / last[part])) / 2)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(decoding if part == "decoder" else encoding, 1.0)
         optimizer.step()
-        if step % 50 == 0:
-            right = (logits.argmax(-1) == index).float().mean().item()
-            print(f"encoder {step} {loss.item():.4f} {right:.3f}", flush=True)
-    model.save_pretrained(out)
+        model.zero_grad(set_to_none=True)
+        if number % 50 == 0:
+            print(f"{part} {step} loss {loss.item():.4f}", flush=True)
+        if number % save_every == save_every - 1:
+            value = {"model": model.state_dict(), "done": number + 1,
+                     "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()}}  # fmt: skip
+            write_atomically(out / "state.pt", lambda partial, value=value: torch.save(value, partial))
+    model.to("cpu").save_pretrained(out)
