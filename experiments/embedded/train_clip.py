@@ -222,13 +222,14 @@ def contrast(images: Tensor, text: Tensor, scale: Tensor, true: Tensor) -> Tenso
     return (to_image + F.cross_entropy(clean.T, target)) / 2
 
 
-def naming(features: Tensor, prototypes: Tensor, scale: Tensor, things: Tensor) -> Tensor:
-    """Softmax loss of naming what is shown or said, [B, D] of norm 1 against [concepts, D]; things int64 [B, 2].
+def naming(features: Tensor, prototypes: list[Tensor], scale: Tensor, facts: Tensor) -> Tensor:
+    """Softmax losses of naming everything that is shown or said, summed over the columns of `facts`.
 
-    Half of it for each of the two things, which are the same where there is only one.
+    features [B, D] of norm 1, one table of prototypes [choices, D] for each column of facts int64 [B, 6], where -1 is
+    left out.
     """
-    logits = scale * features @ F.normalize(prototypes, dim=-1).T
-    return (F.cross_entropy(logits, things[:, 0]) + F.cross_entropy(logits, things[:, 1])) / 2
+    logits = [scale * features @ F.normalize(table, dim=-1).T for table in prototypes]
+    return sum(F.cross_entropy(row, facts[:, i], ignore_index=-1) for i, row in enumerate(logits))
 
 
 def save(model: torch.nn.Module, config: dict, out: Path) -> None:
@@ -243,8 +244,8 @@ def save(model: torch.nn.Module, config: dict, out: Path) -> None:
 
 def train(
     sprites: np.ndarray, names: list[str], tags: list[list[str]], vqvae_folder: Path, centres: Tensor, out: Path,
-    *, steps: int = 1600, batch: int = 96, pictures: int = 12_000, captions: int = 4, lr: float = 2e-3, decay: float = 0.05,
-    seed: int = 0, save_every: int = 200,
+    *, steps: int = 2400, batch: int = 64, pictures: int = 12_000, captions: int = 4, lr: float = 2e-3,
+    decay: float = 0.05, naming_weight: float = 0.25, seed: int = 0, save_every: int = 200,
 ) -> None:  # fmt: skip
     """Trains for `steps` updates with AdamW, warmed up and then on a cosine, and saves the reward to `out`.
 
@@ -265,10 +266,14 @@ def train(
     vocabulary = len(CLIPTokenizer.from_pretrained(out))
     config = MODEL | {"text_cfg": MODEL["text_cfg"] | {"vocab_size": vocabulary}}
     model = CLIP(**config).train().to(memory_format=torch.channels_last)
-    # both towers also name the things, by prototypes that are thrown away: alone, the contrast learns colours for the
-    # first quarter of the training and nothing else
-    prototypes = torch.nn.Parameter(torch.randn(len(names), config["embed_dim"]))
-    learned = [*model.parameters(), prototypes]
+    # both towers also name what is there, by prototypes that are thrown away: the contrast alone learns colours for
+    # the first quarter of the training and nothing else
+    thing, *others = (
+        torch.nn.Parameter(torch.randn(choices, config["embed_dim"]))
+        for choices in (len(names), len(compose.STYLES), len(compose.COLOURS), 2, len(PLACES))
+    )
+    prototypes = [thing, thing, *others]  # first and last thing are named alike
+    learned = [*model.parameters(), thing, *others]
     plain = [p for p in learned if p.ndim < 2]
     matrices = [p for p in learned if p.ndim >= 2]
     optimizer = torch.optim.AdamW(
@@ -278,17 +283,18 @@ def train(
     if state.exists():
         saved = torch.load(state, weights_only=True)
         model.load_state_dict(saved["model"])
-        prototypes.data.copy_(saved["prototypes"])
+        for table, value in zip(prototypes, saved["prototypes"], strict=True):
+            table.data.copy_(value)
         optimizer.load_state_dict(saved["optimizer"])
         torch.set_rng_state(saved["torch"])
         first = saved["step"]
 
     @torch.compile
-    def objective(images: Tensor, ids: Tensor, true: Tensor, shown: Tensor, named: Tensor) -> Tensor:
+    def objective(images: Tensor, ids: Tensor, true: Tensor, shown: Tensor, told: Tensor) -> tuple[Tensor, Tensor]:
         features, text = model.encode_image(images, normalize=True), model.encode_text(ids, normalize=True)
         scale = model.logit_scale.exp()
-        by_name = naming(features[:batch], prototypes, scale, shown) + naming(text, prototypes, scale, named)
-        return contrast(features, text, scale, true) + by_name / 2
+        by_name = naming(features[:batch], prototypes, scale, shown) + naming(text, prototypes, scale, told)
+        return contrast(features, text, scale, true), by_name
 
     recent = []
     for step in track(range(first, steps), "reward"):
@@ -299,21 +305,22 @@ def train(
         which = torch.randint(data["ids"].shape[1], (batch,))
         told, shown = data["said"][chosen, which], data["facts"][chosen]
         images = augmented(torch.cat([data["pictures"][chosen], data["twins"][drawn]]))
-        loss = objective(images, data["ids"][chosen, which], holds(told, shown), shown[:, :2], told[:, :2])
-        loss.backward()
+        loss, by_name = objective(images, data["ids"][chosen, which], holds(told, shown), shown, told)
+        (loss + naming_weight * by_name).backward()
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(100))
-        recent.append(loss.item())
+        recent.append((loss.item(), by_name.item()))
         if step % 50 == 49:
             scale = model.logit_scale.exp().item()
-            print(f"reward {step + 1}/{steps} loss {np.mean(recent):.3f} scale {scale:.1f}", flush=True)
+            losses = "contrast {:.3f} naming {:.3f}".format(*np.mean(recent, 0))
+            print(f"reward {step + 1}/{steps} {losses} scale {scale:.1f}", flush=True)
             recent = []
         if step % save_every == save_every - 1 and step + 1 < steps:
-            value = {"model": model.state_dict(), "prototypes": prototypes.detach(), "optimizer": optimizer.state_dict(), "torch": torch.get_rng_state(),
-                     "step": step + 1}  # fmt: skip
+            value = {"model": model.state_dict(), "prototypes": [table.detach() for table in prototypes],
+                     "optimizer": optimizer.state_dict(), "step": step + 1, "torch": torch.get_rng_state()}  # fmt: skip
             write_atomically(state, lambda partial, value=value: torch.save(value, partial))
     save(model, config, out)
     state.unlink(missing_ok=True)
