@@ -5,6 +5,7 @@ interruption. Stages: packages, sprites, tokenizer, base, reward, judge.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -36,7 +37,7 @@ def main(
     *,
     cache: Annotated[Path, Option(help="Where packages, pictures and checkpoints stay.")] = Path("runs/rebuild"),
     out: Annotated[Path, Option(help="The generator's folder.")] = EMBEDDED,
-    base_steps: Annotated[int, Option(help="Updates of the base.")] = 2000,
+    base_steps: Annotated[int, Option(help="Updates of the base.")] = 30_000,
     device: Annotated[str, Option(help="Where the base trains: cpu, in a process a core, or cuda.")] = "cpu",
     processes: Annotated[int, Option(help="Processes of the base on the CPU.")] = os.cpu_count() or 1,
     only_base: Annotated[bool, Option(hidden=True)] = False,
@@ -66,7 +67,8 @@ def main(
     else:
         train_base.train(train_base.read_pool(cache / "base"), cache / "base", steps=base_steps, device=device)
     train_base.export(cache / "base", cache / "vq", out)
-    train_clip.train(sprites, names, tags, cache / "vq", centres, out / "reward")
+    train_clip.train(sprites, names, tags, cache / "vq", centres, cache / "reward")
+    shutil.copytree(cache / "reward", out / "reward", dirs_exist_ok=True)
     build_judge.build(packages, cache, out)
 
 

@@ -153,6 +153,6 @@ def train(
             print(f"{part} {step} loss {loss.item():.4f}", flush=True)
         if number % save_every == save_every - 1:
             value = {"model": model.state_dict(), "done": number + 1,
-                     "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()}}  # fmt: skip
+                     "optimizers": {name: one.state_dict() for name, one in optimizers.items()}}  # fmt: skip
             write_atomically(out / "state.pt", lambda partial, value=value: torch.save(value, partial))
     model.to("cpu").save_pretrained(out)
