@@ -228,8 +228,12 @@ def naming(features: Tensor, prototypes: list[Tensor], scale: Tensor, facts: Ten
     features [B, D] of norm 1, one table of prototypes [choices, D] for each column of facts int64 [B, 6], where -1 is
     left out.
     """
-    logits = [scale * features @ F.normalize(table, dim=-1).T for table in prototypes]
-    return sum(F.cross_entropy(row, facts[:, i], ignore_index=-1) for i, row in enumerate(logits))
+    total = features.new_zeros(())
+    for table, choice in zip(prototypes, facts.T, strict=True):
+        logits = scale * features @ F.normalize(table, dim=-1).T
+        loss = F.cross_entropy(logits, choice, ignore_index=-1, reduction="sum")
+        total = total + loss / (choice >= 0).sum().clamp(min=1)  # a batch may leave one open in all its captions
+    return total
 
 
 def save(model: torch.nn.Module, config: dict, out: Path) -> None:
