@@ -12,6 +12,9 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
+QUALITY = "Names and weights, like hpsv2=1,clip=0.5: embedded, hpsv2, imagereward, clip, a folder, MODULE:FUNCTION."
+REWARD_WEIGHTS = "NAME=FILE: weights of a quality in place of the published ones."
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -32,7 +35,7 @@ def defaults(target: str) -> dict[str, object]:
     pairs = [*zip(optional, node.args.defaults, strict=True)]
     pairs += zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
     values = {argument.arg: ast.literal_eval(value) for argument, value in pairs if value is not None}
-    return {name: ",".join(map(str, v)) if isinstance(v, tuple) else v for name, v in values.items()}
+    return {name: ",".join(map(str, v)) if isinstance(v, tuple) and v else v for name, v in values.items()}
 
 
 def forwards(target: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -107,10 +110,14 @@ def train(
     out: Annotated[Path, Option(help="The run's folder.")],
     model: Annotated[str, Option(help="embedded, a folder, a run's folder or a hub id.")],
     prompts: Annotated[Path | None, Option(help="Text file, one prompt a line. [default: the embedded model's]")],
-    quality: Annotated[str, Option(help="The quality reward.")],
+    quality: Annotated[str, Option(help=QUALITY)],
     steps: Annotated[str, Option(help="Sampling steps: 8, or 2-16 to draw them.")],
     steps_reward: Annotated[float, Option(help="Weight of the speed reward: what saving every network call is worth.")],
     quality_gate: Annotated[float | None, Option(help="Quality under which speed earns nothing. [default: none]")],
+    quality_clip: Annotated[
+        float | None, Option(help="Standard deviations from its mean past which a quality does not count.")
+    ],
+    reward_weights: Annotated[list[str], Option(help=REWARD_WEIGHTS)],
     iterations: Annotated[int, Option(help="Rollouts, each followed by its updates.")],
     groups: Annotated[int, Option(help="Prompts of an iteration.")],
     group_size: Annotated[int, Option(help="Pictures of each prompt.")],
@@ -151,7 +158,7 @@ def train(
     if compare:
         from speedrl.report import report
 
-        report(model, trained, out=out, prompts=prompts, quality=quality, device=device)
+        report(model, trained, out=out, prompts=prompts, quality=quality, reward_weights=reward_weights, device=device)
 
 
 def numbers(text: str | None, kind: type, *, option: str) -> tuple | None:
@@ -179,7 +186,8 @@ def evaluate(
     held_out: Annotated[Path | None, Option(help="Another, of prompts that no training saw.")],
     count: Annotated[int, Option(help="Pictures of each prompt and seed.")],
     seeds: Annotated[int, Option(help="Repetitions, for the spread.")],
-    quality: Annotated[str, Option(help="The quality reward.")],
+    quality: Annotated[str, Option(help=QUALITY)],
+    reward_weights: Annotated[list[str], Option(help=REWARD_WEIGHTS)],
     pictures: Annotated[int, Option(help="Columns of the contact sheet, 0 for none.")],
     batch: Annotated[int, Option(help="Pictures drawn at a time.")],
     compile: Annotated[bool, Option(help="Use torch.compile.")],

@@ -15,6 +15,7 @@ class Display:
     def __init__(self, *, first: int, total: int, rows: int = 12, console: Console | None = None):
         self.console = console or Console()
         self.recent: deque[dict] = deque(maxlen=rows)
+        self.said: set[str] = set()
         self.progress = Progress(
             TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
             TimeRemainingColumn(), console=self.console,
@@ -40,6 +41,12 @@ class Display:
         for row in self.recent:
             table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
         return Group(table, self.progress)
+
+    def warn(self, text: str) -> None:
+        """Says something once, above the table."""
+        if text not in self.said:
+            self.said.add(text)
+            self.console.print(f"warning: {text}", soft_wrap=True, highlight=False)
 
     def show(self, row: dict) -> None:
         self.recent.append(row)

@@ -16,7 +16,7 @@ from torch import Tensor
 from speedrl.files import read_lines, write_atomically, write_json
 from speedrl.judge import Judge, concepts_in, diversity, features, frechet, load_judge, pixel_diversity, recall
 from speedrl.models.checkpoint import Generator, find, load_generator
-from speedrl.reward import load_quality
+from speedrl.reward import EMBEDDED, Score, load_qualities
 from speedrl.sample import contact_sheet, sample, save_png
 
 METRICS = {
@@ -37,6 +37,7 @@ def evaluate(
     count: int = 4,
     seeds: int = 3,
     quality: str | None = "embedded",
+    reward_weights: Sequence[str] = (),
     pictures: int = 10,
     batch: int = 64,
     compile: bool = False,
@@ -73,10 +74,9 @@ def evaluate(
     kept = {key: row for key, row in kept.items() if weights.get(row["model"], row["weights"]) == row["weights"]}
     console = Console()
     judge = judge_if_there(device, console)
-    score = load_quality(quality, device=device) if quality else None
-    embedded = Path(__file__).parent / "models" / "embedded"
-    scored_by = [embedded / "reward" if quality == "embedded" else Path(quality)] if quality else []
-    judged_by = fingerprint(embedded / "judge", *scored_by)
+    scores = load_qualities(quality, device=device, weights=reward_weights)[0] if quality else {}
+    scored_by = [EMBEDDED if name == "embedded" else Path(name) for name in scores]
+    judged_by = fingerprint(EMBEDDED.parent / "judge", *scored_by)
 
     rows, sheet, labels, done = [], [], [], 0
     shown = next(iter(sets.values()))[:pictures]
@@ -97,7 +97,9 @@ def evaluate(
             for which, g, t, s in itertools.product(sets, strengths, heats, dict.fromkeys(steps)):
                 row = {"model": model, "prompts": which, "steps": s, "guidance": float(g), "temperature": float(t),
                        "network_calls": network_calls(s, g), "weights": weights[model]}  # fmt: skip
-                settings = json.dumps([row, sets[which], count, seeds, quality, judged_by, device])
+                settings = json.dumps(
+                    [row, sets[which], count, seeds, quality, list(reward_weights), judged_by, device]
+                )
                 row["settings"] = hashlib.sha256(settings.encode()).hexdigest()[:16]
                 old = kept.get(identity(row), {})
                 rows.append(old if old.get("settings") == row["settings"] else row)
@@ -110,7 +112,7 @@ def evaluate(
                 label = f"{shorten(model)}: {row['steps']} steps, guidance {row['guidance']:g}, {row['prompts']}"
                 progress.update(task, description=label)
                 row |= one_cell(
-                    generator, judge, score, sets[row["prompts"]], which=row["prompts"], steps=row["steps"],
+                    generator, judge, scores, sets[row["prompts"]], which=row["prompts"], steps=row["steps"],
                     guidance=row["guidance"], temperature=row["temperature"], count=count, seeds=seeds, batch=batch,
                     after_seed=lambda cost=cost: progress.advance(task, cost / seeds),
                 )  # fmt: skip
@@ -129,7 +131,7 @@ def evaluate(
 def one_cell(
     generator: Generator,
     judge: Judge | None,
-    quality: Callable[[Tensor, list[str]], Tensor] | None,
+    scores: dict[str, Score],
     prompts: list[str],
     *,
     which: str,
@@ -152,14 +154,14 @@ def one_cell(
             generator, wanted, steps=steps, guidance=guidance, temperature=temperature, seed=seed, batch=batch
         ).cpu()
         seconds.append((time.perf_counter() - began) / len(wanted))
-        values.append(measure(judge, quality, images.unflatten(0, (-1, count)), prompts, which=which))
+        values.append(measure(judge, scores, images.unflatten(0, (-1, count)), prompts, which=which))
         after_seed()
     return {"seconds_per_image": statistics.median(seconds)} | over_seeds(values)
 
 
 def measure(
     judge: Judge | None,
-    quality: Callable[[Tensor, list[str]], Tensor] | None,
+    scores: dict[str, Score],
     images: Tensor,
     prompts: list[str],
     *,
@@ -167,16 +169,16 @@ def measure(
 ) -> dict[str, float | None]:
     """METRICS of pictures [P, n, 3, H, W] in [0, 1], n of each of P prompts; None where one has no meaning.
 
-    reward: the mean quality. judge_r1, judge_r5: the share of pictures that show a concept of their prompt, over the
-    prompts that name one. frechet: to the real pictures of the prompts `which`, so for those two sets alone.
-    diversity and pixel_diversity: within a prompt, for n of 2 or more. ValueError where P differs.
+    reward: the mean quality; where there are several each has its name instead. judge_r1, judge_r5: the share of
+    pictures that show a concept of their prompt, over the prompts that name one. frechet: to the real pictures
+    of the prompts `which`, so for those two sets alone. diversity and pixel_diversity: within a prompt, for n of 2 or more. ValueError where P differs.
     """
     if len(images) != len(prompts):
         raise ValueError(f"pictures of {len(images)} prompts for {len(prompts)} prompts")
     n, found = images.shape[1], dict.fromkeys(METRICS)
     flat, repeated = images.flatten(0, 1), [prompt for prompt in prompts for _ in range(n)]
-    if quality is not None:
-        found["reward"] = float(quality(flat, repeated).float().mean())
+    for name, score in scores.items():
+        found[name if len(scores) > 1 else "reward"] = float(score(flat, repeated).float().mean())
     if n > 1:
         found["pixel_diversity"] = pixel_diversity(images)
     if judge is None:
@@ -197,7 +199,7 @@ def measure(
 def over_seeds(values: list[dict[str, float | None]]) -> dict[str, float | None]:
     """Mean of each metric over seeds, and METRIC_spread, its standard deviation (n - 1; None for one seed)."""
     row = {}
-    for metric in METRICS:
+    for metric in dict.fromkeys(name for value in values for name in value):
         known = [value[metric] for value in values if value.get(metric) is not None]
         row[metric] = statistics.fmean(known) if known else None
         row[f"{metric}_spread"] = statistics.stdev(known) if len(known) > 1 else None
@@ -268,9 +270,16 @@ def shorten(model: str, *, width: int = 28) -> str:
     return model if len(model) <= width else "…" + model[1 - width :]
 
 
+def metrics_of(rows: list[dict]) -> dict[str, str]:
+    """Titles of the metrics that any row has: qualities with a name of their own, then METRICS."""
+    own = [name.removesuffix("_spread") for row in rows for name in row if name.endswith("_spread")]
+    titles = {name: name for name in own if name not in METRICS} | METRICS
+    return {name: title for name, title in titles.items() if any(row.get(name) is not None for row in rows)}
+
+
 def columns_of(rows: list[dict], *, spreads: bool = True) -> tuple[list[str], list[list[str]]]:
     """A header and a line of text for each row, ± the spread; metrics that no row has are left out."""
-    shown = {name: title for name, title in METRICS.items() if any(row.get(name) is not None for row in rows)}
+    shown = metrics_of(rows)
 
     def number(row: dict, name: str) -> str:
         value, spread = row.get(name), row.get(f"{name}_spread")
@@ -318,7 +327,8 @@ def plot(rows: list[dict], path: Path, *, real: dict | None = None) -> None:
     from matplotlib.figure import Figure  # without pyplot: no global state, no window
 
     sets = list(dict.fromkeys(row["prompts"] for row in rows))
-    metrics = [m for m in METRICS if m != "judge_r5" and any(row.get(m) is not None for row in rows)]
+    titles = metrics_of(rows)
+    metrics = [metric for metric in titles if metric != "judge_r5"]
     if not metrics:
         return
     curves = list(dict.fromkeys((row["model"], row["guidance"], row["temperature"]) for row in rows))
@@ -350,7 +360,7 @@ def plot(rows: list[dict], path: Path, *, real: dict | None = None) -> None:
         panel.set_xscale("log", base=2)
         panel.set_xticks(ticks, [str(tick) for tick in ticks])
         panel.grid(alpha=0.3)
-        panel.set_title(f"{METRICS[metric]}, {which} prompts", fontsize=10)
+        panel.set_title(f"{titles[metric]}, {which} prompts", fontsize=10)
         panel.set_xlabel("network calls a picture" if i == len(sets) - 1 else "")
     pairs = [pair for panel in axes.flat for pair in zip(*panel.get_legend_handles_labels(), strict=True)]
     known = {label: handle for handle, label in pairs}

@@ -1,5 +1,6 @@
 """What a training run ends with: the trained model beside its base, in pictures and in numbers."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -8,7 +9,7 @@ from rich.progress import track
 from speedrl.evaluate import judge_if_there, network_calls, one_cell, prompt_sets, table
 from speedrl.files import write_json
 from speedrl.models.checkpoint import load_generator
-from speedrl.reward import load_quality
+from speedrl.reward import load_qualities
 from speedrl.sample import contact_sheet, sample, save_png
 
 
@@ -19,6 +20,7 @@ def report(
     out: str | Path,
     prompts: str | Path | None = None,
     quality: str = "embedded",
+    reward_weights: Sequence[str] = (),
     some: int = 16,
     count: int = 4,
     seeds: int = 3,
@@ -35,7 +37,8 @@ def report(
     out, trained, console = Path(out), str(trained), Console()
     before, after = load_generator(base, device=device), load_generator(trained, device=device)
     sets = {which: lines[:some] for which, lines in prompt_sets(prompts, None).items()}
-    judge, score = judge_if_there(device, console), load_quality(quality, device=device)
+    judge = judge_if_there(device, console)
+    scores, _ = load_qualities(quality, device=device, weights=reward_weights)
     few, heat = after.steps, before.temperature
     settings = [(base, before, before.steps, before.guidance, heat)]
     settings += [(base, before, few, g, t) for g in dict.fromkeys((before.guidance, 1.0)) for t in (heat, heat / 2)]
@@ -46,7 +49,7 @@ def report(
             row = {"model": model, "prompts": which, "steps": steps, "guidance": guidance, "temperature": temperature,
                    "network_calls": network_calls(steps, guidance)}  # fmt: skip
             row |= one_cell(
-                generator, judge, score, sets[which], which=which, steps=steps, guidance=guidance,
+                generator, judge, scores, sets[which], which=which, steps=steps, guidance=guidance,
                 temperature=temperature, count=count, seeds=seeds, batch=64, after_seed=lambda: None,
             )  # fmt: skip
             rows.append(row)

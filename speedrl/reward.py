@@ -1,17 +1,25 @@
-"""Rewards: quality, speed, and their combination."""
+"""Rewards: qualities and their mixture, speed, and their combination."""
 
 import functools
 import importlib
+import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from speedrl.platform import import_torchvision
+from speedrl.models.scorers import Score, clip_score, hpsv2_score, imagereward_score
+
+EMBEDDED = Path(__file__).parent / "models" / "embedded" / "reward"
+PUBLISHED = {  # a short name and what open_clip calls it
+    "clip": ("ViT-L-14", "openai"),
+    "clip-l": ("ViT-L-14", "openai"),
+    "clip-h": ("ViT-H-14", "laion2b_s32b_b79k"),
+}
 
 
 def speed_reward(steps: Tensor, *, max_steps: int) -> Tensor:
@@ -36,53 +44,6 @@ def combine(quality: Tensor, speed: Tensor, *, steps_reward: float, gate: float 
     return quality + (bonus if gate is None else torch.where(quality >= gate, bonus, 0))
 
 
-def clip_encoders(
-    name: str, *, device: torch.device | str = "cpu", weights: str | None = None
-) -> tuple[Callable[[Tensor], Tensor], Callable[[list[str]], Tensor]]:
-    """open_clip's model `name` ("local-dir:FOLDER" or an architecture with `weights`) as two functions.
-
-    The first takes float [B, 3, H, W] in [0, 1] on any device, crops the square in the middle, resizes it to the
-    tower's size where it differs (bicubic, antialiased) and normalises it as the model was trained; the second takes
-    B prompts and remembers the features of the latest 16,384. Both return float32 [B, D] of norm 1, without gradient,
-    on `device`. Raises what open_clip raises, RuntimeError where no weights are found.
-    """
-    import_torchvision()
-    import open_clip
-
-    model = open_clip.create_model(name, pretrained=weights, device=device, require_pretrained=True)
-    model.eval().requires_grad_(False)
-    tokenizer = open_clip.get_tokenizer(name)
-    about = model.visual.preprocess_cfg
-    mean, std = (torch.tensor(about[key], device=device)[:, None, None] for key in ("mean", "std"))
-    size = (about["size"],) * 2 if isinstance(about["size"], int) else tuple(about["size"])
-
-    @torch.no_grad()
-    def images(pictures: Tensor) -> Tensor:
-        pictures = pictures.to(device).float()
-        height, width = pictures.shape[2:]
-        side = min(height, width)
-        top, left = (height - side) // 2, (width - side) // 2
-        pictures = pictures[:, :, top : top + side, left : left + side]
-        if pictures.shape[2:] != size:
-            pictures = F.interpolate(pictures, size=size, mode="bicubic", antialias=True).clamp(0, 1)
-        return model.encode_image((pictures - mean) / std, normalize=True).float()
-
-    @functools.lru_cache(maxsize=16_384)
-    @torch.no_grad()
-    def prompt(text: str) -> Tensor:  # one at a time, so that no other prompt of a batch changes its last digits
-        return model.encode_text(tokenizer([text]).to(device), normalize=True)[0].float()
-
-    return images, lambda prompts: torch.stack([prompt(text) for text in prompts])
-
-
-def clip_score(
-    name: str, *, device: torch.device | str = "cpu", weights: str | None = None
-) -> Callable[[Tensor, list[str]], Tensor]:
-    """The cosine of a picture's and its prompt's features, from -1 to 1, of an open_clip model: see `clip_encoders`."""
-    images, texts = clip_encoders(name, device=device, weights=weights)
-    return lambda pictures, prompts: (images(pictures) * texts(prompts)).sum(-1)
-
-
 def import_function(name: str) -> Callable:
     """The function of "module:function"; modules in the working directory are found too.
 
@@ -101,39 +62,70 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def parse_quality(text: str) -> dict[str, float]:
+    """Reads "hpsv2=1,imagereward=0.5,clip" as weights by name, 1 where none is given. ValueError otherwise."""
+    weights: dict[str, float] = {}
+    for part in text.split(","):
+        name, equals, weight = part.strip().rpartition("=")
+        name, weight = (name, weight) if equals else (weight, "1")
+        try:
+            value = float(weight)
+        except ValueError:
+            raise ValueError(f"quality {part.strip()!r}: {weight!r} is no number; write NAME=WEIGHT") from None
+        if not name or name.endswith("=") or name in weights or not math.isfinite(value):
+            raise ValueError(f"quality {text!r}: write each name once, like hpsv2=1,imagereward=0.5")
+        weights[name] = value
+    if not any(weights.values()):
+        raise ValueError(f"quality {text!r}: every weight is 0")
+    return weights
+
+
+def loader(name: str, *, device: torch.device | str, weights: str | None, bf16: bool | None) -> Callable[[], Score]:
+    """What loads the quality `name` of `load_quality`. ValueError where there is none of that name."""
+    options = {"device": device, "bf16": bf16}
+    if name in ("hpsv2", "imagereward"):
+        return functools.partial({"hpsv2": hpsv2_score, "imagereward": imagereward_score}[name], weights=weights,
+                                 **options)  # fmt: skip
+    if name in PUBLISHED:
+        architecture, published = PUBLISHED[name]
+        return functools.partial(clip_score, architecture, weights=weights or published, **options)
+    if name.startswith("clip:") and name != "clip:":
+        architecture, _, published = name.removeprefix("clip:").partition(":")
+        if not (weights or published):
+            raise ValueError(f"reward {name}: say which weights, clip:ARCHITECTURE:WEIGHTS, or give a file")
+        return functools.partial(clip_score, architecture, weights=weights or published, **options)
+    if weights is not None:
+        raise ValueError(f"reward {name}: it takes no weights, only hpsv2, imagereward and clip do")
+    folder = EMBEDDED if name == "embedded" else Path(name)
+    if (folder / "open_clip_config.json").is_file():
+        return functools.partial(clip_score, f"local-dir:{folder}", **options)
+    if name == "embedded":
+        raise ValueError("reward embedded: it is not in this installation: rebuild it, see experiments/")
+    if all(name.partition(":")) and not folder.exists():
+        return functools.partial(import_function, name)
+    raise ValueError(
+        f"there is no reward {name!r}: give embedded, hpsv2, imagereward, clip, clip:ARCHITECTURE:WEIGHTS, "
+        "a folder with open_clip_config.json or MODULE:FUNCTION"
+    )
+
+
 def load_quality(
-    name: str = "embedded", *, device: torch.device | str = "cpu", weights: str | None = None
-) -> Callable[[Tensor, list[str]], Tensor]:
+    name: str = "embedded", *, device: torch.device | str = "cpu", weights: str | None = None, bf16: bool | None = None
+) -> Score:
     """A quality reward: score(images float [B, 3, H, W] in [0, 1], B prompts) -> float32 [B], without gradient.
 
     `name` is one of
-      embedded             the small CLIP that comes with the embedded model
-      FOLDER               a folder in open_clip's layout, with open_clip_config.json, weights and tokenizer
-      clip:ARCHITECTURE    one of open_clip's architectures; `weights` is a file or the name of published weights
-      MODULE:FUNCTION      your own function with score's signature
-    All but the last score by the cosine of the features of picture and prompt, from -1 to 1 and without a scale. The
-    reward is tried on two pictures here. ValueError, one line, where there is no such reward, it cannot be loaded,
-    raises, or gives something else than B finite numbers in float32.
+      embedded                    the small CLIP that comes with the embedded model
+      hpsv2, imagereward          the published models of human preference
+      clip, clip-l, clip-h        CLIP ViT-L-14 (OpenAI's) and ViT-H-14 (LAION's)
+      clip:ARCHITECTURE:WEIGHTS   any of open_clip's, with the name of published weights
+      FOLDER                      a folder in open_clip's layout, with open_clip_config.json, weights and tokenizer
+      MODULE:FUNCTION             your own function with score's signature
+    `weights` is a file in place of the published one; `bf16` by default where it is fast. The reward is tried on two
+    pictures here. ValueError, one line, where there is no such reward, it cannot be loaded, raises, or gives something
+    else than B finite numbers in float32.
     """
-    embedded = Path(__file__).parent / "models" / "embedded" / "reward"
-    folder = embedded if name == "embedded" else Path(name)
-    if weights is not None and not name.startswith("clip:"):
-        raise ValueError(f"reward {name}: weights are for clip:ARCHITECTURE only")
-    if (folder / "open_clip_config.json").is_file():
-        load = functools.partial(clip_score, f"local-dir:{folder}", device=device)
-    elif name == "embedded":
-        raise ValueError("reward embedded: it is not in this installation: rebuild it, see experiments/")
-    elif name.startswith("clip:") and name != "clip:":
-        if weights is None:
-            raise ValueError(f"reward {name}: give weights, a file or the name of published ones")
-        load = functools.partial(clip_score, name.removeprefix("clip:"), device=device, weights=weights)
-    elif all(name.partition(":")) and not folder.exists():
-        load = functools.partial(import_function, name)
-    else:
-        raise ValueError(
-            f"there is no reward {name!r}: give embedded, a folder with open_clip_config.json, "
-            "clip:ARCHITECTURE or MODULE:FUNCTION"
-        )
+    load = loader(name, device=device, weights=weights, bf16=bf16)
     try:
         score = torch.no_grad()(load())
     except Exception as error:  # open_clip, safetensors and the user's module raise many kinds
@@ -149,3 +141,85 @@ def load_quality(
     if not tried.isfinite().all():
         raise ValueError(f"reward {name}: gives {tried.tolist()} for two pictures: not finite")
     return score
+
+
+def load_qualities(
+    text: str, *, device: torch.device | str = "cpu", weights: Sequence[str] = (), bf16: bool | None = None
+) -> tuple[dict[str, Score], dict[str, float]]:
+    """The scores of "hpsv2=1,imagereward=0.5" and their weights, both by name. `weights` are files, "NAME=PATH" each.
+
+    A quality of weight 0 is scored and logged but not rewarded: it can tell whether the others are being gamed.
+    """
+    wanted, files = parse_quality(text), {}
+    for given in weights:
+        name, equals, path = given.partition("=")
+        if not equals or name not in wanted:
+            raise ValueError(f"reward weights {given!r}: write NAME=PATH with a name out of {', '.join(wanted)}")
+        files[name] = path
+    return {name: load_quality(name, device=device, weights=files.get(name), bf16=bf16) for name in wanted}, wanted
+
+
+class Moments(NamedTuple):
+    """Running count, mean and sum of squared deviations of one quality."""
+
+    count: float = 0.0
+    mean: float = 0.0
+    squares: float = 0.0
+
+
+def observe(moments: Moments, values: Tensor) -> Moments:
+    """`moments` with float [B] more values (Chan, Golub and LeVeque 1983)."""
+    count, values = moments.count + len(values), values.double()
+    away = values.mean().item() - moments.mean
+    own = (values - values.mean()).square().sum().item()
+    return Moments(
+        count,
+        moments.mean + away * len(values) / count,
+        moments.squares + own + away**2 * moments.count * len(values) / count,
+    )
+
+
+def mixture(
+    parts: dict[str, Tensor], weights: dict[str, float], moments: dict[str, Moments], *, clip: float | None = None
+) -> Tensor:
+    """The quality that is rewarded: float32 [B] each -> float32 [B].
+
+    One part is itself, times its weight. Of several each is first standardised by its running mean and standard
+    deviation, so that weights mean the same whatever the units: sum over parts of w (x - mean) / std. With `clip`, no
+    part counts as further than `clip` standard deviations from its mean, for one part too, in its own units.
+    """
+    rewarded = [name for name, weight in weights.items() if weight]
+    total = torch.zeros_like(next(iter(parts.values())))
+    for name in rewarded:
+        count, mean, squares = moments[name]
+        std = max((squares / max(count, 1)) ** 0.5, 1e-6)
+        value = parts[name]
+        if clip is not None:
+            value = value.clamp(mean - clip * std, mean + clip * std)
+        total = total + weights[name] * (value if len(rewarded) == 1 else (value - mean) / std)
+    return total
+
+
+def trend(values: Sequence[float]) -> float:
+    """How many standard errors the slope of a least-squares line is from 0; 0 for fewer than 4 values."""
+    count = len(values)
+    if count < 4:
+        return 0.0
+    x = torch.arange(count, dtype=torch.float64)
+    x, y = x - x.mean(), torch.tensor(values, dtype=torch.float64)
+    slope = (x * y).sum() / x.square().sum()
+    residual = (y - y.mean() - slope * x).square().sum()
+    error = (residual / (count - 2) / x.square().sum()).sqrt()
+    return (slope / error.clamp(min=1e-12)).item()
+
+
+def disagreeing(history: Sequence[dict[str, float]], weights: dict[str, float], *, sure: float = 3.0) -> list[str]:
+    """Qualities that fall while what is rewarded rises, over `history`, the means of an iteration each.
+
+    A quality falls or rises where its trend is `sure` standard errors from 0. A warning of reward hacking: the names
+    of falling parts, rewarded or of weight 0, where any rewarded part rises.
+    """
+    slopes = {name: trend([row[name] for row in history]) for name in weights}
+    if not any(weights[name] and slope > sure for name, slope in slopes.items()):
+        return []
+    return [name for name, slope in slopes.items() if slope < -sure]

@@ -4,6 +4,8 @@ import copy
 import json
 import signal
 import time
+from collections import deque
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -30,10 +32,12 @@ from speedrl.models.checkpoint import (
     take,
 )
 from speedrl.platform import bf16_is_fast
-from speedrl.reward import combine, load_quality, speed_reward
+from speedrl.reward import Moments, combine, disagreeing, load_qualities, mixture, observe, speed_reward
 from speedrl.rollout import Rollout, draw_noise, rollout, state
 from speedrl.sample import guided_policy
 from speedrl.schedule import temperatures, timesteps
+
+TREND = 20  # iterations over which rewards are watched for disagreement
 
 
 class Rows(NamedTuple):
@@ -149,12 +153,16 @@ def start(out: Path, settings: dict, *, resume: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
 
 
-def save(out: Path, transformer: nn.Module, optimizer, random: torch.Generator, done: int, settings: dict) -> None:
+def save(
+    out: Path, transformer: nn.Module, optimizer, random: torch.Generator, moments: dict[str, Moments], done: int,
+    settings: dict,
+) -> None:  # fmt: skip
     """Writes OUT/checkpoint.pt, whole or not at all: all that `restore` needs."""
     state = {
         "transformer": transformer.state_dict(),
         "optimizer": optimizer.state_dict(),
         "random": random.get_state(),
+        "moments": {name: tuple(values) for name, values in moments.items()},
         "iteration": done,
         "settings": {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()},
         "version": __version__,
@@ -162,13 +170,16 @@ def save(out: Path, transformer: nn.Module, optimizer, random: torch.Generator, 
     write_atomically(out / "checkpoint.pt", lambda partial: torch.save(state, partial))
 
 
-def restore(out: Path, transformer: nn.Module, optimizer, random: torch.Generator) -> int:
+def restore(
+    out: Path, transformer: nn.Module, optimizer, random: torch.Generator, moments: dict[str, Moments]
+) -> int:  # fmt: skip
     """Loads OUT/checkpoint.pt into place, drops metrics past it, returns its iteration. ValueError if it is damaged."""
     try:
         state = torch.load(out / "checkpoint.pt", weights_only=True, map_location="cpu")
         transformer.load_state_dict(state["transformer"])
         optimizer.load_state_dict(state["optimizer"])
         random.set_state(state["random"])
+        moments |= {name: Moments(*values) for name, values in state["moments"].items() if name in moments}
     except Exception as error:  # torch has no common error for a damaged file
         what = f"{out / 'checkpoint.pt'} is damaged or another model's"
         raise ValueError(f"{what} ({type(error).__name__}): start the run anew in another folder") from error
@@ -258,6 +269,8 @@ def train(
     steps: str = "8",
     steps_reward: float = 0.0,
     quality_gate: float | None = None,
+    quality_clip: float | None = None,
+    reward_weights: Sequence[str] = (),
     iterations: int = 30,
     groups: int = 8,
     group_size: int = 8,
@@ -285,10 +298,10 @@ def train(
     """Trains `model` to need fewer network calls, and saves it to OUT/model in the layout it was loaded from.
 
     Each iteration samples `group_size` pictures of `groups` prompts in `steps` steps ("8", or "2-16": drawn anew for
-    each sample), rewards each with its quality plus steps_reward times `speed_reward`, and makes `updates` updates on
-    the clipped loss plus kl_weight times the divergence from the starting model at the revealed tokens. `trained`
-    steps of each rollout, all by default, enter the loss, scaled so that its gradient is that of all in expectation.
-    `percentile` and `least_quality` filter groups and samples (`std_percentile`, `low_quality`). OUT/metrics.jsonl
+    each sample), rewards each with its quality (`mixture`) plus steps_reward times `speed_reward`, and makes `updates`
+    updates on the clipped loss plus kl_weight times the divergence from the starting model at the revealed tokens.
+    `trained` steps of each rollout, all by default, enter the loss, scaled so that its gradient is that of all in
+    expectation. `percentile` and `least_quality` filter groups and samples (`std_percentile`, `low_quality`). OUT/metrics.jsonl
     gets a line an iteration; with `resume` the newest of OUT/checkpoint.pt goes on exactly. Returns OUT/model.
     ValueError and FileNotFoundError for what cannot be used, before anything is written.
     """
@@ -301,7 +314,7 @@ def train(
         raise ValueError(f"{bounds[1]} steps are more than the {length} tokens of a picture")
     temperature = generator.temperature if temperature is None else temperature
     texts = read_lines(prompts) if prompts else training_prompts(model)
-    score = load_quality(quality, device=device)
+    scores, shares = load_qualities(quality, device=device, weights=reward_weights)
     start(out, settings, resume=resume)
 
     encoded, empty = encode_prompts(generator, texts), encode_prompts(generator, [""])
@@ -313,9 +326,10 @@ def train(
             reference.compile_blocks()
     optimizer = torch.optim.AdamW(transformer.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     random = torch.Generator().manual_seed(seed)
-    first = restore(out, transformer, optimizer, random) if resume else 0
+    moments = dict.fromkeys(scores, Moments())
+    first = restore(out, transformer, optimizer, random, moments) if resume else 0
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16_is_fast(device))
-    size, done = groups * group_size, first
+    size, done, recent = groups * group_size, first, deque(maxlen=TREND)
 
     with Display(first=first, total=iterations) as display, interruptible() as stopped:
         for iteration in range(first, iterations):
@@ -335,7 +349,9 @@ def train(
 
             # REWARDS
             pictures = decode(generator, batch.tokens)
-            quality_of = score(pictures, [texts[i] for i in chosen]).to(device)  # [B]
+            parts = {name: score(pictures, [texts[i] for i in chosen]).to(device) for name, score in scores.items()}
+            moments = {name: observe(moments[name], values) for name, values in parts.items()}
+            quality_of = mixture(parts, shares, moments, clip=quality_clip)  # [B]
             speed = speed_reward(counts, max_steps=bounds[1])
             rewards = combine(quality_of, speed, steps_reward=steps_reward, gate=quality_gate)
             advantages = group_advantages(rewards.view(groups, -1)).flatten()
@@ -380,11 +396,16 @@ def train(
                 "kept": keep.mean().item(),
                 "images_per_second": size / (time.time() - began),
             }
+            if len(parts) > 1:
+                row |= {name: values.mean().item() for name, values in parts.items()}
+                recent.append({name: row[name] for name in parts})
+                if falling := disagreeing(recent, shares):
+                    display.warn(f"the reward rises while {' and '.join(falling)} falls: it may be gamed")
             display.show(row)
             with (out / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
             if done % save_every == 0 or done == iterations or stopped():
-                save(out, transformer, optimizer, random, done, settings)
+                save(out, transformer, optimizer, random, moments, done, settings)
             if stopped():
                 break
     if done < iterations:

@@ -27,7 +27,7 @@ def judge(monkeypatch):
     )  # fmt: skip
     monkeypatch.setattr(speedrl.evaluate, "features", lambda judge, images: images.mean((2, 3)))
     monkeypatch.setattr(speedrl.evaluate, "load_judge", lambda device: made)
-    monkeypatch.setattr(speedrl.evaluate, "load_quality", lambda name, device: redness)
+    monkeypatch.setattr(speedrl.evaluate, "load_qualities", lambda text, **_: ({"redness": redness}, {"redness": 1.0}))
     return made
 
 
@@ -38,18 +38,18 @@ def flat(*colours):
 def test_measure(judge):
     red, green = flat((1, 0, 0)), flat((0, 1, 0))
     images = torch.stack([torch.cat([red, red]), torch.cat([green, red]), torch.cat([red, green])])
-    found = measure(judge, redness, images, PROMPTS)
+    found = measure(judge, {"redness": redness}, images, PROMPTS)
     assert found["judge_r1"] == 0.75  # the third prompt names nothing
     assert found["judge_r5"] == 1 and found["reward"] == pytest.approx(4 / 6)
     assert found["pixel_diversity"] == pytest.approx((2 / 3) ** 0.5 * 2 / 3)
     assert found["frechet"] > 0 and found["diversity"] > 0
-    assert measure(judge, redness, images, PROMPTS, which="given")["frechet"] is None
-    nameless = measure(judge, None, images[:1, :1], PROMPTS[2:])
+    assert measure(judge, {"redness": redness}, images, PROMPTS, which="given")["frechet"] is None
+    nameless = measure(judge, {}, images[:1, :1], PROMPTS[2:])
     assert all(value is None for value in nameless.values())
-    bare = measure(None, redness, images, PROMPTS)
+    bare = measure(None, {"redness": redness}, images, PROMPTS)
     assert bare["reward"] is not None and bare["judge_r1"] is None and bare["diversity"] is None
     with pytest.raises(ValueError, match="3 prompts"):
-        measure(judge, redness, images, PROMPTS[:2])
+        measure(judge, {"redness": redness}, images, PROMPTS[:2])
 
 
 def test_rows_and_files(judge, tiny_generator_folder, tmp_path, capsys):

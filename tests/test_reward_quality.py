@@ -11,8 +11,19 @@ from conftest import write_tokenizer
 from safetensors.torch import save_file
 
 import speedrl.reward
+from speedrl.models.scorers import (
+    MEAN,
+    STD,
+    TEXT,
+    VISION,
+    ImageRewardModel,
+    clip_encoders,
+    hpsv2_score,
+    imagereward_score,
+    normalised,
+)
 from speedrl.platform import import_torchvision
-from speedrl.reward import clip_encoders, load_quality
+from speedrl.reward import Moments, disagreeing, load_qualities, load_quality, mixture, observe, parse_quality
 
 EMBEDDED = Path(speedrl.reward.__file__).parent / "models" / "embedded" / "reward"
 shipped = pytest.mark.skipif(
@@ -95,9 +106,9 @@ def test_larger_and_wider_pictures_are_resized_to_the_tower(folder):
     torch.testing.assert_close(images(wide), images(small))
 
 
-@pytest.mark.parametrize("name", ["", "nonsense", "clip", "clip:", ":", "module:", "/no/such/folder"])
+@pytest.mark.parametrize("name", ["", "nonsense", "clip:", ":", "module:", "/no/such/folder"])
 def test_unknown_names_list_what_there_is(name):
-    with pytest.raises(ValueError, match="embedded, a folder with open_clip_config.json, clip:ARCHITECTURE") as error:
+    with pytest.raises(ValueError, match="embedded, hpsv2, imagereward, clip, clip:ARCHITECTURE:WEIGHTS") as error:
         load_quality(name)
     assert "\n" not in str(error.value)
 
@@ -123,9 +134,9 @@ def test_broken_folders_are_one_clear_line(folder, tmp_path):
 
 
 def test_weights_belong_to_architectures(folder, tmp_path):
-    with pytest.raises(ValueError, match="weights are for clip:ARCHITECTURE only"):
+    with pytest.raises(ValueError, match="takes no weights"):
         load_quality(str(folder), weights="openai")
-    with pytest.raises(ValueError, match="give weights"):
+    with pytest.raises(ValueError, match="say which weights"):
         load_quality("clip:ViT-B-32")
     with pytest.raises(ValueError, match="clip:no-such: cannot be loaded") as error:
         load_quality("clip:no-such", weights=str(tmp_path / "none.pt"))
@@ -217,3 +228,175 @@ def test_the_embedded_reward_reads_the_background():
     prompts = [f"a cat on a {colour} background" for colour in colours]
     scores = torch.stack([score(grounds, [prompt] * 4) for prompt in prompts])
     assert scores.argmax(1).tolist() == [0, 1, 2, 3]
+
+
+def test_names_and_weights_are_read():
+    assert parse_quality("embedded") == {"embedded": 1.0}
+    assert parse_quality("hpsv2=1, imagereward=0.5,clip:ViT-B-32:openai=-2") == {
+        "hpsv2": 1.0, "imagereward": 0.5, "clip:ViT-B-32:openai": -2.0,
+    }  # fmt: skip
+    for bad in ("", "a=b", "=1", "a,a", "a=nan", "a=0", "a=1,", "a==1"):
+        with pytest.raises(ValueError, match="quality"):
+            parse_quality(bad)
+    with pytest.raises(ValueError, match="NAME=PATH with a name out of hpsv2"):
+        load_qualities("hpsv2", weights=["clip=x.pt"])
+    with pytest.raises(ValueError, match="reward hpsv2: cannot be loaded: there is no file nowhere.pt"):
+        load_qualities("hpsv2", weights=["hpsv2=nowhere.pt"])
+
+
+def test_running_moments_are_those_of_all_values_together():
+    values = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)) * 3 + 100
+    moments = Moments()
+    for row in values:
+        moments = observe(moments, row)
+    assert moments.count == 35
+    assert moments.mean == pytest.approx(values.mean().item())
+    assert moments.squares / 35 == pytest.approx(values.var(correction=0).item(), rel=1e-5)
+
+
+def test_a_mixture_weighs_the_same_whatever_the_units():
+    generator = torch.Generator().manual_seed(0)
+    one, two = torch.randn(64, generator=generator), torch.randn(64, generator=generator)
+    weights = {"one": 1.0, "two": 0.5, "watched": 0.0}
+
+    def mixed(scale: float, shift: float) -> torch.Tensor:
+        parts = {"one": one, "two": two * scale + shift, "watched": one * 1e6}
+        return mixture(parts, weights, {name: observe(Moments(), part) for name, part in parts.items()})
+
+    torch.testing.assert_close(mixed(1.0, 0.0), mixed(1000.0, -7.0), atol=1e-4, rtol=1e-4)
+    single = {"one": one}
+    moments = {"one": observe(Moments(), one)}
+    assert torch.equal(mixture(single, {"one": 2.0}, moments), 2 * one), "one quality keeps its units"
+
+
+def test_clipping_bounds_what_one_quality_can_win():
+    parts = {"a": torch.tensor([0.0] * 99 + [1000.0])}
+    moments = {"a": observe(Moments(), torch.randn(1000, generator=torch.Generator().manual_seed(0)))}
+    free, held = (mixture(parts, {"a": 1.0}, moments, clip=clip) for clip in (None, 2.0))
+    assert free.max() == 1000 and held.max() < 2.2 and torch.equal(held[:99], free[:99])
+
+
+def test_a_reward_that_rises_while_another_falls_is_named():
+    noise = torch.randn(3, 20, generator=torch.Generator().manual_seed(0)) * 0.1
+    rising, falling, flat = noise[0] + torch.arange(20) * 0.1, noise[1] - torch.arange(20) * 0.1, noise[2]
+    history = [{"a": a, "b": b, "c": c} for a, b, c in zip(*(x.tolist() for x in (rising, falling, flat)), strict=True)]
+    assert disagreeing(history, {"a": 1.0, "b": 0.0, "c": 0.0}) == ["b"]
+    assert disagreeing(history, {"a": 0.0, "b": 1.0, "c": 1.0}) == [], "nothing that is rewarded rises"
+    assert disagreeing(history[:3], {"a": 1.0, "b": 0.0}) == [], "too short to say"
+
+
+def tiny_hpsv2(path: Path) -> tuple[str, object]:
+    """A tiny ViT of open_clip under a name of its own, and its weights in the layout of HPS_v2.1_compressed.pt."""
+    import_torchvision()
+    import open_clip
+
+    about = {
+        "embed_dim": 8,
+        "vision_cfg": {"image_size": 224, "layers": 1, "width": 16, "head_width": 8, "patch_size": 56},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+    }
+    (path / "tiny-hps.json").write_text(json.dumps(about))
+    open_clip.add_model_config(path / "tiny-hps.json")
+    torch.manual_seed(0)
+    model = open_clip.create_model("tiny-hps").eval()
+    state = {key: value for key, value in model.state_dict().items() if key != "attn_mask"}
+    torch.save({"state_dict": state}, path / "hps.pt")
+    return "tiny-hps", model
+
+
+def test_hpsv2_is_the_cosine_after_the_longer_side_is_fitted(tmp_path):
+    name, model = tiny_hpsv2(tmp_path)
+    import open_clip
+    from torchvision.transforms.functional import InterpolationMode, normalize, pad, resize
+
+    score = hpsv2_score(weights=str(tmp_path / "hps.pt"), architecture=name)
+    for shape in ((224, 224), (300, 500), (97, 64)):
+        images, prompts = torch.rand(3, 3, *shape, generator=torch.Generator().manual_seed(1)), ["a cat", "", "a dog"]
+        scale = 224 / max(shape)
+        size = [round(side * scale) for side in shape]
+        down, across = 224 - size[0], 224 - size[1]
+        fitted = resize(images, size, InterpolationMode.BICUBIC, antialias=True)
+        fitted = pad(fitted, [across // 2, down // 2, across - across // 2, down - down // 2])
+        with torch.no_grad():
+            seen = model.encode_image(normalize(fitted, MEAN, STD), normalize=True)
+            said = model.encode_text(open_clip.get_tokenizer(name)(prompts), normalize=True)
+        torch.testing.assert_close(score(images, prompts), (seen * said).sum(-1), atol=1e-6, rtol=0)
+
+
+def test_weights_of_another_model_or_a_pickle_are_refused(tmp_path):
+    name, model = tiny_hpsv2(tmp_path)
+    state = dict(model.state_dict())
+    state.pop("logit_scale")
+    torch.save({"state_dict": state}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="other.pt is another model's: .*logit_scale"):
+        hpsv2_score(weights=str(tmp_path / "other.pt"), architecture=name)
+    torch.save({"state_dict": Path}, tmp_path / "pickle.pt")
+    with pytest.raises(ValueError, match="pickle.pt cannot be read as weights"):
+        hpsv2_score(weights=str(tmp_path / "pickle.pt"), architecture=name)
+
+
+SMALL_VISION = VISION | {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL_TEXT = TEXT | {
+    "vocab_size": 60, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "encoder_hidden_size": 32,
+}  # fmt: skip
+
+
+def to_image_reward(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The package's names for our weights, written down from its source and not from our map of them."""
+    found = {}
+    for key, value in state.items():
+        first, _, rest = key.partition(".")
+        if first == "head":
+            number, _, last = rest.partition(".")
+            found[f"mlp.layers.{(0, 2, 4, 6, 7)[int(number)]}.{last}"] = value
+        elif first == "text":
+            found[f"blip.text_encoder.{rest}"] = value
+        else:
+            for ours, theirs in (
+                ("embeddings.patch_embedding", "patch_embed.proj"), ("embeddings.class_embedding", "cls_token"),
+                ("embeddings.position_embedding", "pos_embed"), ("post_layernorm", "norm"),
+                ("encoder.layers", "blocks"), ("layer_norm", "norm"), ("self_attn.projection", "attn.proj"),
+                ("self_attn.qkv", "attn.qkv"),
+            ):  # fmt: skip
+                rest = rest.replace(ours, theirs)
+            found[f"blip.visual_encoder.{rest}"] = value
+    return found
+
+
+def test_imagereward_reads_the_packages_names_and_its_picture_tower_is_timms(tmp_path):
+    import_torchvision()
+    from timm.models.vision_transformer import VisionTransformer
+
+    torch.manual_seed(0)
+    model = ImageRewardModel(vision=SMALL_VISION, text=SMALL_TEXT).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    state = {key: value for key, value in model.state_dict().items() if not key.endswith("position_ids")}
+    theirs = to_image_reward(state)
+    extra = {"blip.vision_proj.weight": torch.zeros(1), "blip.text_encoder.embeddings.position_ids": torch.arange(512)}
+    torch.save(theirs | extra, tmp_path / "ImageReward.pt")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat", "dog", "red"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+
+    tower = VisionTransformer(
+        img_size=224, patch_size=16, embed_dim=32, depth=2, num_heads=4, mlp_ratio=2, num_classes=0, global_pool="",
+        norm_layer=lambda width, **_: torch.nn.LayerNorm(width, eps=1e-6),
+    ).eval()  # fmt: skip
+    prefix = "blip.visual_encoder."
+    tower.load_state_dict({k.removeprefix(prefix): v for k, v in theirs.items() if k.startswith(prefix)})
+    images = pictures(2, side=224)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model.vision(pixel_values=images).last_hidden_state, tower(images), atol=1e-4, rtol=1e-4
+        )
+
+    score = imagereward_score(weights=str(tmp_path / "ImageReward.pt"), vision=SMALL_VISION, text=SMALL_TEXT)
+    found = score(images, ["a red cat", "dog"])
+    ids = torch.tensor([[2, 5, 8, 6, 3] + [0] * 30, [2, 7, 3] + [0] * 32])
+    with torch.no_grad():
+        wanted = model(normalised(images), ids, (ids > 0).long())
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    alone = score(images[1:], ["dog"])
+    torch.testing.assert_close(alone, found[1:], atol=1e-5, rtol=1e-5)
+    assert (score(images, ["dog", "dog"])[0] - found[0]).abs() > 1e-4

@@ -49,10 +49,10 @@ def main(
         data.fetch(packages)
     concepts, sprites = data.sprites(packages, data.TRAIN_VENDORS, cache / "train.npz")
     names, tags = [c["name"] for c in concepts], [c["tags"] for c in concepts]
-    if not (cache / "vq/done").exists():
-        train_vq.train(pictures(sprites, cache / "pictures.npy"), cache / "vq", device=device)
-        (cache / "vq/done").touch()
-    centres = torch.load(cache / "vq/centres.pt", weights_only=True)
+    painted = pictures(sprites, cache / "pictures.npy")
+    centres = train_vq.codebook(painted, cache / "centres.pt")
+    if not (cache / "vq/config.json").exists():
+        train_vq.train(painted, centres, cache / "vq", device=device)
     if only_base:  # one of the processes started below
         torch.distributed.init_process_group("gloo")
         torch.set_num_threads(1)

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +125,18 @@ def orthogonalised(matrix: Tensor, *, iterations: int = 5) -> Tensor:
     return x.mT if matrix.shape[-2] > matrix.shape[-1] else x
 
 
+def shared(function: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:
+    """function(stack), of which every process of torch.distributed computes its part: [N, ...] -> [N, ...]."""
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    if ranks == 1:
+        return function(stack)
+    size = -(-len(stack) // ranks)
+    padded = F.pad(stack, (0, 0, 0, 0, 0, size * ranks - len(stack)))
+    parts = [torch.empty_like(padded[:size]) for _ in range(ranks)]
+    dist.all_gather(parts, function(padded.chunk(ranks)[dist.get_rank()].contiguous()))
+    return torch.cat(parts)[: len(stack)]
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum with orthogonalised updates for matrices, scaled to the size of AdamW's updates."""
 
@@ -140,7 +153,7 @@ class Muon(torch.optim.Optimizer):
                 ahead = parameter.grad.lerp(buffer, group["momentum"])
                 by_shape.setdefault(tuple(parameter.shape), []).append((parameter, ahead))
             for shape, pairs in by_shape.items():
-                updates = orthogonalised(torch.stack([update for _, update in pairs]))
+                updates = shared(orthogonalised, torch.stack([update for _, update in pairs]))
                 for (parameter, _), update in zip(pairs, updates, strict=True):
                     parameter.add_(update, alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
 
@@ -207,8 +220,7 @@ def train(
     *,
     steps: int,
     batch: int = 64,
-    lr: float = 2e-3,
-    cooldown: float = 0.3,
+    lr: float = 1.6e-3,
     decay: float = 0.998,
     seed: int = 0,
     save_every: int = 250,
@@ -217,8 +229,8 @@ def train(
     """Trains on `data`, of `read_pool`, for `steps` updates of `batch` pictures, with Muon on matrices and AdamW on the
     rest; resumes from `out/state.pt`.
 
-    The rate rises over 100 steps, holds, and falls linearly over the last `cooldown` share. What counts in the end is
-    the exponential moving average of the weights. Under torch.distributed each process takes its share of a batch.
+    The rate rises over 100 steps and falls linearly to 0. What counts in the end is the exponential moving average of
+    the weights. Under torch.distributed each process takes its share of a batch.
     """
     from transformers import CLIPTokenizer
 
@@ -276,7 +288,7 @@ def train(
 
     began, recent = time.time(), []
     for step in range(first, steps):
-        rate = lr * min(1, (step + 1) / 100, (steps - step) / (cooldown * steps))
+        rate = lr * min((step + 1) / 100, (steps - step) / steps)
         drawn = torch.randint(len(data["ids"]), (batch,), device=device)
         tokens, ids = data["tokens"][drawn].long(), data["ids"][drawn].long()
         loss = objective(tokens, ids, *corrupt(tokens))

@@ -1,8 +1,8 @@
 """The picture tokenizer: diffusers' VQModel with a codebook made of the pictures' own 4x4 patches.
 
 Codes come from k-means on patches, so that a thing gets the same tokens wherever it stands (places lie on a grid of
-whole tokens); the decoder is trained on top and smooths what the patches cut, and the encoder is trained to name
-the codes. A VQ-VAE trained from scratch in the same time was far worse.
+whole tokens). The encoder's weights are written down: it takes each patch's principal components. The decoder is
+trained on top and smooths what the patches cut. A VQ-VAE trained from scratch in the same time was far worse.
 """
 
 import math
@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from rich.progress import track
 from torch import Tensor
@@ -65,94 +64,118 @@ def new_vqmodel(*, codes: int = 1024, latent: int = 24, channels: tuple[int, ...
     )
 
 
+@torch.no_grad()
+def write_encoder(model, axes: Tensor, mean: Tensor, *, constant: float = 256.0) -> None:
+    """Makes the encoder give each patch's coordinates (patch - mean) @ axes.T, axes [24, 48] and mean [48] in the
+    order of `patches`: the nearest code is then that of `nearest` but for what lies outside of the axes.
+
+    Pixels go through the two strided convolutions, space to depth, past residual blocks that add nothing. The last
+    normalisation does no harm as every coordinate stands beside its negative and each group holds two large constants;
+    SiLU does none as silu(z) - silu(-z) = z.
+    """
+    encoder, (latent, groups) = model.encoder, (len(axes), model.config.norm_num_groups)
+    for parameter in (*encoder.parameters(), *model.quant_conv.parameters()):
+        parameter.zero_()
+    for channel in range(3):
+        encoder.conv_in.weight[channel, channel, 1, 1] = 1
+    first, second, third = encoder.down_blocks
+    for row, column, channel in np.ndindex(2, 2, 3):  # 2x2 pixels -> 12 channels
+        first.downsamplers[0].conv.weight[(row * 2 + column) * 3 + channel, channel, row, column] = 1
+    second.resnets[0].conv_shortcut.weight[:12, :12, 0, 0] = torch.eye(12)
+    weight = second.downsamplers[0].conv.weight
+    for index, (row, column, channel) in enumerate(np.ndindex(PATCH, PATCH, 3)):
+        weight[:latent, (row % 2 * 2 + column % 2) * 3 + channel, row // 2, column // 2] = axes[:, index]
+    second.downsamplers[0].conv.bias[:latent] = -axes @ mean
+    spread, width = third.resnets[0].conv_shortcut, len(encoder.conv_norm_out.weight) // groups
+    held = latent // groups  # coordinates in each group
+    for group, part in np.ndindex(groups, held):
+        here, coordinate = group * width + 2 * part, group * held + part
+        spread.weight[here, coordinate], spread.weight[here + 1, coordinate] = 1, -1
+        encoder.conv_out.weight[coordinate, here, 1, 1], encoder.conv_out.weight[coordinate, here + 1, 1, 1] = 1, -1
+    for group in range(groups):
+        spread.bias[group * width + 2 * held], spread.bias[group * width + 2 * held + 1] = constant, -constant
+    encoder.conv_norm_out.weight[:] = constant * (2 / width) ** 0.5  # what a group's deviation is
+    model.quant_conv.weight[:, :, 0, 0] = torch.eye(latent)
+
+
 def edges(pictures: Tensor) -> tuple[Tensor, Tensor]:
     return pictures.diff(dim=-1), pictures.diff(dim=-2)
 
 
+def codebook(pictures: np.ndarray, path: Path, *, codes: int = 1024, seed: int = 0) -> Tensor:
+    """k-means centres of the patches of uint8 [N, 64, 64, 3], float32 [codes, 48], kept in `path`."""
+    if not path.exists():
+        torch.manual_seed(seed)
+        flat = torch.tensor([c * PATCH**2 for c in compose.COLOURS.values()]).float() / 127.5 - 1
+        points = patches(torch.from_numpy(pictures[:5000])).flatten(0, 1)
+        drawn = points[torch.cdist(points, flat).amin(-1) > 0.5]
+        drawn = drawn[torch.randperm(len(drawn))[:200_000]]
+        centres = kmeans(drawn, flat, codes=codes, seed=seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda partial: torch.save(centres, partial))
+    return torch.load(path, weights_only=True)
+
+
 def train(
     pictures: np.ndarray,
+    centres: Tensor,
     out: Path,
     *,
-    codes: int = 1024,
     latent: int = 24,
+    steps: int = 8000,
     batch: int = 16,
-    decoder_steps: int = 8000,
-    encoder_steps: int = 2000,
     lr: float = 2e-3,
     seed: int = 0,
     save_every: int = 200,
     device: str = "cpu",
 ) -> None:
-    """Trains on uint8 [N, 64, 64, 3] and saves to `out` a VQModel folder and `centres.pt`, float32 [codes, 48].
+    """Trains the decoder of `centres`, of `codebook`, on uint8 [N, 64, 64, 3] and saves a VQModel's folder to `out`.
 
-    First the decoder with the codes' embeddings, then the encoder. Resumes from `out/state.pt`.
+    Resumes from `out/state.pt`.
     """
     torch.manual_seed(seed)
     out.mkdir(parents=True, exist_ok=True)
     images = torch.from_numpy(pictures)
-    if not (out / "centres.pt").exists():
-        flat = torch.tensor([c * PATCH**2 for c in compose.COLOURS.values()]).float() / 127.5 - 1
-        points = patches(images[:5000]).flatten(0, 1)
-        drawn = points[torch.cdist(points, flat).amin(-1) > 0.5]
-        drawn = drawn[torch.randperm(len(drawn))[:200_000]]
-        found = kmeans(drawn, flat, codes=codes, seed=seed)
-        write_atomically(out / "centres.pt", lambda partial: torch.save(found, partial))
-    centres = torch.load(out / "centres.pt", weights_only=True).to(device)
-    model = new_vqmodel(codes=codes, latent=latent).to(memory_format=torch.channels_last)
-    # the codes start as whitened principal components of their patches
-    centred = centres.cpu() - centres.cpu().mean(0)
-    _, _, axes = torch.linalg.svd(centred, full_matrices=False)
+    model = new_vqmodel(codes=len(centres), latent=latent)
+    mean = centres.mean(0)
+    axes = torch.linalg.svd(centres - mean, full_matrices=False)[2][:latent]
+    write_encoder(model, axes, mean)
     with torch.no_grad():
-        projected = centred @ axes[:latent].T
-        model.quantize.embedding.weight.copy_(projected / projected.std(0))
-    model.to(device)
-    decoding = [*model.decoder.parameters(), *model.post_quant_conv.parameters(), *model.quantize.parameters()]
-    encoding = [*model.encoder.parameters(), *model.quant_conv.parameters()]
-    optimizers = {
-        "decoder": torch.optim.AdamW(decoding, lr=lr, weight_decay=1e-4),
-        "encoder": torch.optim.AdamW(encoding, lr=lr),
-    }
-    last, done = {"decoder": decoder_steps, "encoder": encoder_steps}, 0
+        model.quantize.embedding.weight.copy_((centres - mean) @ axes.T)
+    model.to(memory_format=torch.channels_last).to(device)
+    centres = centres.to(device)
+    learned = [*model.decoder.parameters(), *model.post_quant_conv.parameters()]
+    optimizer = torch.optim.AdamW(learned, lr=lr, weight_decay=1e-4)
+    done = 0
     if (out / "state.pt").exists():
         saved = torch.load(out / "state.pt", weights_only=True, map_location=device)
         model.load_state_dict(saved["model"])
-        for part, optimizer in optimizers.items():
-            optimizer.load_state_dict(saved["optimizers"][part])
+        optimizer.load_state_dict(saved["optimizer"])
         done = saved["done"]
         torch.manual_seed(seed + done)
 
-    def decoder_loss(target: Tensor, index: Tensor) -> Tensor:
-        codes_of = rearrange(model.quantize.embedding(index), "(n h w) c -> n c h w", h=16, w=16)
+    @torch.compile
+    def objective(target: Tensor, index: Tensor) -> Tensor:
+        codes_of = rearrange(model.quantize.embedding(index), "(n h w) c -> n c h w", h=16, w=16).detach()
         picture = model.decoder(model.post_quant_conv(codes_of))
         sharp = sum((a - b).abs().mean() for a, b in zip(edges(picture), edges(target), strict=True))
         return (picture - target).abs().mean() + sharp
 
-    def encoder_loss(target: Tensor, index: Tensor) -> Tensor:
-        codebook = model.quantize.embedding.weight.detach()
-        latents = rearrange(model.quant_conv(model.encoder(target)), "n c h w -> (n h w) c")
-        # minus half the squared distance, but for a constant
-        return F.cross_entropy(latents @ codebook.T - codebook.square().sum(-1) / 2, index)
-
-    for number in track(range(done, sum(last.values())), "tokenizer of pictures"):
-        part, step = ("decoder", number) if number < decoder_steps else ("encoder", number - decoder_steps)
+    for step in track(range(done, steps), "tokenizer of pictures"):
         chosen = images[torch.randint(len(images), (batch,))].to(device)
         target = rearrange(chosen.float() / 127.5 - 1, "n h w c -> n c h w").contiguous(
             memory_format=torch.channels_last
         )
-        loss = (decoder_loss if part == "decoder" else encoder_loss)(
-            target, nearest(patches(chosen).flatten(0, 1), centres)
-        )
-        optimizer = optimizers[part]
+        loss = objective(target, nearest(patches(chosen).flatten(0, 1), centres))
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / 50) * (0.02 + 0.98 * (1 + math.cos(math.pi * step / last[part])) / 2)
+            group["lr"] = lr * min(1, (step + 1) / 50) * (0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(decoding if part == "decoder" else encoding, 1.0)
+        torch.nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()
-        model.zero_grad(set_to_none=True)
-        if number % 50 == 0:
-            print(f"{part} {step} loss {loss.item():.4f}", flush=True)
-        if number % save_every == save_every - 1:
-            value = {"model": model.state_dict(), "done": number + 1,
-                     "optimizers": {name: one.state_dict() for name, one in optimizers.items()}}  # fmt: skip
+        optimizer.zero_grad(set_to_none=True)
+        if step % 50 == 0:
+            print(f"decoder {step}/{steps} loss {loss.item():.4f}", flush=True)
+        if step % save_every == save_every - 1:
+            value = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "done": step + 1}
             write_atomically(out / "state.pt", lambda partial, value=value: torch.save(value, partial))
     model.to("cpu").save_pretrained(out)
