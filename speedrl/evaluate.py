@@ -170,8 +170,9 @@ def measure(
     """METRICS of pictures [P, n, 3, H, W] in [0, 1], n of each of P prompts; None where one has no meaning.
 
     reward: the mean quality; where there are several each has its name instead. judge_r1, judge_r5: the share of
-    pictures that show a concept of their prompt, over the prompts that name one. frechet: to the real pictures
-    of the prompts `which`, so for those two sets alone. diversity and pixel_diversity: within a prompt, for n of 2 or more. ValueError where P differs.
+    pictures that show a concept of their prompt, over the prompts that name one. frechet: to the real pictures of the
+    prompts `which`, so for those two sets alone. diversity and pixel_diversity: within a prompt, for n of 2 or more.
+    ValueError where P differs.
     """
     if len(images) != len(prompts):
         raise ValueError(f"pictures of {len(images)} prompts for {len(prompts)} prompts")

@@ -301,9 +301,9 @@ def train(
     each sample), rewards each with its quality (`mixture`) plus steps_reward times `speed_reward`, and makes `updates`
     updates on the clipped loss plus kl_weight times the divergence from the starting model at the revealed tokens.
     `trained` steps of each rollout, all by default, enter the loss, scaled so that its gradient is that of all in
-    expectation. `percentile` and `least_quality` filter groups and samples (`std_percentile`, `low_quality`). OUT/metrics.jsonl
-    gets a line an iteration; with `resume` the newest of OUT/checkpoint.pt goes on exactly. Returns OUT/model.
-    ValueError and FileNotFoundError for what cannot be used, before anything is written.
+    expectation. `percentile` and `least_quality` filter groups and samples (`std_percentile`, `low_quality`).
+    OUT/metrics.jsonl gets a line an iteration; with `resume` the newest of OUT/checkpoint.pt goes on exactly. Returns
+    OUT/model. ValueError and FileNotFoundError for what cannot be used, before anything is written.
     """
     settings = dict(locals())
     out, bounds = Path(out), step_range(steps)
