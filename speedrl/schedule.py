@@ -14,7 +14,7 @@ def mask_ratio(progress: Tensor, *, kind: str = "cosine") -> Tensor:
     """
     match kind:
         case "cosine":
-            return torch.cos(progress * (math.pi / 2))
+            return torch.cos(progress * math.pi / 2)
         case "linear":
             return 1 - progress
         case "square":
@@ -28,16 +28,16 @@ def masked_counts(steps: Tensor, *, length: int, kind: str = "cosine") -> Tensor
     """Tokens still masked after each step: steps int64 [B] -> int64 [B, S] with S = steps.max().
 
     For a sample of N steps over L tokens, step s leaves max(1, min(previous - 1, floor(L ratio((s + 1) / N)))), the
-    last step leaves 0, and so does every step after it: the rule of Meissonic's and aMUSEd's schedulers. A sample
-    with more steps than tokens reveals nothing in some steps. ValueError for a step count or length below 1.
+    last step leaves 0, and so does every step after it: the rule of Meissonic's and aMUSEd's schedulers, in float32 as
+    theirs, since that decides what floor makes of a whole number. A sample with more steps than tokens reveals nothing
+    in some steps. ValueError for a step count or length below 1.
     """
-    n = steps.cpu()  # one synchronisation for a whole rollout; float64 does not exist on every device
+    n = steps.cpu()  # one synchronisation for a whole rollout
     if n.numel() == 0 or n.min() < 1 or length < 1:
         raise ValueError(f"step counts and length must be at least 1, got steps {n.tolist()} and length {length}")
     s = torch.arange(int(n.max()))
-    progress = ((s + 1).double() / n[:, None]).clamp(max=1)
-    # 1e-9: ten tokens at a ratio of 0.2 are 2, although float64 makes 1.9999999999999996 of it
-    wanted = (length * mask_ratio(progress, kind=kind) + 1e-9).floor().long()
+    progress = ((s + 1) / n[:, None]).clamp(max=1)
+    wanted = (length * mask_ratio(progress, kind=kind)).floor().long()
     # m_s = min(m_{s-1} - 1, wanted_s) is a running minimum of m_s + s, started at m_0 <= L - 1
     masked = (wanted + s).clamp(max=length - 1).cummin(dim=1).values - s
     return torch.where(s < n[:, None] - 1, masked.clamp(min=1), 0).to(steps.device)

@@ -27,8 +27,8 @@ def test_counts_follow_the_recurrence(kind, length):
     for row, n in zip(counts.tolist(), steps, strict=True):
         previous = length
         for s in range(20):
-            ratio = mask_ratio(torch.tensor(min((s + 1) / n, 1), dtype=torch.float64), kind=kind)
-            expected = max(1, min(previous - 1, int(length * ratio + 1e-9))) if s < n - 1 else 0
+            ratio = mask_ratio(torch.tensor(min(s + 1, n)) / n, kind=kind)
+            expected = max(1, min(previous - 1, int(length * ratio))) if s < n - 1 else 0
             assert row[s] == expected
             previous = expected
 
@@ -42,8 +42,10 @@ def test_every_step_reveals_and_all_steps_reveal_everything(kind):
         assert (row[:n] > 0).all() and (row[n:] == 0).all()
 
 
-def test_rounding_does_not_lose_a_token():
-    assert masked_counts(torch.tensor([5]), length=10, kind="linear").tolist() == [[8, 6, 4, 2, 0]]
+def test_whole_numbers_are_rounded_as_the_published_schedulers_round_them():
+    # in float32 1 - 3 / 5 is under 0.4, and cos(pi / 3) under a half
+    assert masked_counts(torch.tensor([5]), length=10, kind="linear").tolist() == [[8, 6, 3, 1, 0]]
+    assert masked_counts(torch.tensor([3]), length=16).tolist() == [[13, 7, 0]]
 
 
 @pytest.mark.parametrize("kind", KINDS)

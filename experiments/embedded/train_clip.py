@@ -148,7 +148,7 @@ def decoded(tokens: Tensor, vqvae_folder: Path, *, batch: int = 64) -> Tensor:
     for part in track(tokens.split(batch), "decoding"):
         shape = (len(part), compose.SIDE // PATCH, compose.SIDE // PATCH, model.config.latent_channels)
         picture = model.decode(part, force_not_quantize=True, shape=shape).sample
-        found.append(((picture.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1))
+        found.append((picture.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1))
     return torch.cat(found)
 
 

@@ -77,7 +77,7 @@ def write_encoder(model, axes: Tensor, mean: Tensor, *, constant: float = 256.0)
     for parameter in (*encoder.parameters(), *model.quant_conv.parameters()):
         parameter.zero_()
     for channel in range(3):
-        encoder.conv_in.weight[channel, channel, 1, 1] = 1
+        encoder.conv_in.weight[channel, channel, 1, 1], encoder.conv_in.bias[channel] = 2, -1  # [0, 1] to [-1, 1]
     first, second, third = encoder.down_blocks
     for row, column, channel in np.ndindex(2, 2, 3):  # 2x2 pixels -> 12 channels
         first.downsamplers[0].conv.weight[(row * 2 + column) * 3 + channel, channel, row, column] = 1
@@ -129,9 +129,9 @@ def train(
     save_every: int = 200,
     device: str = "cpu",
 ) -> None:
-    """Trains the decoder of `centres`, of `codebook`, on uint8 [N, 64, 64, 3] and saves a VQModel's folder to `out`.
+    """Trains a decoder of the codes `centres`, of `codebook`, on uint8 [N, 64, 64, 3]; saves a VQModel's folder to `out`.
 
-    Resumes from `out/state.pt`.
+    Pictures in and out are in [0, 1], as Meissonic's. Resumes from `out/state.pt`.
     """
     torch.manual_seed(seed)
     out.mkdir(parents=True, exist_ok=True)
@@ -159,13 +159,11 @@ def train(
         codes_of = rearrange(model.quantize.embedding(index), "(n h w) c -> n c h w", h=16, w=16).detach()
         picture = model.decoder(model.post_quant_conv(codes_of))
         sharp = sum((a - b).abs().mean() for a, b in zip(edges(picture), edges(target), strict=True))
-        return (picture - target).abs().mean() + sharp
+        return 2 * ((picture - target).abs().mean() + sharp)
 
     for step in track(range(done, steps), "tokenizer of pictures"):
         chosen = images[torch.randint(len(images), (batch,))].to(device)
-        target = rearrange(chosen.float() / 127.5 - 1, "n h w c -> n c h w").contiguous(
-            memory_format=torch.channels_last
-        )
+        target = rearrange(chosen.float() / 255, "n h w c -> n c h w").contiguous(memory_format=torch.channels_last)
         loss = objective(target, nearest(patches(chosen).flatten(0, 1), centres))
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 50) * (0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2)

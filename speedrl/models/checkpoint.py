@@ -1,7 +1,7 @@
-"""Generators on disk: one loading path for folders in Meissonic's layout, hub ids, our runs and the embedded model.
+"""Generators on disk: one loading path for Meissonic's and aMUSEd's folders, hub ids, our runs and the embedded model.
 
-A folder holds transformer/, vqvae/, text_encoder/, tokenizer/ and scheduler/, each json and safetensors. The released
-checkpoint and the embedded one differ in their numbers only.
+A folder holds transformer/, vqvae/, text_encoder/, tokenizer/ and scheduler/, each json and safetensors. Which kind of
+transformer it is says its config.json; the embedded model and the released Meissonic differ in their numbers only.
 """
 
 import json
@@ -24,7 +24,7 @@ from speedrl.platform import import_torchvision
 class Generator(NamedTuple):
     """A text-to-image generator, and how it wants to be sampled."""
 
-    transformer: MeissonicTransformer
+    transformer: nn.Module  # MeissonicTransformer or AmusedTransformer
     vqvae: nn.Module  # diffusers.VQModel, float32 and frozen
     text_encoder: nn.Module  # transformers.CLIPTextModelWithProjection, frozen
     tokenizer: Callable  # transformers.CLIPTokenizer
@@ -37,6 +37,7 @@ class Generator(NamedTuple):
     steps: int  # its usual number of steps, guidance and temperature
     guidance: float
     temperature: float
+    index: dict | None = None  # model_index.json, by which a diffusers pipeline loads the folder
 
 
 class Prompts(NamedTuple):
@@ -63,18 +64,16 @@ def load_generator(
     folder = find(source)
     config = read_json(folder / "transformer/config.json")
     scheduler = read_json(folder / "scheduler/scheduler_config.json")
-    known = MeissonicTransformer.__init__.__kwdefaults__
-    transformer = load_module(
-        lambda: MeissonicTransformer(**{key: value for key, value in config.items() if key in known}),
-        folder / "transformer",
-        "diffusion_pytorch_model",
-        dtype=dtype,
-    )
+    index = read_json(folder / "model_index.json") if (folder / "model_index.json").exists() else None
 
-    import_torchvision()  # or the next two imports fail beside a torch without CUDA
+    import_torchvision()  # or the next imports fail beside a torch without CUDA
     from diffusers import VQModel
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
+    amused = config.get("_class_name") == "UVit2DModel"
+    transformer = load_module(
+        lambda: new_transformer(config, amused=amused), folder / "transformer", "diffusion_pytorch_model", dtype=dtype
+    )
     vqvae = load_module(
         lambda: VQModel.from_config(read_json(folder / "vqvae/config.json")),
         folder / "vqvae",
@@ -113,10 +112,22 @@ def load_generator(
         size=(rows * scale, columns * scale),
         mask_id=scheduler.get("mask_token_id", vocabulary - 1),
         codes=transformer.mlm_layer.conv2.out_channels,
-        steps=scheduler.get("num_inference_steps", 48),
-        guidance=scheduler.get("guidance_scale", 9.0),
+        # where the files do not say: what the pipelines of the two take
+        steps=scheduler.get("num_inference_steps", 12 if amused else 48),
+        guidance=scheduler.get("guidance_scale", 10.0 if amused else 9.0),
         temperature=scheduler.get("temperature", 2.0),
+        index=index,
     )
+
+
+def new_transformer(config: dict, *, amused: bool) -> nn.Module:
+    """The transformer that a config.json describes; keys that are not of its class are left out."""
+    if amused:
+        from speedrl.models.amused import AmusedTransformer
+
+        return AmusedTransformer(**{key: value for key, value in config.items() if not key.startswith("_")})
+    known = MeissonicTransformer.__init__.__kwdefaults__
+    return MeissonicTransformer(**{key: value for key, value in config.items() if key in known})
 
 
 def save_generator(generator: Generator, out: Path, *, dtype: torch.dtype = torch.float32) -> None:
@@ -137,6 +148,8 @@ def save_generator(generator: Generator, out: Path, *, dtype: torch.dtype = torc
     save_module(generator.vqvae, vq_config, partial / "vqvae", pictures, dtype=dtype)
     save_module(generator.text_encoder, text_config, partial / "text_encoder", words, dtype=dtype)
     write_json(partial / "scheduler/scheduler_config.json", generator.scheduler)
+    if generator.index is not None:
+        write_json(partial / "model_index.json", generator.index)
     generator.tokenizer.save_pretrained(partial / "tokenizer")
     generator.tokenizer.backend_tokenizer.model.save(str(partial / "tokenizer"))  # vocab.json, merges.txt, as released
     shutil.rmtree(old, ignore_errors=True)
@@ -196,14 +209,17 @@ def logits(
 
 @torch.inference_mode()
 def decode(generator: Generator, tokens: Tensor, *, batch: int = 64) -> Tensor:
-    """Pictures of finished tokens int64 [B, L]: float32 [B, 3, H, W] in [0, 1], `batch` of them at a time."""
+    """Pictures of finished tokens int64 [B, L]: float32 [B, 3, H, W] in [0, 1], `batch` of them at a time.
+
+    The decoders of Meissonic and aMUSEd give [0, 1] themselves: nothing is rescaled.
+    """
     rows, columns = generator.grid
     pictures = []
     for part in tokens.split(batch):
         shape = (len(part), rows, columns, generator.vqvae.config.latent_channels)
         with torch.autocast(tokens.device.type, enabled=False):
             picture = generator.vqvae.decode(part, force_not_quantize=True, shape=shape, return_dict=False)[0]
-        pictures.append((picture.float() / 2 + 0.5).clamp(0, 1).contiguous())
+        pictures.append(picture.float().clamp(0, 1).contiguous())
     return torch.cat(pictures)
 
 
@@ -227,7 +243,7 @@ def find(source: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     weights = ("diffusion_pytorch_model.safetensors", "model.safetensors")
-    wanted = ["*/config.json", "scheduler/*", "tokenizer/*", *(f"*/{name}" for name in weights)]
+    wanted = ["model_index.json", "*/config.json", "scheduler/*", "tokenizer/*", *(f"*/{name}" for name in weights)]
     try:
         return Path(snapshot_download(str(source), allow_patterns=wanted))
     except Exception as error:  # the hub's errors have no common class

@@ -1,0 +1,70 @@
+"""aMUSEd's transformer (arXiv 2401.01808) as the rollouts and the loss want it: features first, the head where needed.
+
+It is diffusers' own UVit2DModel, with its weights and names; only what surrounds them is ours.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from diffusers import UVit2DModel
+from diffusers.models.attention import BasicTransformerBlock
+from einops import rearrange
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+class Block(BasicTransformerBlock):
+    """A block that can be computed again in the backward pass: diffusers' own way of doing so fails on keywords."""
+
+    checkpointed = False
+
+    def forward(self, *inputs, **options):
+        run = super().forward
+        if self.checkpointed and torch.is_grad_enabled():
+            return checkpoint(partial(run, **options), *inputs, use_reentrant=False)
+        return run(*inputs, **options)
+
+
+def as_it_is(features: Tensor) -> Tensor:
+    return features
+
+
+class AmusedTransformer(UVit2DModel):
+    """Keyword arguments are those of its config.json. It takes the same inputs as `MeissonicTransformer`; the timestep
+    plays no part."""
+
+    def __init__(self, **config):
+        super().__init__(**config)
+        for layer in self.transformer_layers:
+            layer.__class__ = Block
+        self.mlm_layer.forward = as_it_is  # UVit2DModel.forward then ends in what the head reads
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        return False  # what UVit2DModel.forward looks at; see Block
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on: bool) -> None:
+        for layer in getattr(self, "transformer_layers", ()):
+            layer.checkpointed = on
+
+    def compile_blocks(self) -> None:
+        """Compiles the kind of block once for all layers, for any batch size."""
+        for layer in self.transformer_layers:
+            layer.compile(dynamic=True)
+
+    def features(self, tokens: Tensor, timestep: Tensor, text: Tensor, pooled: Tensor, micro_conds: Tensor) -> Tensor:
+        """tokens int64 [B, H, W], text [B, T, D], pooled [B, P], micro_conds [B, 5] -> [B, H * W, channels]."""
+        found = UVit2DModel.forward(self, tokens, text.to(self.dtype), pooled.to(self.dtype), micro_conds.float())
+        return rearrange(found, "b c h w -> b (h w) c")
+
+    def head(self, features: Tensor) -> Tensor:
+        """features [..., channels] -> logits [..., codes]. Pointwise: gather the positions that are needed first."""
+        first, last = self.mlm_layer.conv1, self.mlm_layer.conv2
+        hidden = self.mlm_layer.layer_norm(F.linear(features, first.weight.flatten(1), first.bias))
+        return F.linear(hidden, last.weight.flatten(1), last.bias)
+
+    def forward(self, tokens: Tensor, timestep: Tensor, text: Tensor, pooled: Tensor, micro_conds: Tensor) -> Tensor:
+        """As `features`, then the head at every position: logits [B, H * W, codes]."""
+        return self.head(self.features(tokens, timestep, text, pooled, micro_conds))

@@ -1,0 +1,185 @@
+"""aMUSEd: diffusers' own model, pipeline and scheduler are the references."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_tokenizer
+
+from speedrl.models.checkpoint import decode, encode_prompts, load_generator, logits, save_generator
+from speedrl.platform import import_torchvision
+from speedrl.rollout import draw_noise, rollout
+from speedrl.sample import generate, guided_policy, sample
+from speedrl.schedule import timesteps
+
+import_torchvision()
+
+CODES, MASK = 32, 33
+
+
+def pipeline():
+    """A tiny random AmusedPipeline: 4x4 tokens, 16x16 pixels."""
+    from diffusers import AmusedScheduler, UVit2DModel, VQModel
+    from diffusers.pipelines.deprecated.amused.pipeline_amused import AmusedPipeline
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+    transformer = UVit2DModel(
+        hidden_size=16, cond_embed_dim=32, micro_cond_encode_dim=4, micro_cond_embed_dim=20, encoder_hidden_size=24,
+        vocab_size=MASK + 1, codebook_size=CODES, in_channels=8, block_out_channels=8, num_res_blocks=1,
+        block_num_heads=1, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, sample_size=4,
+    )  # fmt: skip
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    vqvae = VQModel(
+        down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
+        block_out_channels=(8, 8, 8), layers_per_block=1, latent_channels=4, sample_size=16, num_vq_embeddings=CODES,
+        norm_num_groups=4, vq_embed_dim=4, mid_block_add_attention=False, lookup_from_codebook=True,
+    )  # fmt: skip
+    text = CLIPTextModelWithProjection(CLIPTextConfig(
+        vocab_size=55, hidden_size=24, intermediate_size=32, projection_dim=32, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=8, bos_token_id=53, eos_token_id=54, pad_token_id=54,
+    ))  # fmt: skip
+    return AmusedPipeline(vqvae, None, text.eval(), transformer.eval(), AmusedScheduler(MASK))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Written by diffusers itself."""
+    path = tmp_path_factory.mktemp("amused") / "tiny"
+    made = pipeline()
+    write_tokenizer(path / "tokenizer")
+    for name in ("transformer", "vqvae", "text_encoder", "scheduler"):
+        getattr(made, name).save_pretrained(path / name)
+    index = {name: list(pair) for name, pair in {
+        "transformer": ("diffusers", "UVit2DModel"), "vqvae": ("diffusers", "VQModel"),
+        "scheduler": ("diffusers", "AmusedScheduler"), "tokenizer": ("transformers", "CLIPTokenizer"),
+        "text_encoder": ("transformers", "CLIPTextModelWithProjection"),
+    }.items()}  # fmt: skip
+    (path / "model_index.json").write_text(json.dumps({"_class_name": "AmusedPipeline"} | index))
+    return path
+
+
+@pytest.fixture(scope="module")
+def generator(folder):
+    return load_generator(folder)
+
+
+@pytest.fixture(scope="module")
+def theirs(folder):
+    from diffusers.pipelines.deprecated.amused.pipeline_amused import AmusedPipeline
+
+    made = AmusedPipeline.from_pretrained(folder)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def same_draws(monkeypatch, uniform: torch.Tensor, gumbel: torch.Tensor) -> None:
+    """Makes AmusedScheduler take its randomness, step after step, from noise [B, S, L] of ours."""
+    import diffusers.schedulers.scheduling_amused as scheduling
+
+    taken = {"multinomial": 0, "gumbel": 0}
+
+    def multinomial(probs, count, generator=None):
+        from speedrl.likelihood import sample_tokens
+
+        batch, _, length = uniform.shape
+        drawn, _ = sample_tokens(probs.log().view(batch, length, -1), uniform[:, taken["multinomial"]])
+        taken["multinomial"] += 1
+        return drawn.view(-1, 1)
+
+    def noise(t, generator=None):
+        taken["gumbel"] += 1
+        return gumbel[:, taken["gumbel"] - 1]
+
+    monkeypatch.setattr(scheduling.torch, "multinomial", multinomial)
+    monkeypatch.setattr(scheduling, "gumbel_noise", noise)
+
+
+def test_the_kind_comes_from_the_files(generator):
+    assert type(generator.transformer).__name__ == "AmusedTransformer"
+    assert (generator.grid, generator.size, generator.mask_id, generator.codes) == ((4, 4), (16, 16), MASK, CODES)
+    assert (generator.steps, generator.guidance, generator.temperature) == (12, 10.0, 2.0)
+
+
+def test_logits_are_diffusers_own(generator, theirs):
+    prompts = encode_prompts(generator, ["an owl", "a cat", ""])
+    tokens = torch.randint(0, MASK + 1, (3, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = logits(generator.transformer, tokens, torch.zeros(3), prompts, grid=(4, 4))
+        wanted = theirs.transformer(tokens.view(3, 4, 4), prompts.text, prompts.pooled, prompts.micro_conds)
+        torch.testing.assert_close(found, wanted.flatten(2).mT, atol=1e-5, rtol=1e-5)
+        features = generator.transformer.features(tokens.view(3, 4, 4), torch.zeros(3), *prompts)
+        torch.testing.assert_close(generator.transformer.head(features[:, [3, 5]]), found[:, [3, 5]])
+
+
+def test_checkpointing_gives_the_same_gradients_in_training_mode(generator):
+    prompts = encode_prompts(generator, ["an owl"])
+    tokens = torch.full((1, 16), MASK)
+    gradients = []
+    for on in (False, True):
+        model = copy.deepcopy(generator.transformer).train()
+        model.gradient_checkpointing = on
+        logits(model, tokens, torch.zeros(1), prompts, grid=(4, 4)).square().mean().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for one, two in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 8, 16, 64])
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_the_sampler_decides_as_diffusers_scheduler_on_the_same_draws(generator, theirs, monkeypatch, steps, guidance):
+    from diffusers import AmusedScheduler
+
+    prompts, empty = encode_prompts(generator, ["an owl", "a cat"]), encode_prompts(generator, [""])
+    length, counts = 16, torch.tensor([steps, steps])
+    noise = draw_noise(2, steps, length, seed=3)
+    policy = guided_policy(generator.transformer, prompts, empty, guidance=guidance, grid=(4, 4))
+    seen = []
+
+    def watched(tokens, timestep):
+        seen.append(tokens.clone())
+        return policy(tokens, timestep)
+
+    ours = rollout(watched, counts, noise, length=length, mask_id=MASK)
+    scheduler = AmusedScheduler(MASK)
+    scheduler.set_timesteps(steps)
+    same_draws(monkeypatch, noise.uniform, noise.gumbel)
+    tokens = torch.full((2, length), MASK)
+    for s, countdown in enumerate(scheduler.timesteps):
+        if not (seen[s] == MASK).any():
+            break  # more steps than tokens: theirs masks finished tokens anew, ours is done
+        assert torch.equal(seen[s], tokens)
+        with torch.no_grad():
+            found = policy(tokens, timesteps(counts)[:, s])
+        tokens = scheduler.step(found, countdown, tokens).prev_sample
+    if steps <= length:
+        assert torch.equal(ours.tokens, tokens)
+
+
+def test_the_pipeline_draws_the_same_picture_from_the_same_draws(generator, theirs, monkeypatch):
+    noise = draw_noise(2, 5, 16, seed=0)
+    ours = sample(generator, ["an owl", "a cat"], steps=5, guidance=3.0)
+    same_draws(monkeypatch, noise.uniform, noise.gumbel)
+    pictures = theirs(["an owl", "a cat"], num_inference_steps=5, guidance_scale=3.0, output_type="pt").images
+    torch.testing.assert_close(ours, pictures, atol=1e-5, rtol=1e-5)
+
+
+def test_what_training_saves_loads_in_the_pipeline_and_draws_the_same(generator, tmp_path, monkeypatch):
+    from diffusers.pipelines.deprecated.amused.pipeline_amused import AmusedPipeline
+
+    trained = copy.deepcopy(generator.transformer)
+    torch.nn.init.normal_(trained.mlm_layer.conv2.weight, std=0.5)
+    settings = generator.scheduler | {"num_inference_steps": 3, "guidance_scale": 1.0, "temperature": 2.0}
+    save_generator(generator._replace(transformer=trained, scheduler=settings), tmp_path / "run/model")
+    again = load_generator(tmp_path / "run")
+    assert (again.steps, again.guidance) == (3, 1.0)
+    made = AmusedPipeline.from_pretrained(tmp_path / "run/model")
+    made.set_progress_bar_config(disable=True)
+    tokens = generate(again, ["an owl"], steps=3)
+    noise = draw_noise(1, 3, 16, seed=0)
+    same_draws(monkeypatch, noise.uniform, noise.gumbel)
+    picture = made(["an owl"], num_inference_steps=3, guidance_scale=1.0, output_type="pt").images
+    torch.testing.assert_close(decode(again, tokens), picture, atol=1e-5, rtol=1e-5)
