@@ -129,7 +129,7 @@ def train(
     save_every: int = 200,
     device: str = "cpu",
 ) -> None:
-    """Trains a decoder of the codes `centres`, of `codebook`, on uint8 [N, 64, 64, 3]; saves a VQModel's folder to `out`.
+    """Trains a decoder of the codes `centres` on uint8 [N, 64, 64, 3] and saves a VQModel's folder to `out`.
 
     Pictures in and out are in [0, 1], as Meissonic's. Resumes from `out/state.pt`.
     """
