@@ -21,8 +21,7 @@ CODES, MASK = 32, 33
 
 def pipeline():
     """A tiny random AmusedPipeline: 4x4 tokens, 16x16 pixels."""
-    from diffusers import AmusedScheduler, UVit2DModel, VQModel
-    from diffusers.pipelines.deprecated.amused.pipeline_amused import AmusedPipeline
+    from diffusers import AmusedPipeline, AmusedScheduler, UVit2DModel, VQModel
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     torch.manual_seed(0)
@@ -69,7 +68,7 @@ def generator(folder):
 
 @pytest.fixture(scope="module")
 def theirs(folder):
-    from diffusers.pipelines.deprecated.amused.pipeline_amused import AmusedPipeline
+    from diffusers import AmusedPipeline
 
     made = AmusedPipeline.from_pretrained(folder)
     made.set_progress_bar_config(disable=True)
@@ -168,7 +167,7 @@ def test_the_pipeline_draws_the_same_picture_from_the_same_draws(generator, thei
 
 
 def test_what_training_saves_loads_in_the_pipeline_and_draws_the_same(generator, tmp_path, monkeypatch):
-    from diffusers.pipelines.deprecated.amused.pipeline_amused import AmusedPipeline
+    from diffusers import AmusedPipeline
 
     trained = copy.deepcopy(generator.transformer)
     torch.nn.init.normal_(trained.mlm_layer.conv2.weight, std=0.5)
