@@ -32,7 +32,7 @@ class Picture(NamedTuple):
 
 
 def draw(
-    rng: np.random.Generator, *, concepts: int, styles: int = len(STYLES), pair: float = 0.12, small: float = 0.2
+    rng: np.random.Generator, *, concepts: int, styles: int = len(STYLES), pair: float = 0.1, small: float = 0.15
 ) -> Picture:
     """Draws one picture's content."""
     colour = str(rng.choice(list(COLOURS)))

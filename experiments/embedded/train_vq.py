@@ -125,13 +125,16 @@ def train(
     steps: int = 8000,
     batch: int = 16,
     lr: float = 2e-3,
+    noise: float = 1.0,
     seed: int = 0,
     save_every: int = 200,
     device: str = "cpu",
 ) -> None:
     """Trains a decoder of the codes `centres` on uint8 [N, 64, 64, 3] and saves a VQModel's folder to `out`.
 
-    Pictures in and out are in [0, 1], as Meissonic's. Resumes from `out/state.pt`.
+    Pictures in and out are in [0, 1], as Meissonic's. So that the decoder forgives a generator's small errors, a random
+    share of each picture's codes are drawn anew, in proportion to exp(-squared distance / noise) of their patches in
+    [-1, 1]. Resumes from `out/state.pt`.
     """
     torch.manual_seed(seed)
     out.mkdir(parents=True, exist_ok=True)
@@ -154,8 +157,15 @@ def train(
         done = saved["done"]
         torch.manual_seed(seed + done)
 
-    @torch.compile
+    near = torch.softmax(-torch.cdist(centres, centres).square() / noise, -1)
+    near[-len(compose.COLOURS) :] = torch.eye(len(centres), device=device)[-len(compose.COLOURS) :]  # grounds stay
+    reached = near.cumsum(-1)
+
     def objective(target: Tensor, index: Tensor) -> Tensor:
+        share = torch.rand(batch, 1, device=device).expand(-1, index.numel() // batch).flatten()
+        other = torch.searchsorted(reached[index], torch.rand(len(index), 1, device=device))[:, 0]
+        other = other.clamp(max=len(centres) - 1)
+        index = torch.where(torch.rand(index.shape, device=device) < share, other, index)
         codes_of = rearrange(model.quantize.embedding(index), "(n h w) c -> n c h w", h=16, w=16).detach()
         picture = model.decoder(model.post_quant_conv(codes_of))
         sharp = sum((a - b).abs().mean() for a, b in zip(edges(picture), edges(target), strict=True))
