@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from speedrl.evaluate import evaluate, markdown, over_seeds, table
+from speedrl.evaluate import evaluate, markdown, metrics_of, over_seeds, table
 from speedrl.files import write_atomically, write_json
 from speedrl.train import train
 
@@ -108,7 +108,8 @@ def over_runs(variant: str, runs: list[list[dict]]) -> list[dict]:
     rows = []
     for same in zip(*runs, strict=True):
         row = {key: value for key, value in same[0].items() if key not in ("weights", "settings")} | {"model": variant}
-        row |= over_seeds(list(same))
+        metrics = metrics_of(list(same))
+        row |= over_seeds([{name: one.get(name) for name in metrics} for one in same])
         row["seconds_per_image"] = statistics.fmean(one["seconds_per_image"] for one in same)
         rows.append(row | {"runs": len(same)})
     return rows

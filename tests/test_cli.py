@@ -107,7 +107,7 @@ def test_defaults_read_from_the_source_are_those_of_the_signature(target):
     parameters = inspect.signature(getattr(__import__(f"speedrl.{module}", fromlist=[function]), function)).parameters
     expected = {name: p.default for name, p in parameters.items()}
     found = cli.defaults(target)
-    expected = {k: ",".join(map(str, v)) if isinstance(v, tuple) else v for k, v in expected.items()}
+    expected = {k: ",".join(map(str, v)) if isinstance(v, tuple) and v else v for k, v in expected.items()}
     assert found == {name: value for name, value in expected.items() if value is not inspect.Parameter.empty}
 
 
