@@ -44,6 +44,12 @@ def import_torchvision() -> None:
         torchvision._speedrl_library = library  # the declarations live as long as the module
 
 
+def bf16_autocast(device: torch.device | str, *, enabled: bool | None = None) -> torch.autocast:
+    """bf16 autocast, by default where `bf16_is_fast`."""
+    enabled = bf16_is_fast(device) if enabled is None else enabled
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=enabled)
+
+
 def bf16_is_fast(device: torch.device | str) -> bool:
     """Whether bf16 products are faster than fp32 ones: on GPUs, and on processors that have them in hardware.
 

@@ -31,7 +31,7 @@ from speedrl.models.checkpoint import (
     save_generator,
     take,
 )
-from speedrl.platform import bf16_is_fast
+from speedrl.platform import bf16_autocast
 from speedrl.reward import Moments, combine, disagreeing, load_qualities, mixture, observe, speed_reward
 from speedrl.rollout import Rollout, draw_noise, rollout, state
 from speedrl.sample import guided_policy
@@ -328,7 +328,7 @@ def train(
     random = torch.Generator().manual_seed(seed)
     moments = dict.fromkeys(scores, Moments())
     first = restore(out, transformer, optimizer, random, moments) if resume else 0
-    autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16_is_fast(device))
+    autocast = bf16_autocast(device)
     size, done, recent = groups * group_size, first, deque(maxlen=TREND)
 
     with Display(first=first, total=iterations) as display, interruptible() as stopped:

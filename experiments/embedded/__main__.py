@@ -44,19 +44,18 @@ def main(
 ) -> None:
     """Rebuild the embedded model, hours on two cores."""
     quiet_allocator()
+    if only_base:  # one of the processes started below
+        torch.distributed.init_process_group("gloo")
+        torch.set_num_threads(1)
+        return train_base.train(train_base.read_pool(cache / "base"), cache / "base", steps=base_steps)
     packages = cache / "packages"
-    if not only_base:
-        data.fetch(packages)
+    data.fetch(packages)
     concepts, sprites = data.sprites(packages, data.TRAIN_VENDORS, cache / "train.npz")
     names, tags = [c["name"] for c in concepts], [c["tags"] for c in concepts]
     painted = pictures(sprites, cache / "pictures.npy")
     centres = train_vq.codebook(painted, cache / "centres.pt")
     if not (cache / "vq/config.json").exists():
         train_vq.train(painted, centres, cache / "vq", device=device)
-    if only_base:  # one of the processes started below
-        torch.distributed.init_process_group("gloo")
-        torch.set_num_threads(1)
-        return train_base.train(train_base.read_pool(cache / "base"), cache / "base", steps=base_steps)
     if not (cache / "base/pool.safetensors").exists():
         train_base.make_pool(train_base.token_tables(sprites, centres), names, tags, cache / "base")
     if device == "cpu":

@@ -147,7 +147,7 @@ def build(packages: Path, cache: Path, out: Path, *, seed: int = 0, real: int = 
     rng = np.random.default_rng(seed)
     prompts = {"seen": draw_prompts(seen, listed, set(), rng, count=60)}
     prompts["held-out"] = draw_prompts(unseen, listed, set(), rng, count=60)
-    training = draw_prompts(seen, listed, set(prompts["seen"]), rng, count=640, pair=0.1)
+    training = draw_prompts(seen, listed, set(prompts["seen"]), rng, count=640, pair=compose.PAIR)
 
     network = judge.load_network()
 

@@ -16,6 +16,7 @@ COLOURS = {
     "blue": (58, 118, 216),
 }  # fmt: skip
 STYLES = ("cartoon", "3d")  # Noto, Fluent 3D: the order of data.TRAIN_VENDORS
+PAIR = 0.1  # share of the pictures that show two things
 CELL = 8  # pixels: places lie on this grid, so that a thing is cut into the same patches wherever it stands
 SMALL, BIG = 32, 48  # pixels: the two sizes of a single thing; each of two is small
 HALF = SIDE // 2
@@ -31,12 +32,10 @@ class Picture(NamedTuple):
     places: tuple[tuple[int, int], ...]  # x, y of the upper left corner
 
 
-def draw(
-    rng: np.random.Generator, *, concepts: int, styles: int = len(STYLES), pair: float = 0.1, small: float = 0.15
-) -> Picture:
+def draw(rng: np.random.Generator, *, concepts: int, pair: float = PAIR, small: float = 0.15) -> Picture:
     """Draws one picture's content."""
     colour = str(rng.choice(list(COLOURS)))
-    style = int(rng.integers(styles))
+    style = int(rng.integers(len(STYLES)))
     if rng.random() >= pair:
         size = SMALL if rng.random() < small else BIG
         x, y = (int(v) * CELL for v in rng.integers(0, (SIDE - size) // CELL + 1, 2))

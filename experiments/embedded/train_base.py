@@ -20,7 +20,7 @@ from experiments.embedded.train_vq import PATCH, nearest, patches
 from speedrl.files import write_atomically
 from speedrl.models.checkpoint import Generator, save_generator
 from speedrl.models.meissonic import MeissonicTransformer
-from speedrl.platform import bf16_is_fast, import_torchvision
+from speedrl.platform import bf16_autocast, import_torchvision
 
 WIDTH, WORDS, CODES, MASK = 192, 16, 1024, 1031
 TRANSFORMER = dict(
@@ -28,7 +28,7 @@ TRANSFORMER = dict(
     pooled_projection_dim=WIDTH, axes_dims_rope=(8, 28, 28), vocab_size=MASK + 1, codebook_size=CODES,
     downsample=True, upsample=True,
 )  # fmt: skip
-SAMPLING = {"num_inference_steps": 32, "guidance_scale": 2.0, "temperature": 8.0}  # the best of a sweep on the base
+SAMPLING = {"num_inference_steps": 32, "guidance_scale": 2.0, "temperature": 8.0}  # of a few tried, the best
 
 
 def token_tables(sprites: np.ndarray, centres: Tensor) -> dict[int, np.ndarray]:
@@ -207,8 +207,7 @@ def corrupt(tokens: Tensor, *, scored: int = 128) -> tuple[Tensor, Tensor, Tenso
     # evenly spread over the batch: less noise from batch to batch
     progress = (torch.rand(1, device=device) + torch.arange(batch, device=device) / batch).remainder(1)
     count = (torch.cos(progress * math.pi / 2) * length).ceil().clamp(min=1)
-    order = torch.rand(batch, length, device=device).argsort(-1)
-    masked = order.argsort(-1) < count[:, None]
+    masked = torch.rand(batch, length, device=device).argsort(-1) < count[:, None]
     steps = torch.exp(torch.rand(batch, device=device) * math.log(64.99)).floor()
     timestep = steps - 1 - (progress * steps).floor()
     ground = tokens >= CODES - len(compose.COLOURS)
@@ -277,7 +276,7 @@ def train(
         torch.manual_seed(seed + 1000 * rank + first)
     learned = [p for p in model.parameters() if p.requires_grad]
     micro = torch.tensor([[compose.SIDE, compose.SIDE, 0.0, 0.0, 6.0]], device=device).expand(batch, -1)
-    autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16_is_fast(device))
+    autocast = bf16_autocast(device)
 
     @torch.compile
     def objective(tokens, ids, noisy, timestep, places, weights) -> Tensor:

@@ -292,11 +292,16 @@ def load_module(build: Callable[[], nn.Module], folder: Path, name: str, *, dtyp
             first = ", ".join(sorted(keys)[:3]) + (", ..." if len(keys) > 3 else "")
             raise ValueError(f"{path} {what} {len(keys)} of {len(own)} weights ({first}): it is another model's")
     module.load_state_dict({key: value.to(dtype, copy=True) for key, value in state.items()}, assign=True)
+    count_positions(module)
+    return module.eval()
+
+
+def count_positions(module: nn.Module) -> None:
+    """Gives buffers on the meta device their values: the position_ids of transformers' text models, in no file."""
     for parent in module.modules():
         for key, buffer in parent.named_buffers(recurse=False):
-            if buffer.is_meta:  # CLIP's position_ids, which no file holds
+            if buffer.is_meta:
                 setattr(parent, key, torch.arange(buffer.shape[-1]).expand(buffer.shape))
-    return module.eval()
 
 
 def save_module(module: nn.Module, config: dict, folder: Path, name: str, *, dtype: torch.dtype) -> None:

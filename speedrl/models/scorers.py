@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speedrl.models.checkpoint import NoInitialisation, one_line
-from speedrl.platform import bf16_is_fast, import_torchvision
+from speedrl.models.checkpoint import NoInitialisation, count_positions, one_line
+from speedrl.platform import bf16_autocast, import_torchvision
 
 Score = Callable[[Tensor, list[str]], Tensor]
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's CLIP, all three
@@ -66,12 +66,6 @@ def in_parts(score: Score, size: int) -> Score:
     return scored
 
 
-def half(device: torch.device | str, bf16: bool | None) -> torch.autocast:
-    """bf16 autocast: where asked for, by default where it is fast."""
-    enabled = bf16_is_fast(device) if bf16 is None else bf16
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=enabled)
-
-
 def hub_file(repository: str, name: str) -> Path:
     """A file of a hub repository, fetched on first use and cached."""
     from huggingface_hub import hf_hub_download
@@ -120,7 +114,7 @@ def clip_features(
     def images(pictures: Tensor) -> Tensor:
         found = []
         for part in pictures.split(micro_batch):
-            with half(device, bf16):
+            with bf16_autocast(device, enabled=bf16):
                 features = model.encode_image(preprocess(part.to(device).float()))
             found.append(F.normalize(features.float(), dim=-1))
         return torch.cat(found)
@@ -128,7 +122,7 @@ def clip_features(
     @functools.lru_cache(maxsize=REMEMBERED)
     @torch.no_grad()
     def prompt(text: str) -> Tensor:  # one at a time, so that no other prompt of a batch changes its last digits
-        with half(device, bf16):
+        with bf16_autocast(device, enabled=bf16):
             features = model.encode_text(tokenizer([text]).to(device))
         return F.normalize(features[0].float(), dim=-1)
 
@@ -272,9 +266,7 @@ def imagereward_score(
     tokenizer = BertTokenizer(vocab=str(vocabulary), do_lower_case=True)
     with torch.device("meta"), NoInitialisation():
         model = ImageRewardModel(vision=vision, text=text)
-    for parent in model.modules():
-        for key, buffer in parent.named_buffers(recurse=False):  # position_ids, which no file holds
-            setattr(parent, key, torch.arange(buffer.shape[-1]).expand(buffer.shape))
+    count_positions(model)
     fill(model, state, path).to(device)
     size = (vision["image_size"],) * 2
 
@@ -288,7 +280,7 @@ def imagereward_score(
     @torch.no_grad()
     def score(pictures: Tensor, prompts: list[str]) -> Tensor:
         ids, mask = (torch.stack(part) for part in zip(*map(words, prompts), strict=True))
-        with half(device, bf16):
+        with bf16_autocast(device, enabled=bf16):
             return model(normalised(cropped(pictures.to(device).float(), size)), ids, mask)
 
     return in_parts(score, micro_batch)
