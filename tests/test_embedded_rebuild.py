@@ -44,7 +44,9 @@ def test_the_written_encoder_names_the_nearest_code(pictures, centres):
     points = train_vq.patches(torch.from_numpy(pictures))
     wanted = ((points - mean) @ axes.T).unflatten(1, (16, 16)).permute(0, 3, 1, 2)
     torch.testing.assert_close(found, wanted, atol=5e-3, rtol=1e-3)
-    assert (named == train_vq.nearest(points.flatten(0, 1), centres)).float().mean() > 0.97
+    points = points.flatten(0, 1)
+    far, least = ((points - centres[code]).norm(dim=-1) for code in (named, train_vq.nearest(points, centres)))
+    assert (far - least < 0.1).float().mean() > 0.99  # of codes that lie closer together than that, either will do
 
 
 def test_pasted_tokens_are_those_of_the_painted_picture(sprites, centres):
@@ -55,6 +57,14 @@ def test_pasted_tokens_are_those_of_the_painted_picture(sprites, centres):
         painted = torch.from_numpy(compose.paint(picture, sprites))[None]
         wanted = train_vq.nearest(train_vq.patches(painted)[0], centres).view(16, 16)
         assert np.array_equal(train_base.paste(picture, tables), wanted.numpy())
+
+
+def test_a_card_is_the_same_tokens_on_every_background_but_for_its_corners(sprites, centres):
+    for size, table in train_base.token_tables(sprites, centres).items():
+        inside = np.ones((size // 4, size // 4), bool)
+        inside[np.ix_([0, -1], [0, -1])] = False
+        assert (table == table[:, :, :1])[..., inside].all()
+        assert not (table == table[:, :, :1])[:, :, 1:, ~inside].any()
 
 
 def test_the_loss_weighs_every_masked_token_once_and_scores_all_of_the_things():

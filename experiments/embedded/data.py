@@ -21,13 +21,13 @@ from speedrl.files import write_atomically
 
 PACKAGES = {
     "emojibase-data": "17.0.0",
-    "@lobehub/fluent-emoji-3d": "1.1.0",
     "@iconify-json/noto": "1.2.9",
+    "@iconify-json/fluent-emoji-flat": "1.2.6",
     "@iconify-json/twemoji": "1.2.5",
     "@iconify-json/emojione": "1.2.3",
     "@iconify-json/openmoji": "1.2.29",
 }
-TRAIN_VENDORS = ("noto", "fluent-emoji-3d")
+TRAIN_VENDORS = ("noto", "fluent-emoji-flat")
 JUDGE_VENDORS = ("twemoji", "openmoji", "emojione")
 SPRITE = 128  # pixels; larger than any size that a composition asks for
 
@@ -125,14 +125,13 @@ def held_out(names: list[str]) -> set[str]:
 def concepts(folder: Path) -> list[dict]:
     """Concepts with every training design and at least two of the judge's: name, tags, and a key per vendor."""
     meta = json.loads((folder / "emojibase-data/meta/groups.json").read_text())["subgroups"]
-    vendors = ("noto", *JUDGE_VENDORS)
+    vendors = (*TRAIN_VENDORS, *JUDGE_VENDORS)
     icons = {v: json.loads((folder / v / "icons.json").read_text())["icons"] for v in vendors}
     chars = {}
     for vendor in icons:
         path = folder / vendor / "chars.json"
         table = json.loads(path.read_text()) if path.exists() else {}
         chars[vendor] = {codepoints(code): name for code, name in table.items()}
-    three_d = {codepoints(p.stem): p.name for p in (folder / "fluent-emoji-3d/assets").glob("*.webp")}
     found = {}
     for entry in json.loads((folder / "emojibase-data/en/data.json").read_text()):
         label = entry["label"]
@@ -140,7 +139,7 @@ def concepts(folder: Path) -> list[dict]:
         if not (wanted or label in ALSO):
             continue
         code = codepoints(entry["hexcode"])
-        keys = {"fluent-emoji-3d": three_d.get(code)}
+        keys = {}
         for vendor in icons:
             by_slug = slug(label) if slug(label) in icons[vendor] else None
             keys[vendor] = chars[vendor].get(code, by_slug)
@@ -152,20 +151,17 @@ def concepts(folder: Path) -> list[dict]:
     return sorted(found.values(), key=lambda c: c["name"])
 
 
-def render(folder: Path, vendor: str, key: str, icons: dict) -> np.ndarray:
-    """One design as uint8 RGBA [SPRITE, SPRITE, 4], cropped to what is drawn and centred."""
-    if vendor == "fluent-emoji-3d":
-        picture = Image.open(folder / vendor / "assets" / key).convert("RGBA")
-    else:
-        import resvg_py
+def render(table: dict, key: str) -> np.ndarray:
+    """One icon of an iconify table as uint8 RGBA [SPRITE, SPRITE, 4], cropped to what is drawn and centred."""
+    import resvg_py
 
-        table, icon = icons[vendor], icons[vendor]["icons"][key]
-        width, height = icon.get("width", table.get("width", 16)), icon.get("height", table.get("height", 16))
-        box = f"{icon.get('left', 0)} {icon.get('top', 0)} {width} {height}"
-        names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-        svg = f'<svg {names} viewBox="{box}">{icon["body"]}</svg>'
-        png = resvg_py.svg_to_bytes(svg_string=svg, width=256, height=256)
-        picture = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+    icon = table["icons"][key]
+    width, height = icon.get("width", table.get("width", 16)), icon.get("height", table.get("height", 16))
+    box = f"{icon.get('left', 0)} {icon.get('top', 0)} {width} {height}"
+    names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    svg = f'<svg {names} viewBox="{box}">{icon["body"]}</svg>'
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=256, height=256)
+    picture = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
     bounds = picture.getchannel("A").point(lambda a: 255 * (a > 16)).getbbox()
     picture = picture.crop(bounds)
     scale = SPRITE / max(picture.size)
@@ -182,12 +178,12 @@ def sprites(folder: Path, vendors: tuple[str, ...], out: Path) -> tuple[list[dic
         with np.load(out) as kept:
             return json.loads(str(kept["concepts"])), kept["sprites"]
     listed = concepts(folder)
-    icons = {v: json.loads((folder / v / "icons.json").read_text()) for v in vendors if v != "fluent-emoji-3d"}
+    icons = {v: json.loads((folder / v / "icons.json").read_text()) for v in vendors}
     table = np.zeros((len(listed), len(vendors), SPRITE, SPRITE, 4), np.uint8)
     for i, concept in enumerate(track(listed, f"sprites: {', '.join(vendors)}")):
         for j, vendor in enumerate(vendors):
             if concept["keys"][vendor]:
-                table[i, j] = render(folder, vendor, concept["keys"][vendor], icons)
+                table[i, j] = render(icons[vendor], concept["keys"][vendor])
 
     def write(partial: Path) -> None:
         with partial.open("wb") as file:
