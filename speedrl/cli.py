@@ -7,13 +7,25 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
 
 QUALITY = "Names and weights, like hpsv2=1,clip=0.5: embedded, hpsv2, imagereward, clip, a folder, MODULE:FUNCTION."
+PROMPTS = (
+    "Text file, one prompt a line; JSONL with a prompt field; or a set by name: hpsv2, hpsv2-photo, -anime, "
+    "-concept-art or -paintings, partiprompts, geneval. [default: the embedded model's]"
+)
 REWARD_WEIGHTS = "NAME=FILE: weights of a quality in place of the published ones."
+
+TextEncoder = Annotated[str | None, Option(help="A CLIP's folder or hub id. [default: the model's own]")]
+Size = Annotated[str | None, Option(help="Height and width in pixels, like 512x768. [default: the model's]")]
+Negative = Annotated[str | None, Option(help="What guidance leads away from. [default: the model's]")]
+MicroConds = Annotated[
+    str | None, Option(help="Width, height, crop top, crop left, aesthetic score. [default: the size,0,0,6]")
+]
+Precision = Annotated[str, Option(help="fp32, bf16 or fp16, of transformer and text encoder.")]
 
 app = typer.Typer(
     add_completion=False,
@@ -38,6 +50,29 @@ def defaults(target: str) -> dict[str, object]:
     return {name: ",".join(map(str, v)) if isinstance(v, tuple) and v else v for name, v in values.items()}
 
 
+def loading(options: dict[str, Any]) -> dict[str, Any]:
+    """Takes what is for `load_generator` out of a command's options. ValueError for what cannot be read."""
+    taken = {name: options.pop(name, None) for name in ("text_encoder", "size", "negative_prompt", "micro_conds")}
+    found = {"text_encoder": taken["text_encoder"], "negative": taken["negative_prompt"]}
+    if taken["size"] is not None:
+        try:
+            height, width = (int(side) for side in taken["size"].lower().split("x"))
+        except ValueError:
+            raise ValueError(f"--size takes height and width, like 512x768, not {taken['size']!r}") from None
+        found["size"] = (height, width)
+    found["micro_conds"] = numbers(taken["micro_conds"], float, option="micro-conds")
+    if found["micro_conds"] is not None and len(found["micro_conds"]) != 5:
+        raise ValueError(f"--micro-conds takes five numbers, like 1024,1024,0,0,6, not {taken['micro_conds']!r}")
+    if (precision := options.pop("precision", "fp32")) != "fp32":
+        import torch
+
+        dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        if precision not in dtypes:
+            raise ValueError(f"unknown precision {precision!r}: choose fp32, bf16 or fp16")
+        found["dtype"] = dtypes[precision]
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def forwards(target: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Makes a command of a function: options without a default take that of the same keyword of `target`.
 
@@ -55,6 +90,12 @@ def forwards(target: str) -> Callable[[Callable[..., None]], Callable[..., None]
                 command(**options)
             except (ValueError, OSError) as error:
                 print("error:", " ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
+                raise typer.Exit(2) from error
+            except RuntimeError as error:
+                if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+                    raise
+                advice = "try --precision bf16, fewer pictures at a time (--batch, --micro-batch), or a smaller --size"
+                print(f"error: not enough memory; {advice}", file=sys.stderr)
                 raise typer.Exit(2) from error
             except KeyboardInterrupt as error:
                 print(str(error) or "interrupted", file=sys.stderr)
@@ -79,9 +120,15 @@ def sample(
     temperature: Annotated[
         float | None, Option(help="Noise in the order of reveal, at the first step. [default: the model's]")
     ],
+    text_encoder: TextEncoder = None,
+    size: Size = None,
+    negative_prompt: Negative = None,
+    micro_conds: MicroConds = None,
+    precision: Precision = "fp32",
     device: Annotated[str, Option(help="cpu, cuda, ...")] = "cpu",
 ) -> None:
     """Draw pictures of prompts into a PNG."""
+    how = loading(locals())
     if not all(prompt.strip() for prompt in prompts):
         raise ValueError("a prompt is empty: say what to draw")
     from speedrl.models.checkpoint import load_generator
@@ -90,7 +137,7 @@ def sample(
     from speedrl.sample import sample as draw
 
     quiet_allocator()
-    generator = load_generator(model, device=device)
+    generator = load_generator(model, device=device, **how)
     wanted = [prompt for prompt in prompts for _ in range(count)]
     pictures = draw(generator, wanted, steps=steps, seed=seed, guidance=guidance, temperature=temperature)
     scale = max(1, 256 // generator.size[0])  # small pictures large enough to see
@@ -109,7 +156,7 @@ def train(
     *,
     out: Annotated[Path, Option(help="The run's folder.")],
     model: Annotated[str, Option(help="embedded, a folder, a run's folder or a hub id.")],
-    prompts: Annotated[Path | None, Option(help="Text file, one prompt a line. [default: the embedded model's]")],
+    prompts: Annotated[str | None, Option(help=PROMPTS)],
     quality: Annotated[str, Option(help=QUALITY)],
     steps: Annotated[str, Option(help="Sampling steps: 8, or 2-16 to draw them.")],
     steps_reward: Annotated[float, Option(help="Weight of the speed reward: what saving every network call is worth.")],
@@ -145,20 +192,27 @@ def train(
     resume: Annotated[bool, Option(help="Go on from the run's last checkpoint.")],
     compile: Annotated[bool, Option(help="Use torch.compile.")],
     compare: Annotated[bool, Option(help="End with a comparison of the model before and after.")] = True,
+    text_encoder: TextEncoder = None,
+    size: Size = None,
+    negative_prompt: Negative = None,
+    micro_conds: MicroConds = None,
     device: Annotated[str, Option(help="cpu, cuda, ...")],
 ) -> None:
     """Train a model to need fewer steps, save it in the run's folder, and compare it with what it was."""
-    options = {name: value for name, value in locals().items() if name != "compare"}
+    options = dict(locals())
+    del options["compare"]
+    how = loading(options)
     from speedrl.platform import quiet_allocator
     from speedrl.train import train
 
     quiet_allocator()
-    trained = train(**options)
+    trained = train(**options, loading=how)
     print(f"wrote {trained}")
     if compare:
         from speedrl.report import report
 
-        report(model, trained, out=out, prompts=prompts, quality=quality, reward_weights=reward_weights, device=device)
+        shared = {"prompts": prompts, "quality": quality, "reward_weights": reward_weights, "device": device}
+        report(model, trained, out=out, loading=how, **shared)
 
 
 def numbers(text: str | None, kind: type, *, option: str) -> tuple | None:
@@ -182,19 +236,25 @@ def evaluate(
     steps: Annotated[str, Option(help="Step counts.")],
     guidance: Annotated[str | None, Option(help="Guidances, like 1,3. [default: the model's, and 1]")],
     temperature: Annotated[str | None, Option(help="Temperatures of the reveal. [default: the model's]")],
-    prompts: Annotated[Path | None, Option(help="Text file, one prompt a line. [default: the embedded model's]")],
-    held_out: Annotated[Path | None, Option(help="Another, of prompts that no training saw.")],
+    prompts: Annotated[str | None, Option(help=PROMPTS)],
+    held_out: Annotated[str | None, Option(help="Another, of prompts that no training saw.")],
     count: Annotated[int, Option(help="Pictures of each prompt and seed.")],
     seeds: Annotated[int, Option(help="Repetitions, for the spread.")],
     quality: Annotated[str, Option(help=QUALITY)],
     reward_weights: Annotated[list[str], Option(help=REWARD_WEIGHTS)],
     pictures: Annotated[int, Option(help="Columns of the contact sheet, 0 for none.")],
-    batch: Annotated[int, Option(help="Pictures drawn at a time.")],
+    batch: Annotated[int | None, Option(help="Pictures drawn at a time. [default: by their size]")],
     compile: Annotated[bool, Option(help="Use torch.compile.")],
+    text_encoder: TextEncoder = None,
+    size: Size = None,
+    negative_prompt: Negative = None,
+    micro_conds: MicroConds = None,
+    precision: Precision = "fp32",
     device: Annotated[str, Option(help="cpu, cuda, ...")],
 ) -> None:
     """Measure models over step counts: a table, results.json and a plot."""
     options = dict(locals())
+    options["loading"] = loading(options)
     options["steps"] = numbers(steps, int, option="steps")
     options["guidance"] = numbers(guidance, float, option="guidance")
     options["temperature"] = numbers(temperature, float, option="temperature")

@@ -5,17 +5,19 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 
-from speedrl.files import read_lines, write_atomically, write_json
+from speedrl.files import write_atomically, write_json
 from speedrl.judge import Judge, concepts_in, diversity, features, frechet, load_judge, pixel_diversity, recall
-from speedrl.models.checkpoint import Generator, find, load_generator
+from speedrl.models.checkpoint import Generator, find, fitting_batch, load_generator
+from speedrl.prompts import read_prompts
 from speedrl.reward import EMBEDDED, Score, load_qualities
 from speedrl.sample import contact_sheet, sample, save_png
 
@@ -39,9 +41,10 @@ def evaluate(
     quality: str | None = "embedded",
     reward_weights: Sequence[str] = (),
     pictures: int = 10,
-    batch: int = 64,
+    batch: int | None = None,
     compile: bool = False,
     device: str = "cpu",
+    loading: Mapping[str, Any] | None = None,
 ) -> list[dict]:
     """Evaluates every model at every step count, guidance and temperature, on each set of prompts: one row each.
 
@@ -53,8 +56,9 @@ def evaluate(
     there are many pictures.
 
     A row: model, prompts (the set), steps, guidance, temperature, network_calls (one a step, two with guidance),
-    seconds_per_image (median over seeds; text encoder and decoder included, in batches of at most `batch`), and each
-    of METRICS with METRIC_spread, the standard deviation over seeds (n - 1); None where it has no meaning.
+    seconds_per_image (median over seeds; text encoder and decoder included, in batches of `batch`, by default
+    `fitting_batch`), and each of METRICS with METRIC_spread, the standard deviation over seeds (n - 1); None where it
+    has no meaning.
     Writes out/results.json after each row, quality_against_calls.png and pictures.png, and prints a table. Rows that
     results.json already has for the same weights, prompts, judge and settings are not computed again, and other rows
     stay in the file unless their model's weights have changed. ValueError or FileNotFoundError for bad input, before
@@ -65,7 +69,7 @@ def evaluate(
         raise ValueError("there is no model to evaluate: give at least one")
     if not steps or min(steps) < 1:
         raise ValueError(f"step counts must be at least 1, got {list(steps)}")
-    if count < 1 or seeds < 1 or batch < 1:
+    if min(count, seeds, 1 if batch is None else batch) < 1:
         raise ValueError(f"count, seeds and batch must be at least 1, got {count}, {seeds} and {batch}")
     sets = prompt_sets(prompts, held_out)
     parts = ("transformer", "vqvae", "text_encoder", "tokenizer", "scheduler")
@@ -75,8 +79,9 @@ def evaluate(
     console = Console()
     judge = judge_if_there(device, console)
     scores = load_qualities(quality, device=device, weights=reward_weights)[0] if quality else {}
-    scored_by = [EMBEDDED if name == "embedded" else Path(name) for name in scores]
-    judged_by = fingerprint(EMBEDDED.parent / "judge", *scored_by)
+    judged_by = fingerprint(EMBEDDED.parent / "judge", *(EMBEDDED if n == "embedded" else Path(n) for n in scores))
+    scored_by = [(line, *dated(Path(line.partition("=")[2]))) for line in reward_weights]
+    how = sorted((name, str(value)) for name, value in (loading or {}).items())
 
     rows, sheet, labels, done = [], [], [], 0
     shown = next(iter(sets.values()))[:pictures]
@@ -84,7 +89,7 @@ def evaluate(
     with Progress(TextColumn("{task.description}"), *bar, console=console, transient=True) as progress:
         task = progress.add_task("loading", total=None)
         for number, model in enumerate(models):
-            generator = load_generator(model, device=device)
+            generator = load_generator(model, device=device, **(loading or {}))
             strengths = list(dict.fromkeys(guidance or (generator.guidance, 1.0)))
             heats = list(dict.fromkeys(temperature or (generator.temperature,)))
             for s in dict.fromkeys(steps) if shown else ():
@@ -97,9 +102,7 @@ def evaluate(
             for which, g, t, s in itertools.product(sets, strengths, heats, dict.fromkeys(steps)):
                 row = {"model": model, "prompts": which, "steps": s, "guidance": float(g), "temperature": float(t),
                        "network_calls": network_calls(s, g), "weights": weights[model]}  # fmt: skip
-                settings = json.dumps(
-                    [row, sets[which], count, seeds, quality, list(reward_weights), judged_by, device]
-                )
+                settings = json.dumps([row, sets[which], count, seeds, quality, scored_by, judged_by, device, how])
                 row["settings"] = hashlib.sha256(settings.encode()).hexdigest()[:16]
                 old = kept.get(identity(row), {})
                 rows.append(old if old.get("settings") == row["settings"] else row)
@@ -140,13 +143,14 @@ def one_cell(
     temperature: float,
     count: int,
     seeds: int,
-    batch: int,
+    batch: int | None,
     after_seed: Callable[[], object],
 ) -> dict[str, float | None]:
     """seconds_per_image, METRICS and their spread, of `count` pictures of each prompt for each seed 0 .. seeds - 1."""
     wanted = [prompt for prompt in prompts for _ in range(count)]
     # compilation and first calls stay out of the clock
-    sample(generator, wanted[:batch], steps=1, guidance=guidance, temperature=temperature, batch=batch)
+    some = wanted[: fitting_batch(generator) if batch is None else batch]
+    sample(generator, some, steps=1, guidance=guidance, temperature=temperature, batch=batch)
     values, seconds = [], []
     for seed in range(seeds):
         began = time.perf_counter()
@@ -218,7 +222,7 @@ def prompt_sets(
     """The prompts of each set, as `evaluate` says. ValueError for an empty list."""
 
     def lines(source: str | Path | Sequence[str]) -> list[str]:
-        found = read_lines(source) if isinstance(source, str | Path) else [line for line in source if line.strip()]
+        found = read_prompts(source) if isinstance(source, str | Path) else [line for line in source if line.strip()]
         if not found:
             raise ValueError("the list of prompts is empty: give at least one")
         return found
@@ -247,6 +251,12 @@ def fingerprint(*folders: Path) -> str:
         with path.open("rb") as file:
             digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
+
+
+def dated(path: Path) -> tuple[int, int]:
+    """Size and time of change of a file too large to be read for its hash."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 def identity(row: dict) -> tuple:

@@ -1,7 +1,8 @@
 """What a training run ends with: the trained model beside its base, in pictures and in numbers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import track
@@ -26,6 +27,7 @@ def report(
     seeds: int = 3,
     pictures: int = 10,
     device: str = "cpu",
+    loading: Mapping[str, Any] | None = None,
 ) -> list[dict]:
     """Compares a trained model with its base on the same prompts and noise; returns rows as `evaluate` does.
 
@@ -35,7 +37,7 @@ def report(
     Writes OUT/comparison.json and OUT/before_after.png and prints the table.
     """
     out, trained, console = Path(out), str(trained), Console()
-    before, after = load_generator(base, device=device), load_generator(trained, device=device)
+    before, after = load_generator(base, device=device, **(loading or {})), load_generator(trained, device=device)
     sets = {which: lines[:some] for which, lines in prompt_sets(prompts, None).items()}
     judge = judge_if_there(device, console)
     scores, _ = load_qualities(quality, device=device, weights=reward_weights)
@@ -50,7 +52,7 @@ def report(
                    "network_calls": network_calls(steps, guidance)}  # fmt: skip
             row |= one_cell(
                 generator, judge, scores, sets[which], which=which, steps=steps, guidance=guidance,
-                temperature=temperature, count=count, seeds=seeds, batch=64, after_seed=lambda: None,
+                temperature=temperature, count=count, seeds=seeds, batch=None, after_seed=lambda: None,
             )  # fmt: skip
             rows.append(row)
             write_json(out / "comparison.json", rows)

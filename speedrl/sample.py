@@ -10,7 +10,17 @@ from torch import Tensor
 
 from speedrl.files import write_atomically
 from speedrl.likelihood import guided
-from speedrl.models.checkpoint import Generator, Prompts, decode, encode_prompts, join, logits, repeat, take
+from speedrl.models.checkpoint import (
+    Generator,
+    Prompts,
+    decode,
+    encode_prompts,
+    fitting_batch,
+    join,
+    logits,
+    repeat,
+    take,
+)
 from speedrl.rollout import draw_noise, rollout
 
 if TYPE_CHECKING:
@@ -48,9 +58,11 @@ def generate(
     seed: int = 0,
     schedule: str = "cosine",
     order: str = "confidence",
-    batch: int = 64,
+    batch: int | None = None,
 ) -> Tensor:
-    """Tokens int64 [B, L] of B prompts, `batch` at a time; guidance and temperature None are the generator's own.
+    """Tokens int64 [B, L] of B prompts, `batch` at a time, by default `fitting_batch`.
+
+    Guidance and temperature None are the generator's own, and guidance leads away from its negative prompt.
 
     The noise of sample i depends on (seed, i) alone. ValueError for no prompts and for steps outside 1 .. L.
     """
@@ -59,7 +71,8 @@ def generate(
         raise ValueError(f"the number of steps must be 1 to {length}, got {steps}")
     guidance = generator.guidance if guidance is None else guidance
     temperature = generator.temperature if temperature is None else temperature
-    encoded, empty = encode_prompts(generator, prompts), encode_prompts(generator, [""])
+    batch = fitting_batch(generator) if batch is None else batch
+    encoded, empty = encode_prompts(generator, prompts), encode_prompts(generator, [generator.negative])
     device = encoded.text.device
     tokens = []
     for first in range(0, len(prompts), batch):

@@ -5,10 +5,10 @@ import json
 import signal
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from speedrl import __version__
 from speedrl.advantage import group_advantages
 from speedrl.display import Display
-from speedrl.files import read_lines, write_atomically
+from speedrl.files import write_atomically
 from speedrl.filter import low_quality, std_percentile
 from speedrl.kl import kl as divergence
 from speedrl.likelihood import exact_log_prob, guided, log_probs, log_ratio
@@ -32,6 +32,7 @@ from speedrl.models.checkpoint import (
     take,
 )
 from speedrl.platform import bf16_autocast
+from speedrl.prompts import read_prompts
 from speedrl.reward import Moments, combine, disagreeing, load_qualities, mixture, observe, speed_reward
 from speedrl.rollout import Rollout, draw_noise, rollout, state
 from speedrl.sample import guided_policy
@@ -141,7 +142,7 @@ def training_prompts(model: str) -> list[str]:
     """The prompts that come with the embedded model. ValueError for another model, which has none."""
     if model != "embedded":
         raise ValueError(f"{model} comes without prompts: give a file with one prompt a line by --prompts")
-    return read_lines(find(model) / "prompts/train.txt")
+    return read_prompts(find(model) / "prompts/train.txt")
 
 
 def start(out: Path, settings: dict, *, resume: bool) -> None:
@@ -294,6 +295,7 @@ def train(
     resume: bool = False,
     compile: bool = True,
     device: str = "cpu",
+    loading: Mapping[str, Any] | None = None,
 ) -> Path:
     """Trains `model` to need fewer network calls, and saves it to OUT/model in the layout it was loaded from.
 
@@ -302,22 +304,23 @@ def train(
     updates on the clipped loss plus kl_weight times the divergence from the starting model at the revealed tokens.
     `trained` steps of each rollout, all by default, enter the loss, scaled so that its gradient is that of all in
     expectation. `percentile` and `least_quality` filter groups and samples (`std_percentile`, `low_quality`).
+    `loading` holds further options of `load_generator`, which the saved model keeps.
     OUT/metrics.jsonl gets a line an iteration; with `resume` the newest of OUT/checkpoint.pt goes on exactly. Returns
     OUT/model. ValueError and FileNotFoundError for what cannot be used, before anything is written.
     """
     settings = dict(locals())
     out, bounds = Path(out), step_range(steps)
     check(settings, bounds)
-    generator = load_generator(model, device=device)
+    generator = load_generator(model, device=device, **(loading or {}))
     length, grid = generator.grid[0] * generator.grid[1], generator.grid
     if bounds[1] > length:
         raise ValueError(f"{bounds[1]} steps are more than the {length} tokens of a picture")
     temperature = generator.temperature if temperature is None else temperature
-    texts = read_lines(prompts) if prompts else training_prompts(model)
+    texts = read_prompts(prompts) if prompts else training_prompts(model)
     scores, shares = load_qualities(quality, device=device, weights=reward_weights)
     start(out, settings, resume=resume)
 
-    encoded, empty = encode_prompts(generator, texts), encode_prompts(generator, [""])
+    encoded, empty = encode_prompts(generator, texts), encode_prompts(generator, [generator.negative])
     transformer = generator.transformer
     reference = copy.deepcopy(transformer).requires_grad_(False) if kl_weight and kl != "none" else None
     if compile:
@@ -411,6 +414,7 @@ def train(
     if done < iterations:
         raise KeyboardInterrupt(f"stopped after iteration {done}; go on with the same command and --resume")
     # from here on the model is sampled as it was trained
-    how = {"num_inference_steps": bounds[1], "guidance_scale": guidance, "temperature": temperature}
+    how = {"num_inference_steps": bounds[1], "guidance_scale": guidance, "temperature": temperature,
+           "negative_prompt": generator.negative, "micro_conds": generator.micro_conds}  # fmt: skip
     save_generator(generator._replace(scheduler=generator.scheduler | how), out / "model")
     return out / "model"

@@ -3,11 +3,13 @@
 import json
 import shutil
 
+import huggingface_hub.errors
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from speedrl.models.checkpoint import decode, encode_prompts, load_generator, repeat, save_generator, take
+from speedrl.sample import generate, sample
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -39,7 +41,51 @@ def test_a_released_scheduler_and_configuration_leave_the_rest_to_defaults(damag
     (damaged / "transformer/config.json").write_text(json.dumps(config))
     g = load_generator(damaged)
     assert (g.grid, g.size, g.mask_id) == ((64, 64), (256, 256), 39)
-    assert (g.steps, g.guidance, g.temperature) == (48, 9.0, 2.0)
+    assert (g.steps, g.guidance, g.temperature) == (64, 9.0, 2.0)
+    assert g.negative.startswith("worst quality") and g.micro_conds == (256, 256, 0, 0, 6)
+
+
+def test_size_negative_prompt_and_micro_conditions_can_be_chosen_and_are_saved(tiny_generator_folder, tmp_path):
+    g = load_generator(tiny_generator_folder, size=(16, 32), negative="an owl", micro_conds=(1, 2, 3, 4, 5))
+    assert (g.grid, g.size) == ((4, 8), (16, 32))
+    assert torch.equal(encode_prompts(g, ["a", "b"]).micro_conds, torch.tensor([[1.0, 2, 3, 4, 5]] * 2))
+    assert sample(g, ["an owl"], steps=2).shape == (1, 3, 16, 32)
+    kept = {"negative_prompt": g.negative, "micro_conds": g.micro_conds}
+    save_generator(g._replace(scheduler=g.scheduler | kept), tmp_path / "model")
+    again = load_generator(tmp_path / "model")
+    assert (again.grid, again.negative, again.micro_conds) == (g.grid, g.negative, g.micro_conds)
+    with pytest.raises(ValueError, match="multiples of 8 pixels, got 16 and 20"):
+        load_generator(tiny_generator_folder, size=(16, 20))
+
+
+def test_guidance_leads_away_from_the_negative_prompt(tiny_generator):
+    draw = {"steps": 3, "guidance": 4.0, "seed": 1}
+    away = generate(tiny_generator._replace(negative="an owl"), ["cat"] * 8, **draw)
+    assert not torch.equal(away, generate(tiny_generator, ["cat"] * 8, **draw))
+    alone = generate(tiny_generator, ["cat"] * 8, **draw | {"guidance": 1.0})
+    # from a prompt to itself there is no way
+    assert torch.equal(generate(tiny_generator._replace(negative="cat"), ["cat"] * 8, **draw), alone)
+
+
+def test_another_text_encoder_takes_the_place_of_the_generators_own(tiny_generator_folder, tmp_path):
+    from transformers import CLIPConfig, CLIPModel
+
+    torch.manual_seed(3)
+    g = load_generator(tiny_generator_folder)
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1,
+              "image_size": 8, "patch_size": 4}  # fmt: skip
+    text = {k: v for k, v in g.text_encoder.config.to_dict().items() if k not in ("architectures", "model_type")}
+    whole = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=32))  # as on the hub
+    whole.save_pretrained(tmp_path / "clip")
+    other = load_generator(tiny_generator_folder, text_encoder=tmp_path / "clip")
+    found = encode_prompts(other, ["an owl"])
+    ids = g.tokenizer(["an owl"], padding="max_length", max_length=8, return_tensors="pt").input_ids
+    wanted = whole.get_text_features(ids)
+    wanted = wanted if torch.is_tensor(wanted) else wanted.pooler_output
+    torch.testing.assert_close(found.pooled, wanted)
+    assert not torch.allclose(found.text, encode_prompts(g, ["an owl"]).text)
+    with pytest.raises(ValueError, match="the text encoder .* cannot be read"):
+        load_generator(tiny_generator_folder, text_encoder=tiny_generator_folder)
 
 
 def test_saving_and_loading_changes_nothing(tiny_generator, tmp_path):
@@ -178,13 +224,35 @@ def test_a_text_file_and_an_unknown_hub_id_are_no_models(tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("an owl\n")
     with pytest.raises(ValueError, match="is a file"):
         load_generator(tmp_path / "prompts.txt")
+    with pytest.raises(FileNotFoundError, match="there is no model at no/such/folder"):
+        load_generator("no/such/folder")
 
-    def offline(*_, **__):
-        raise OSError("no\nnetwork")
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
-    with pytest.raises(FileNotFoundError, match="no folder someone/something, and from the hub: no network"):
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        ("GatedRepoError", "is gated on the hub: accept its terms there and run `hf auth login`"),
+        ("RepositoryNotFoundError", "is not on the hub, or is private"),
+        ("LocalEntryNotFoundError", "is not cached and the hub cannot be reached"),
+        ("OfflineModeIsEnabled", "is not cached and the hub cannot be reached"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_line_with_its_cause(monkeypatch, error, says):
+    kind = getattr(huggingface_hub.errors, error)
+
+    def refuse(*_, **__):
+        raise kind.__new__(kind)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(FileNotFoundError) as caught:
         load_generator("someone/something")
+    assert str(caught.value) == f"someone/something {says}; give a folder, a hub id owner/name, or embedded"
+
+
+def test_a_pickle_is_refused(damaged):
+    (damaged / WEIGHTS).rename(damaged / "transformer/diffusion_pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match=r"diffusion_pytorch_model.bin, a pickle, is not read: convert it"):
+        load_generator(damaged)
 
 
 def test_an_unknown_device_is_one_line(tiny_generator_folder):

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from speedrl.files import read_lines
 from speedrl.judge import (
     Judge,
     concepts_in,
@@ -17,6 +16,7 @@ from speedrl.judge import (
     pixel_diversity,
     recall,
 )
+from speedrl.prompts import read_prompts
 
 EMBEDDED = Path(__file__).parents[1] / "speedrl" / "models" / "embedded"
 
@@ -151,7 +151,7 @@ def test_folded_network_is_the_published_one(shipped):
 
 
 def test_no_training_prompt_names_a_held_out_concept(shipped):
-    training, seen, held_out = (read_lines(EMBEDDED / "prompts" / f"{n}.txt") for n in ("train", "eval", "held_out"))
+    training, seen, held_out = (read_prompts(EMBEDDED / "prompts" / f"{n}.txt") for n in ("train", "eval", "held_out"))
     named = {name for prompt in training + seen for name in concepts_in(prompt, shipped.names)}
     assert not named & shipped.held_out
     assert not set(training) & set(seen) and len(set(training)) == len(training)

@@ -28,7 +28,8 @@ TRANSFORMER = dict(
     pooled_projection_dim=WIDTH, axes_dims_rope=(8, 28, 28), vocab_size=MASK + 1, codebook_size=CODES,
     downsample=True, upsample=True,
 )  # fmt: skip
-SAMPLING = {"num_inference_steps": 32, "guidance_scale": 2.0, "temperature": 8.0}  # of a few tried, the best
+# of a few tried, the best
+SAMPLING = {"num_inference_steps": 32, "guidance_scale": 2.0, "temperature": 8.0, "negative_prompt": ""}
 
 
 def token_tables(sprites: np.ndarray, centres: Tensor) -> dict[int, np.ndarray]:
@@ -343,7 +344,7 @@ def export(base: Path, vq: Path, out: Path) -> None:
     generator = Generator(
         transformer, VQModel.from_pretrained(vq), text, tokens_of, config, scheduler, (side, side), (compose.SIDE,) * 2,
         MASK, CODES, steps=SAMPLING["num_inference_steps"], guidance=SAMPLING["guidance_scale"],
-        temperature=SAMPLING["temperature"],
+        temperature=SAMPLING["temperature"], negative="", micro_conds=(),
     )  # fmt: skip
     fresh = base / "generator"
     save_generator(generator, fresh, dtype=torch.float16)

@@ -8,7 +8,7 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,8 +17,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from speedrl.files import write_json
+from speedrl.hub import from_hub
 from speedrl.models.meissonic import MeissonicTransformer
 from speedrl.platform import import_torchvision
+
+# what the released Meissonic scripts lead away from
+NEGATIVE = (
+    "worst quality, low quality, low res, blurry, distortion, watermark, logo, signature, text, jpeg artifacts, "
+    "signature, sketch, duplicate, ugly, identifying mark"
+)
 
 
 class Generator(NamedTuple):
@@ -37,6 +44,8 @@ class Generator(NamedTuple):
     steps: int  # its usual number of steps, guidance and temperature
     guidance: float
     temperature: float
+    negative: str  # the prompt that guidance leads away from, "" for the empty one
+    micro_conds: tuple[float, ...]  # width, height, top and left of the crop, aesthetic score
     index: dict | None = None  # model_index.json, by which a diffusers pipeline loads the folder
 
 
@@ -45,16 +54,26 @@ class Prompts(NamedTuple):
 
     text: Tensor  # [B, T, D], CLIP's hidden_states[-2]
     pooled: Tensor  # [B, D], CLIP's text_embeds
-    micro_conds: Tensor  # float32 [B, 5]: width, height, 0, 0, 6
+    micro_conds: Tensor  # float32 [B, 5], as Generator's
 
 
 def load_generator(
-    source: str | Path = "embedded", *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    source: str | Path = "embedded",
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    text_encoder: str | Path | None = None,
+    size: tuple[int, int] | None = None,
+    negative: str | None = None,
+    micro_conds: Sequence[float] | None = None,
 ) -> Generator:
     """Loads a generator in eval mode from "embedded", a folder, a run's folder or a hub id `owner/name`.
 
     `dtype` is that of the transformer and the text encoder, whatever the files hold; the VQ decoder is always float32,
     as half precision gives NaN. All but the transformer is frozen. Every key and shape must match.
+    `text_encoder` is a CLIP's folder or hub id in place of the generator's own, `size` height and width in pixels,
+    `negative` the negative prompt, `micro_conds` as Generator's; None takes what the files say, else what the released
+    scripts take: for Meissonic NEGATIVE, and the size with a crop of 0, 0 and an aesthetic score of 6.
     FileNotFoundError where something is missing, ValueError where something is wrong, each in one line.
     """
     try:
@@ -80,13 +99,16 @@ def load_generator(
         "diffusion_pytorch_model",
         dtype=torch.float32,
     )
-    text_config = read_json(folder / "text_encoder/config.json")
-    text_encoder = load_module(
-        lambda: CLIPTextModelWithProjection(CLIPTextConfig.from_dict(text_config)),
-        folder / "text_encoder",
-        "model",
-        dtype=dtype,
-    )
+    if text_encoder is None:
+        text_config = read_json(folder / "text_encoder/config.json")
+        text_model = load_module(
+            lambda: CLIPTextModelWithProjection(CLIPTextConfig.from_dict(text_config)),
+            folder / "text_encoder",
+            "model",
+            dtype=dtype,
+        )
+    else:
+        text_model = load_text_encoder(text_encoder, dtype=dtype)
     if not (folder / "tokenizer/vocab.json").exists() and not (folder / "tokenizer/tokenizer.json").exists():
         raise FileNotFoundError(f"{folder / 'tokenizer'} has no vocab.json: it is not a whole generator")
     try:
@@ -96,28 +118,70 @@ def load_generator(
 
     transformer = transformer.to(device)
     vqvae = vqvae.to(device, memory_format=torch.channels_last).requires_grad_(False)
-    text_encoder = text_encoder.to(device).requires_grad_(False)
-    side = config.get("sample_size", 64)  # in tokens; released configurations leave it out
-    rows, columns = side if isinstance(side, list) else (side, side)
+    text_model = text_model.to(device).requires_grad_(False)
+    given = text_model.config.hidden_size
+    wanted = config.get("encoder_hidden_size" if amused else "joint_attention_dim", given)
+    if wanted != given:
+        raise ValueError(f"the text encoder gives {given} numbers a word, but the transformer takes {wanted}")
     scale = 2 ** (len(vqvae.config.block_out_channels) - 1)  # pixels to a token
+    rows, columns = grid_of(config, size, scale=scale)
+    config |= {"sample_size": [rows, columns]} if size else {}
+    height, width = rows * scale, columns * scale
     vocabulary = transformer.embed.embeddings.num_embeddings
     return Generator(
         transformer=transformer,
         vqvae=vqvae,
-        text_encoder=text_encoder,
+        text_encoder=text_model,
         tokenizer=tokenizer,
         config=config,
         scheduler=scheduler,
         grid=(rows, columns),
-        size=(rows * scale, columns * scale),
+        size=(height, width),
         mask_id=scheduler.get("mask_token_id", vocabulary - 1),
         codes=transformer.mlm_layer.conv2.out_channels,
         # where the files do not say: what the pipelines of the two take
-        steps=scheduler.get("num_inference_steps", 12 if amused else 48),
+        steps=scheduler.get("num_inference_steps", 12 if amused else 64 if rows >= 64 else 48),
         guidance=scheduler.get("guidance_scale", 10.0 if amused else 9.0),
         temperature=scheduler.get("temperature", 2.0),
+        negative=scheduler.get("negative_prompt", "" if amused else NEGATIVE) if negative is None else negative,
+        micro_conds=tuple(micro_conds or scheduler.get("micro_conds", (width, height, 0.0, 0.0, 6.0))),
         index=index,
     )
+
+
+def grid_of(config: dict, size: tuple[int, int] | None, *, scale: int) -> tuple[int, int]:
+    """Rows and columns of tokens for a size in pixels, or of the configuration. ValueError for what does not fit."""
+    if size is None:
+        side = config.get("sample_size", 64)  # in tokens; released configurations leave it out
+        return tuple(side) if isinstance(side, list) else (side, side)
+    unit = 2 * scale  # two tokens to a cell inside
+    if any(side < unit or side % unit for side in size):
+        raise ValueError(f"height and width must be multiples of {unit} pixels, got {size[0]} and {size[1]}")
+    return size[0] // scale, size[1] // scale
+
+
+def load_text_encoder(source: str | Path, *, dtype: torch.dtype) -> nn.Module:
+    """The text half of a CLIP, a folder or a hub id. ValueError where weights are missing, naming the first."""
+    from transformers import CLIPTextModelWithProjection
+
+    what, instead = f"the text encoder {source}", "give a folder or a hub id of a CLIP"
+    if Path(source).is_dir():
+        folder = Path(source)
+    else:
+        from huggingface_hub import snapshot_download
+
+        wanted = ["config.json", "model.safetensors"]
+        folder = from_hub(lambda: snapshot_download(str(source), allow_patterns=wanted), what, instead=instead)
+    try:
+        # transformers' own way, as a whole CLIP's file names its text half otherwise
+        model, info = CLIPTextModelWithProjection.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except Exception as error:  # transformers has many
+        raise ValueError(f"{what} cannot be read: {one_line(error)}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"{what} lacks {len(missing)} weights ({', '.join(missing[:3])}): {instead}")
+    return model.eval()
 
 
 def new_transformer(config: dict, *, amused: bool) -> nn.Module:
@@ -175,11 +239,10 @@ def encode_prompts(generator: Generator, prompts: list[str], *, batch: int = 256
     ).input_ids
     with torch.no_grad():
         parts = [encoder(part.to(device), output_hidden_states=True) for part in ids.split(batch)]
-    height, width = generator.size
     encoded = Prompts(
         torch.cat([part.hidden_states[-2] for part in parts]),
         torch.cat([part.text_embeds for part in parts]),
-        torch.tensor([[width, height, 0.0, 0.0, 6.0]], device=device).repeat(len(different), 1),
+        torch.tensor([generator.micro_conds], dtype=torch.float32, device=device).repeat(len(different), 1),
     )
     place = {prompt: i for i, prompt in enumerate(different)}
     return take(encoded, torch.tensor([place[prompt] for prompt in prompts], device=device))
@@ -207,13 +270,19 @@ def logits(
     return transformer(tokens.view(-1, *grid), timestep, *prompts)
 
 
+def fitting_batch(generator: Generator) -> int:
+    """How many pictures at a time: 64 of 256 tokens, and of larger ones fewer, as memory grows with their tokens."""
+    return max(1, 64 * 256 // (generator.grid[0] * generator.grid[1]))
+
+
 @torch.inference_mode()
-def decode(generator: Generator, tokens: Tensor, *, batch: int = 64) -> Tensor:
+def decode(generator: Generator, tokens: Tensor, *, batch: int | None = None) -> Tensor:
     """Pictures of finished tokens int64 [B, L]: float32 [B, 3, H, W] in [0, 1], `batch` of them at a time.
 
-    The decoders of Meissonic and aMUSEd give [0, 1] themselves: nothing is rescaled.
+    The decoders of Meissonic and aMUSEd give [0, 1] themselves: nothing is rescaled. `batch` None is `fitting_batch`.
     """
     rows, columns = generator.grid
+    batch = fitting_batch(generator) if batch is None else batch
     pictures = []
     for part in tokens.split(batch):
         shape = (len(part), rows, columns, generator.vqvae.config.latent_channels)
@@ -244,10 +313,8 @@ def find(source: str | Path) -> Path:
 
     weights = ("diffusion_pytorch_model.safetensors", "model.safetensors")
     wanted = ["model_index.json", "*/config.json", "scheduler/*", "tokenizer/*", *(f"*/{name}" for name in weights)]
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=wanted))
-    except Exception as error:  # the hub's errors have no common class
-        raise FileNotFoundError(f"there is no folder {source}, and from the hub: {one_line(error)}") from error
+    instead = "give a folder, a hub id owner/name, or embedded"
+    return from_hub(lambda: snapshot_download(str(source), allow_patterns=wanted), str(source), instead=instead)
 
 
 class NoInitialisation(TorchFunctionMode):
@@ -269,7 +336,9 @@ def load_module(build: Callable[[], nn.Module], folder: Path, name: str, *, dtyp
 
     path = next((p for p in (folder / f"{name}.safetensors", folder / f"{name}.fp16.safetensors") if p.exists()), None)
     if path is None:
-        raise FileNotFoundError(f"{folder} has no {name}.safetensors: it is not a whole generator")
+        pickled = next((p.name for p in sorted(folder.glob("*")) if p.suffix in (".bin", ".pt", ".ckpt")), None)
+        why = f"and {pickled}, a pickle, is not read: convert it" if pickled else "it is not a whole generator"
+        raise FileNotFoundError(f"{folder} has no {name}.safetensors: {why}")
     try:
         # the parameters come from the file: no time and memory for random ones
         with torch.device("meta"), NoInitialisation(), warnings.catch_warnings(action="ignore"):

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from speedrl.hub import hub_file
 from speedrl.models.checkpoint import NoInitialisation, count_positions, one_line
 from speedrl.platform import bf16_autocast, import_torchvision
 
@@ -21,6 +22,7 @@ Score = Callable[[Tensor, list[str]], Tensor]
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's CLIP, all three
 IMAGE_REWARD_MEAN, IMAGE_REWARD_STD = 0.16717362830052426, 1.0333394966054072  # what its package subtracts, divides by
 IMAGE_REWARD_WORDS = 35
+INSTEAD = "give it by --reward-weights"
 REMEMBERED = 16_384  # prompts whose features are kept
 
 
@@ -64,17 +66,6 @@ def in_parts(score: Score, size: int) -> Score:
         return torch.cat([score(pictures[i : i + size], prompts[i : i + size]) for i in starts])
 
     return scored
-
-
-def hub_file(repository: str, name: str) -> Path:
-    """A file of a hub repository, fetched on first use and cached."""
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(repository, name))
-    except Exception as error:  # the hub's errors have no common class
-        what = f"{name} of {repository} is not cached and cannot be fetched"
-        raise FileNotFoundError(f"{what} ({one_line(error)}): give it by --reward-weights") from error
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -169,7 +160,7 @@ def hpsv2_score(
     import_torchvision()
     import open_clip
 
-    path = Path(weights) if weights else hub_file("xswu/HPSv2", "HPS_v2.1_compressed.pt")
+    path = Path(weights) if weights else hub_file("xswu/HPSv2", "HPS_v2.1_compressed.pt", instead=INSTEAD)
     state = read_weights(path)
     with torch.device("meta"), NoInitialisation():
         model = open_clip.create_model(architecture, load_weights=False, device="meta")
@@ -258,11 +249,11 @@ def imagereward_score(
     import_torchvision()
     from transformers import BertTokenizer
 
-    path = Path(weights) if weights else hub_file("THUDM/ImageReward", "ImageReward.pt")
+    path = Path(weights) if weights else hub_file("THUDM/ImageReward", "ImageReward.pt", instead=INSTEAD)
     state = from_image_reward(read_weights(path))
     vocabulary = path.parent / "vocab.txt"
     if not vocabulary.exists():
-        vocabulary = hub_file("google-bert/bert-base-uncased", "vocab.txt")
+        vocabulary = hub_file("google-bert/bert-base-uncased", "vocab.txt", instead="put it beside the weights")
     tokenizer = BertTokenizer(vocab=str(vocabulary), do_lower_case=True)
     with torch.device("meta"), NoInitialisation():
         model = ImageRewardModel(vision=vision, text=text)
