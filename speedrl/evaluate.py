@@ -16,7 +16,7 @@ from torch import Tensor
 
 from speedrl.files import write_atomically, write_json
 from speedrl.judge import Judge, concepts_in, diversity, features, frechet, load_judge, pixel_diversity, recall
-from speedrl.models.checkpoint import Generator, find, fitting_batch, load_generator
+from speedrl.models.checkpoint import Generator, fitting_batch, load_generator, parts_of
 from speedrl.prompts import read_prompts
 from speedrl.reward import EMBEDDED, Score, load_qualities
 from speedrl.sample import contact_sheet, sample, save_png
@@ -72,8 +72,7 @@ def evaluate(
     if min(count, seeds, 1 if batch is None else batch) < 1:
         raise ValueError(f"count, seeds and batch must be at least 1, got {count}, {seeds} and {batch}")
     sets = prompt_sets(prompts, held_out)
-    parts = ("transformer", "vqvae", "text_encoder", "tokenizer", "scheduler")
-    weights = {model: fingerprint(*(find(model) / part for part in parts)) for model in models}
+    weights = {model: fingerprint(*parts_of(model)) for model in models}
     kept = read_results(out / "results.json")
     kept = {key: row for key, row in kept.items() if weights.get(row["model"], row["weights"]) == row["weights"]}
     console = Console()

@@ -23,6 +23,7 @@ from speedrl.likelihood import exact_log_prob, guided, log_probs, log_ratio
 from speedrl.loss import clipped_loss, normalise
 from speedrl.models.checkpoint import (
     Prompts,
+    adapter_of,
     decode,
     encode_prompts,
     find,
@@ -31,6 +32,7 @@ from speedrl.models.checkpoint import (
     save_generator,
     take,
 )
+from speedrl.models.lora import WithoutLora, add_lora, merge_lora, save_lora
 from speedrl.platform import bf16_autocast
 from speedrl.prompts import read_prompts
 from speedrl.reward import Moments, combine, disagreeing, load_qualities, mixture, observe, speed_reward
@@ -108,7 +110,7 @@ def trained_steps(steps: Tensor, count: int | None, generator: torch.Generator) 
     return (exists & (score.argsort(dim=-1, descending=True).argsort(dim=-1) < count)).to(steps.device)
 
 
-def merge(totals: dict[str, float], stats: dict[str, Tensor]) -> None:
+def accumulate(totals: dict[str, float], stats: dict[str, Tensor]) -> None:
     """Adds a micro-batch's statistics to `totals`: means by weight become sums, to be divided by "kept" at the end."""
     kept = stats["kept"].item()
     for name, value in stats.items():
@@ -134,6 +136,8 @@ def check(settings: dict, bounds: tuple[int, int]) -> None:
         raise ValueError(f"unknown likelihood {settings['likelihood']!r}: choose token, sequence or exact")
     if not 0 <= settings["percentile"] <= 100:
         raise ValueError(f"percentile must be 0 to 100, got {settings['percentile']}")
+    if settings["lora"] is not None and adapter_of(settings["model"]):
+        raise ValueError(f"{settings['model']} is an adapter already: train it with --merge, and go on from that model")
     if settings["trained"] is not None and not 1 <= settings["trained"] <= bounds[0]:
         raise ValueError(f"trained must be 1 to the least number of steps, {bounds[0]}, got {settings['trained']}")
 
@@ -160,7 +164,7 @@ def save(
 ) -> None:  # fmt: skip
     """Writes OUT/checkpoint.pt, whole or not at all: all that `restore` needs."""
     state = {
-        "transformer": transformer.state_dict(),
+        "transformer": {name: p for name, p in transformer.named_parameters() if p.requires_grad},
         "optimizer": optimizer.state_dict(),
         "random": random.get_state(),
         "moments": {name: tuple(values) for name, values in moments.items()},
@@ -177,7 +181,12 @@ def restore(
     """Loads OUT/checkpoint.pt into place, drops metrics past it, returns its iteration. ValueError if it is damaged."""
     try:
         state = torch.load(out / "checkpoint.pt", weights_only=True, map_location="cpu")
-        transformer.load_state_dict(state["transformer"])
+        learned = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
+        with torch.no_grad():
+            for name, value in state["transformer"].items():
+                learned.pop(name).copy_(value)
+        if learned:
+            raise KeyError(next(iter(learned)))
         optimizer.load_state_dict(state["optimizer"])
         random.set_state(state["random"])
         moments |= {name: Moments(*values) for name, values in state["moments"].items() if name in moments}
@@ -287,6 +296,8 @@ def train(
     percentile: float = 0.0,
     least_quality: float | None = None,
     trained: int | None = None,
+    lora: int | None = None,
+    merge: bool = False,
     updates: int = 1,
     micro_batch: int = 16,
     clip_grad: float = 1.0,
@@ -299,6 +310,9 @@ def train(
 ) -> Path:
     """Trains `model` to need fewer network calls, and saves it to OUT/model in the layout it was loaded from.
 
+    With `lora`, a rank, an adapter is trained in place of the weights and saved to OUT/adapter in peft's layout; OUT is
+    then a model as well, and with `merge` OUT/model is saved too.
+
     Each iteration samples `group_size` pictures of `groups` prompts in `steps` steps ("8", or "2-16": drawn anew for
     each sample), rewards each with its quality (`mixture`) plus steps_reward times `speed_reward`, and makes `updates`
     updates on the clipped loss plus kl_weight times the divergence from the starting model at the revealed tokens.
@@ -306,7 +320,8 @@ def train(
     expectation. `percentile` and `least_quality` filter groups and samples (`std_percentile`, `low_quality`).
     `loading` holds further options of `load_generator`, which the saved model keeps.
     OUT/metrics.jsonl gets a line an iteration; with `resume` the newest of OUT/checkpoint.pt goes on exactly. Returns
-    OUT/model. ValueError and FileNotFoundError for what cannot be used, before anything is written.
+    the folder of the model or adapter. ValueError and FileNotFoundError for what cannot be used, before anything is
+    written.
     """
     settings = dict(locals())
     out, bounds = Path(out), step_range(steps)
@@ -322,12 +337,17 @@ def train(
 
     encoded, empty = encode_prompts(generator, texts), encode_prompts(generator, [generator.negative])
     transformer = generator.transformer
-    reference = copy.deepcopy(transformer).requires_grad_(False) if kl_weight and kl != "none" else None
+    if lora is not None:
+        add_lora(transformer, rank=lora, seed=seed)
+    reference = None
+    if kl_weight and kl != "none":
+        reference = copy.deepcopy(transformer).requires_grad_(False) if lora is None else WithoutLora(transformer)
     if compile:
         transformer.compile_blocks()
         if reference is not None:
             reference.compile_blocks()
-    optimizer = torch.optim.AdamW(transformer.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    learned = [p for p in transformer.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     random = torch.Generator().manual_seed(seed)
     moments = dict.fromkeys(scores, Moments())
     first = restore(out, transformer, optimizer, random, moments) if resume else 0
@@ -379,8 +399,8 @@ def train(
                             clip_range=clip_range, kl=kl, kl_weight=kl_weight,
                         )  # fmt: skip
                     normalise(loss, kept).backward()
-                    merge(totals, stats)
-                norm = nn.utils.clip_grad_norm_(transformer.parameters(), clip_grad)
+                    accumulate(totals, stats)
+                norm = nn.utils.clip_grad_norm_(learned, clip_grad)
                 if torch.isfinite(norm):
                     optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -416,5 +436,15 @@ def train(
     # from here on the model is sampled as it was trained
     how = {"num_inference_steps": bounds[1], "guidance_scale": guidance, "temperature": temperature,
            "negative_prompt": generator.negative, "micro_conds": generator.micro_conds}  # fmt: skip
+    if lora is not None:
+        save_lora(
+            transformer,
+            out / "adapter",
+            base=str(Path(model).resolve() if Path(model).exists() else model),
+            scheduler=generator.scheduler | how,
+        )
+        if not merge:
+            return out / "adapter"
+        merge_lora(transformer)
     save_generator(generator._replace(scheduler=generator.scheduler | how), out / "model")
     return out / "model"

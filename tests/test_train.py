@@ -1,6 +1,7 @@
 """The loop on a tiny generator: it learns, resumes exactly, and refuses what cannot work."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -114,3 +115,61 @@ def test_report_compares_the_trained_model_with_its_base(options, tmp_path):
     assert [row["network_calls"] for row in rows] == [12, 6, 6, 3, 3, 3]  # 6 guided steps before, 3 plain ones after
     assert all(row["reward"] is not None and row["reward_spread"] is not None for row in rows)
     assert (tmp_path / "run/before_after.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def with_lora(options, tmp_path):
+    """A short run that trained an adapter and merged it as well."""
+    train(out=tmp_path / "run", iterations=3, lora=2, merge=True, **options | {"lr": 3e-2})
+    return tmp_path / "run"
+
+
+def test_an_adapter_starts_as_nothing_and_is_all_that_trains(options, with_lora):
+    first, *_, last = metrics(with_lora)
+    assert first["ratio_max"] == pytest.approx(1, abs=1e-5) and first["kl"] == pytest.approx(0, abs=1e-6)
+    assert last["kl"] > 1e-4, "the reference is the base under the adapter"
+    held = torch.load(with_lora / "checkpoint.pt", weights_only=True)["transformer"]
+    assert held and all("lora_" in name for name in held)
+
+
+def test_a_run_with_an_adapter_is_a_model_and_equals_the_merged_one(options, with_lora, tmp_path):
+    shutil.copytree(with_lora / "adapter", tmp_path / "alone/adapter")
+    found, merged = load_generator(tmp_path / "alone"), load_generator(with_lora)
+    assert (found.steps, found.guidance) == (merged.steps, merged.guidance) == (3, 1.0)
+    states = [generator.transformer.state_dict() for generator in (load_generator(options["model"]), found, merged)]
+    assert states[0].keys() == states[1].keys() == states[2].keys()
+    assert all(torch.allclose(states[1][name], states[2][name], atol=1e-6) for name in states[0])
+    changed = {name for name in states[0] if not torch.allclose(states[0][name], states[1][name])}
+    assert changed and all(states[0][name].ndim == 2 for name in changed)
+
+
+def test_peft_itself_reads_the_adapter(options, with_lora):
+    from peft import LoraConfig, PeftModel
+
+    model = load_generator(options["model"])
+    wanted = load_generator(with_lora).transformer
+    inputs = (torch.randint(32, (2, 4, 4)), torch.tensor([2, 1]), torch.randn(2, 8, 24), torch.randn(2, 32),
+              torch.tensor([[16.0, 16, 0, 0, 6]]).expand(2, -1))  # fmt: skip
+    loaded = PeftModel.from_pretrained(model.transformer, str(with_lora / "adapter"))
+    assert isinstance(loaded.peft_config["default"], LoraConfig)
+    torch.testing.assert_close(loaded(*inputs), wanted(*inputs), atol=1e-5, rtol=1e-5)
+
+
+def test_a_resumed_adapter_equals_the_uninterrupted_one(options, tmp_path):
+    options |= {"lora": 2, "seed": 5}
+    train(out=tmp_path / "whole", iterations=3, **options)
+    train(out=tmp_path / "parts", iterations=2, **options)
+    train(out=tmp_path / "parts", iterations=3, resume=True, **options)
+    one, other = (load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_damaged_adapter_and_one_on_top_of_another_are_refused(options, with_lora, tmp_path):
+    shutil.copytree(with_lora / "adapter", tmp_path / "bad/adapter")
+    with pytest.raises(ValueError, match="is an adapter already"):
+        train(out=tmp_path / "next", lora=2, **options | {"model": str(tmp_path / "bad")})
+    (tmp_path / "bad/adapter/adapter_model.safetensors").write_bytes(b"half")
+    with pytest.raises(ValueError, match="damaged or another model's adapter"):
+        load_generator(tmp_path / "bad")
+    with pytest.raises(ValueError, match="rank of at least 1"):
+        train(out=tmp_path / "none", lora=0, **options)

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from speedrl.files import write_json
 from speedrl.hub import from_hub
+from speedrl.models.lora import load_lora, merge_lora, read_config
 from speedrl.models.meissonic import MeissonicTransformer
 from speedrl.platform import import_torchvision
 
@@ -74,15 +75,38 @@ def load_generator(
     `text_encoder` is a CLIP's folder or hub id in place of the generator's own, `size` height and width in pixels,
     `negative` the negative prompt, `micro_conds` as Generator's; None takes what the files say, else what the released
     scripts take: for Meissonic NEGATIVE, and the size with a crop of 0, 0 and an aesthetic score of 6.
-    FileNotFoundError where something is missing, ValueError where something is wrong, each in one line.
+    A run that trained an adapter is its base with the adapter merged. FileNotFoundError where something is missing,
+    ValueError where something is wrong, each in one line.
     """
+    how = {"text_encoder": text_encoder, "size": size, "negative": negative, "micro_conds": micro_conds}
+    if adapter := adapter_of(source):
+        base = find(read_config(adapter)["base_model_name_or_path"])
+        generator = load_folder(base, read_json(adapter / "scheduler_config.json"), device=device, dtype=dtype, **how)
+        load_lora(generator.transformer, adapter)
+        merge_lora(generator.transformer)
+        return generator
+    folder = find(source)
+    scheduler = read_json(folder / "scheduler/scheduler_config.json")
+    return load_folder(folder, scheduler, device=device, dtype=dtype, **how)
+
+
+def load_folder(
+    folder: Path,
+    scheduler: dict,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    text_encoder: str | Path | None,
+    size: tuple[int, int] | None,
+    negative: str | None,
+    micro_conds: Sequence[float] | None,
+) -> Generator:
+    """`load_generator` for a folder that has all the parts, sampled as `scheduler` says."""
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"the device {device} cannot be used: {one_line(error)}") from error
-    folder = find(source)
     config = read_json(folder / "transformer/config.json")
-    scheduler = read_json(folder / "scheduler/scheduler_config.json")
     index = read_json(folder / "model_index.json") if (folder / "model_index.json").exists() else None
 
     import_torchvision()  # or the next imports fail beside a torch without CUDA
@@ -292,8 +316,23 @@ def decode(generator: Generator, tokens: Tensor, *, batch: int | None = None) ->
     return torch.cat(pictures)
 
 
+def adapter_of(source: str | Path) -> Path | None:
+    """The folder of the adapter that a source is, or that a run has and no merged model beside it."""
+    folder = Path(source)
+    candidates = (folder, folder / "adapter") if not (folder / "model/transformer").exists() else ()
+    return next((path for path in candidates if (path / "adapter_config.json").exists()), None)
+
+
+def parts_of(source: str | Path) -> list[Path]:
+    """The folders whose files make a generator what it is."""
+    adapter = adapter_of(source)
+    folder = find(read_config(adapter)["base_model_name_or_path"] if adapter else source)
+    parts = ("transformer", "vqvae", "text_encoder", "tokenizer", "scheduler")
+    return [folder / part for part in parts] + ([adapter] if adapter else [])
+
+
 def find(source: str | Path) -> Path:
-    """The folder of a generator named as in `load_generator`; a hub id is downloaded."""
+    """The folder of a generator named as in `load_generator`, but for adapters; a hub id is downloaded."""
     if str(source) == "embedded":
         folder = Path(__file__).parent / "embedded"
         if not (folder / "transformer").exists():

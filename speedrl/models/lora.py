@@ -1,0 +1,132 @@
+"""Low-rank adapters (arXiv 2106.09685) through peft: few weights to train, and the reference policy comes for free."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from speedrl.files import write_atomically, write_json
+
+NAME = "adapter_model.safetensors"
+
+
+def add_lora(transformer: nn.Module, *, rank: int, seed: int = 0) -> None:
+    """Freezes a transformer and puts an adapter of this rank beside each of its linear layers, in place.
+
+    It starts as nothing: the outputs are unchanged until it trains. ValueError without peft or for a rank under 1.
+    """
+    if rank < 1:
+        raise ValueError(f"lora must be a rank of at least 1, got {rank}")
+    layers = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject(transformer, {"r": rank, "lora_alpha": rank, "target_modules": layers})
+
+
+def inject(transformer: nn.Module, config: dict) -> None:
+    from speedrl.platform import import_torchvision
+
+    import_torchvision()  # peft imports transformers
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ValueError('LoRA needs the package peft: pip install "speedrl[lora]"') from error
+    inject_adapter_in_model(LoraConfig(**config), transformer)
+
+
+def adapters(transformer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every layer with an adapter, by name."""
+    for name, module in transformer.named_modules():
+        if hasattr(module, "lora_A"):
+            yield name, module
+
+
+@contextmanager
+def without_lora(transformer: nn.Module) -> Iterator[None]:
+    """Within, the transformer computes as if it had no adapter."""
+    layers = [module for _, module in adapters(transformer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+class WithoutLora:
+    """The transformer under an adapter, where features and logits of the base are wanted: no copy of it is kept."""
+
+    def __init__(self, transformer: nn.Module):
+        self.transformer = transformer
+
+    def features(self, *inputs: Tensor) -> Tensor:
+        with without_lora(self.transformer):
+            return self.transformer.features(*inputs)
+
+    def head(self, features: Tensor) -> Tensor:
+        with without_lora(self.transformer):
+            return self.transformer.head(features)
+
+    def compile_blocks(self) -> None:
+        """The blocks are the transformer's own, compiled there."""
+
+
+def save_lora(transformer: nn.Module, out: Path, *, base: str, scheduler: dict) -> None:
+    """Writes peft's layout to the folder `out`, and how the model is sampled beside it."""
+    from safetensors.torch import save_file
+
+    layers = dict(adapters(transformer))
+    rank = next(iter(layers.values())).r["default"]
+    config = {
+        "peft_type": "LORA", "base_model_name_or_path": base, "r": rank, "lora_alpha": rank, "bias": "none",
+        "target_modules": sorted(layers),
+    }  # fmt: skip
+    weights = {
+        f"base_model.model.{name}.{part}.weight": getattr(layer, part)["default"].weight.detach().cpu().contiguous()
+        for name, layer in layers.items()
+        for part in ("lora_A", "lora_B")
+    }
+    write_json(out / "adapter_config.json", config)
+    write_json(out / "scheduler_config.json", scheduler)
+    write_atomically(out / NAME, lambda partial: save_file(weights, partial, metadata={"format": "pt"}))
+
+
+def read_config(folder: Path) -> dict:
+    """adapter_config.json of a folder that `save_lora` wrote. ValueError where it is none."""
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        return {key: config[key] for key in ("base_model_name_or_path", "r", "lora_alpha", "target_modules")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} is no adapter of speedrl: {type(error).__name__}") from error
+
+
+def load_lora(transformer: nn.Module, folder: Path) -> None:
+    """Puts the adapter in `folder` beside a transformer's layers. ValueError where keys or shapes do not match."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    config = read_config(folder)
+    del config["base_model_name_or_path"]
+    try:
+        inject(transformer, config)
+        state = load_file(folder / NAME)
+        for name, layer in adapters(transformer):
+            for part in ("lora_A", "lora_B"):
+                getattr(layer, part)["default"].weight.data.copy_(state.pop(f"base_model.model.{name}.{part}.weight"))
+    except (SafetensorError, OSError, KeyError, RuntimeError) as error:
+        what = " ".join(str(error).split())[:200]
+        raise ValueError(f"{folder / NAME} is damaged or another model's adapter ({what})") from error
+    if state:
+        raise ValueError(f"{folder / NAME} has {len(state)} unknown weights: it is another model's adapter")
+
+
+def merge_lora(transformer: nn.Module) -> None:
+    """Adds the adapters to the weights they stand beside and takes them away, in place."""
+    for name, layer in list(adapters(transformer)):
+        layer.merge()
+        parent, _, last = name.rpartition(".")
+        setattr(transformer.get_submodule(parent), last, layer.get_base_layer())
