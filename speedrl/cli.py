@@ -186,6 +186,7 @@ def train(
     trained: Annotated[int | None, Option(help="Steps of each rollout that train. [default: all]")],
     lora: Annotated[int | None, Option(help="Train an adapter of this rank. [default: all weights]")],
     merge: Annotated[bool, Option(help="Also save the model with its adapter merged.")],
+    checkpointing: Annotated[bool, Option(help="Compute blocks again in the backward pass: slower, less memory.")],
     updates: Annotated[int, Option(help="Updates on each rollout.")],
     micro_batch: Annotated[int, Option(help="Pictures of one backward pass.")],
     clip_grad: Annotated[float, Option(help="Largest norm of the gradient.")],

@@ -298,6 +298,7 @@ def train(
     trained: int | None = None,
     lora: int | None = None,
     merge: bool = False,
+    checkpointing: bool = False,
     updates: int = 1,
     micro_batch: int = 16,
     clip_grad: float = 1.0,
@@ -316,6 +317,7 @@ def train(
     Each iteration samples `group_size` pictures of `groups` prompts in `steps` steps ("8", or "2-16": drawn anew for
     each sample), rewards each with its quality (`mixture`) plus steps_reward times `speed_reward`, and makes `updates`
     updates on the clipped loss plus kl_weight times the divergence from the starting model at the revealed tokens.
+    `checkpointing` computes each block again in the backward pass, for memory.
     `trained` steps of each rollout, all by default, enter the loss, scaled so that its gradient is that of all in
     expectation. `percentile` and `least_quality` filter groups and samples (`std_percentile`, `low_quality`).
     `loading` holds further options of `load_generator`, which the saved model keeps.
@@ -342,6 +344,7 @@ def train(
     reference = None
     if kl_weight and kl != "none":
         reference = copy.deepcopy(transformer).requires_grad_(False) if lora is None else WithoutLora(transformer)
+    transformer.gradient_checkpointing = checkpointing
     if compile:
         transformer.compile_blocks()
         if reference is not None:

@@ -182,3 +182,35 @@ def test_what_training_saves_loads_in_the_pipeline_and_draws_the_same(generator,
     same_draws(monkeypatch, noise.uniform, noise.gumbel)
     picture = made(["an owl"], num_inference_steps=3, guidance_scale=1.0, output_type="pt").images
     torch.testing.assert_close(decode(again, tokens), picture, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_known_tokens_stay_in_half_precision_where_the_published_scheduler_masks_them_again(dtype):
+    from diffusers import AmusedScheduler
+
+    torch.manual_seed(0)
+    batch, length, steps = 64, 256, 8
+    outputs = torch.randn(steps, batch, length, CODES).to(dtype)
+
+    def forgotten(states: list[torch.Tensor]) -> int:
+        pairs = zip(states, states[1:], strict=False)
+        return sum(((before != MASK) & (after != before)).sum().item() for before, after in pairs)
+
+    scheduler = AmusedScheduler(MASK)
+    scheduler.set_timesteps(steps)
+    theirs = [torch.full((batch, 16, 16), MASK)]
+    random = torch.Generator().manual_seed(1)
+    for output, timestep in zip(outputs, scheduler.timesteps, strict=True):
+        grid = output.mT.unflatten(-1, (16, 16))
+        theirs.append(scheduler.step(grid, timestep, theirs[-1], generator=random)[0])
+
+    ours = []
+
+    def policy(tokens, timestep):
+        ours.append(tokens)
+        return outputs[len(ours) - 1]
+
+    noise = draw_noise(batch, steps, length, seed=0)
+    done = rollout(policy, torch.full((batch,), steps), noise, length=length, mask_id=MASK)
+    assert forgotten([*ours, done.tokens]) == 0
+    assert (forgotten(theirs) > 0) == (dtype == torch.float16)

@@ -57,6 +57,13 @@ def test_micro_batches_do_not_change_the_update(options, tmp_path):
     assert all(torch.allclose(one[name], other[name], atol=1e-5) for name in one)
 
 
+def test_checkpointing_does_not_change_the_update(options, tmp_path):
+    for on in (False, True):
+        train(out=tmp_path / str(on), iterations=1, checkpointing=on, **options)
+    one, other = weights(tmp_path / "False"), weights(tmp_path / "True")
+    assert all(torch.allclose(one[name], other[name], atol=1e-6) for name in one)
+
+
 def test_resuming_equals_the_uninterrupted_run(options, tmp_path):
     train(out=tmp_path / "whole", iterations=4, updates=2, trained=2, **options)
     train(out=tmp_path / "parts", iterations=2, updates=2, trained=2, **options)
