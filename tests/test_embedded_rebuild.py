@@ -64,12 +64,12 @@ def test_a_card_is_the_same_tokens_on_every_background_but_for_its_corners(sprit
         inside = np.ones((size // 4, size // 4), bool)
         inside[np.ix_([0, -1], [0, -1])] = False
         assert (table == table[:, :, :1])[..., inside].all()
-        assert not (table == table[:, :, :1])[:, :, 1:, ~inside].any()
+        assert not (table == table[:, :, :1])[:, :, 1:, ~inside].any(), "corners show the background"
 
 
 def test_the_loss_weighs_every_masked_token_once_and_scores_all_of_the_things():
     torch.manual_seed(0)
-    first_ground = train_base.CODES - len(compose.COLOURS)
+    first_ground = train_base.CODES - len(compose.FLAT)
     tokens = torch.where(torch.rand(64, 256) < 0.3, torch.randint(first_ground, (64, 256)), first_ground + 1)
     noisy, timestep, places, weights = train_base.corrupt(tokens)
     masked = noisy == train_base.MASK

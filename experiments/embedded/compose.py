@@ -14,10 +14,13 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 SIDE = 64  # pixels
+CARD = (255, 255, 255)
+# no white: on it confident sampling floods the picture, as card and background are the same tokens
 COLOURS = {
-    "white": (255, 255, 255), "red": (214, 52, 56), "yellow": (250, 212, 70), "green": (72, 168, 88),
-    "blue": (58, 118, 216), "purple": (136, 84, 184),
+    "red": (214, 52, 56), "yellow": (250, 212, 70), "green": (72, 168, 88), "blue": (58, 118, 216),
+    "purple": (136, 84, 184),
 }  # fmt: skip
+FLAT = (CARD, *COLOURS.values())  # what fills pictures; the last codes of the codebook, in this order
 STYLES = ("cartoon", "flat")  # Noto, Fluent: the order of data.TRAIN_VENDORS
 PAIR = 0.1  # share of the pictures that show two things
 CELL = 8  # pixels: places lie on this grid, so that a thing is cut into the same patches wherever it stands
@@ -64,7 +67,7 @@ def paint(picture: Picture, sprites: np.ndarray) -> np.ndarray:
     """Paints a picture from sprites [concepts, designs, S, S, 4] uint8: uint8 [SIDE, SIDE, 3]."""
     canvas = Image.new("RGB", (SIDE, SIDE), COLOURS[picture.colour])
     for thing, size, (x, y) in zip(picture.things, picture.sizes, picture.places, strict=True):
-        canvas.paste((255, 255, 255), (x, y), card(size))
+        canvas.paste(CARD, (x, y), card(size))
         sprite, side = Image.fromarray(sprites[thing, picture.style]).convert("RGBa"), size - 2 * MARGIN
         sprite = sprite.resize((side, side), Image.Resampling.LANCZOS).convert("RGBA")
         canvas.paste(sprite, (x + MARGIN, y + MARGIN), sprite)

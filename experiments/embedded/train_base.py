@@ -199,7 +199,7 @@ def make_pool(
 def corrupt(tokens: Tensor, *, scored: int = 128) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Masks a cosine-distributed share of each sample: (masked tokens [B, L], timestep [B], places [B, scored],
     weights [B, scored]). The loss is taken at `scored` of the masked places, all of them if they are fewer: first those
-    of things, then some of the ground, which weigh for all of it.
+    of things, then some of the flat ones, which weigh for all of them.
 
     The timestep is the sampler's countdown, N - 1 - s of a step count N drawn from 1 to 64, log-uniform: the base
     sees every countdown beside every share of masked tokens, so that any step count is in its range.
@@ -211,7 +211,7 @@ def corrupt(tokens: Tensor, *, scored: int = 128) -> tuple[Tensor, Tensor, Tenso
     masked = torch.rand(batch, length, device=device).argsort(-1) < count[:, None]
     steps = torch.exp(torch.rand(batch, device=device) * math.log(64.99)).floor()
     timestep = steps - 1 - (progress * steps).floor()
-    ground = tokens >= CODES - len(compose.COLOURS)
+    ground = tokens >= CODES - len(compose.FLAT)
     places = (torch.rand(batch, length, device=device) + ground).masked_fill(~masked, 3).argsort(-1)[:, :scored]
     of_ground, used = ground.gather(1, places), masked.gather(1, places)
     share = (ground & masked).sum(-1, keepdim=True) / (of_ground & used).sum(-1, keepdim=True).clamp(min=1)

@@ -106,7 +106,7 @@ def codebook(pictures: np.ndarray, path: Path, *, codes: int = 1024, seed: int =
     """k-means centres of the patches of uint8 [N, 64, 64, 3], float32 [codes, 48], kept in `path`."""
     if not path.exists():
         torch.manual_seed(seed)
-        flat = torch.tensor([c * PATCH**2 for c in compose.COLOURS.values()]).float() / 127.5 - 1
+        flat = torch.tensor([c * PATCH**2 for c in compose.FLAT]).float() / 127.5 - 1
         points = patches(torch.from_numpy(pictures[:5000])).flatten(0, 1)
         drawn = points[torch.cdist(points, flat).amin(-1) > 0.5]
         drawn = drawn[torch.randperm(len(drawn))[:200_000]]
@@ -158,7 +158,7 @@ def train(
         torch.manual_seed(seed + done)
 
     near = torch.softmax(-torch.cdist(centres, centres).square() / noise, -1)
-    near[-len(compose.COLOURS) :] = torch.eye(len(centres), device=device)[-len(compose.COLOURS) :]  # grounds stay
+    near[-len(compose.FLAT) :] = torch.eye(len(centres), device=device)[-len(compose.FLAT) :]  # grounds stay
     reached = near.cumsum(-1)
 
     def objective(target: Tensor, index: Tensor) -> Tensor:
