@@ -19,6 +19,12 @@ ablate *options:
 bench *options:
     .venv/bin/speedrl eval --model embedded --out runs/bench {{options}}
 
+# our scores against the packages image-reward and hpsv2, with random weights at real size: minutes, 20 GB of memory
+parity:
+    python3 -m venv .venv-reference
+    .venv-reference/bin/pip install -e ".[reference]"
+    .venv-reference/bin/python -m pytest -q -s tests/test_reward_parity.py
+
 # the embedded model from the packages that its pictures come from: hours
 rebuild *options:
     .venv/bin/pip install -e ".[rebuild]"
