@@ -284,7 +284,7 @@ def train(
     iterations: int = 30,
     groups: int = 8,
     group_size: int = 8,
-    lr: float = 1e-4,
+    lr: float = 3e-5,
     guidance: float = 1.0,
     temperature: float | None = None,
     schedule: str = "cosine",
