@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from speedrl.platform import import_torchvision
+
 WORDS = 30522  # of BERT's vocabulary
 
 
@@ -23,6 +25,7 @@ def write_vocabulary(path: Path) -> None:
 
 def image_reward(vocabulary: Path):
     """The package ImageReward, importable under transformers 5, with BERT's words from a file."""
+    import_torchvision()
     import transformers
     from transformers import modeling_utils, pytorch_utils
 
@@ -45,6 +48,7 @@ def image_reward(vocabulary: Path):
 
 def hpsv2():
     """The module hpsv2.img_score, whose wheel lacks a file that open_clip has and wants a window toolkit."""
+    import_torchvision()
     import open_clip
 
     sys.modules.setdefault("turtle", types.ModuleType("turtle"))

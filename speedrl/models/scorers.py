@@ -163,7 +163,7 @@ def hpsv2_score(
     path = Path(weights) if weights else hub_file("xswu/HPSv2", "HPS_v2.1_compressed.pt", instead=INSTEAD)
     state = read_weights(path)
     with torch.device("meta"), NoInitialisation():
-        model = open_clip.create_model(architecture, load_weights=False, device="meta")
+        model = open_clip.create_model(architecture, device="meta")
     words = model.context_length
     model.attn_mask = torch.full((words, words), -torch.inf).triu(1)  # each word sees those before it; no file holds it
     fill(model, state, path).to(device)
