@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from speedrl.errors import one_line
+
 
 def from_hub(fetch: Callable[[], str], what: str, *, instead: str) -> Path:
     """The path that `fetch` gives, a download through huggingface_hub of `what`.
@@ -26,7 +28,7 @@ def from_hub(fetch: Callable[[], str], what: str, *, instead: str) -> Path:
             (EntryNotFoundError, "is not in that repository of the hub"),
             (OSError, "is not cached and the hub cannot be reached"),
         )
-        cause = next((text for kind, text in causes if isinstance(error, kind)), " ".join(str(error).split())[:300])
+        cause = next((text for kind, text in causes if isinstance(error, kind)), one_line(error))
         raise FileNotFoundError(f"{what} {cause}; {instead}") from error
 
 

@@ -71,7 +71,7 @@ def geneval() -> list[str]:
         except OSError as error:
             raise FileNotFoundError(f"geneval is not cached and {GENEVAL} cannot be reached; {INSTEAD}") from error
         write_atomically(cache, lambda partial: partial.write_text(text, encoding="utf-8"))
-    return [line.strip() for line in cache.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return read_prompts(cache)
 
 
 SETS: dict[str, Callable[[], list[str]]] = {

@@ -149,6 +149,11 @@ def training_prompts(model: str) -> list[str]:
     return read_prompts(find(model) / "prompts/train.txt")
 
 
+def lasting(source: str | Path) -> str:
+    """A folder's whole path, which holds from every working directory; a hub id or "embedded" as it is."""
+    return str(Path(source).resolve() if Path(source).exists() else source)
+
+
 def start(out: Path, settings: dict, *, resume: bool) -> None:
     """Makes the run's folder. ValueError where it holds another run, or none that could be resumed."""
     if resume and not (out / "checkpoint.pt").exists():
@@ -440,12 +445,11 @@ def train(
     how = {"num_inference_steps": bounds[1], "guidance_scale": guidance, "temperature": temperature,
            "negative_prompt": generator.negative, "micro_conds": generator.micro_conds}  # fmt: skip
     if lora is not None:
-        save_lora(
-            transformer,
-            out / "adapter",
-            base=str(Path(model).resolve() if Path(model).exists() else model),
-            scheduler=generator.scheduler | how,
-        )
+        beside = {name: value for name, value in (loading or {}).items() if name in ("text_encoder", "size")}
+        if "text_encoder" in beside:
+            beside["text_encoder"] = lasting(beside["text_encoder"])
+        scheduler = generator.scheduler | how | beside
+        save_lora(transformer, out / "adapter", base=lasting(model), scheduler=scheduler)
         if not merge:
             return out / "adapter"
         merge_lora(transformer)

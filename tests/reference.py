@@ -3,7 +3,7 @@
 They come with `pip install ".[reference]"`, in an environment of their own: see pyproject.toml.
 """
 
-import importlib
+import importlib.util
 import shutil
 import sys
 import types

@@ -80,7 +80,6 @@ def test_hpsv2_is_the_packages_own(folder, monkeypatch):
     )
     torch.save({"state_dict": model.state_dict()}, folder / "hps.pt")
     monkeypatch.setattr(module, "model_dict", {"model": model, "preprocess_val": preprocess})
-    monkeypatch.setattr(module.torch, "load", torch.load)
     score = hpsv2_score(weights=str(folder / "hps.pt"), bf16=False)
     for size in ((224, 224), (300, 500)):
         images = pictures(*size)

@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from speedrl.models.checkpoint import load_generator
+from speedrl.models.checkpoint import encode_prompts, load_generator
 from speedrl.train import step_range, train, trained_steps
 
 
@@ -148,6 +148,18 @@ def test_a_run_with_an_adapter_is_a_model_and_equals_the_merged_one(options, wit
     assert all(torch.allclose(states[1][name], states[2][name], atol=1e-6) for name in states[0])
     changed = {name for name in states[0] if not torch.allclose(states[0][name], states[1][name])}
     assert changed and all(states[0][name].ndim == 2 for name in changed)
+
+
+def test_an_adapter_keeps_the_size_and_the_text_encoder_that_it_was_trained_with(options, tmp_path):
+    text = shutil.copytree(f"{options['model']}/text_encoder", tmp_path / "text")
+    state = {name: value * 1.5 for name, value in load_file(text / "model.safetensors").items()}
+    save_file(state, text / "model.safetensors", metadata={"format": "pt"})
+    how = {"size": (16, 32), "text_encoder": text}
+    train(out=tmp_path / "run", iterations=1, lora=2, loading=how, **options)
+    again = load_generator(tmp_path / "run")
+    assert again.size == (16, 32) and again.micro_conds == (32, 16, 0, 0, 6)
+    wanted = encode_prompts(load_generator(options["model"], **how), ["an owl"])
+    assert torch.equal(encode_prompts(again, ["an owl"]).text, wanted.text)
 
 
 def test_peft_itself_reads_the_adapter(options, with_lora):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from speedrl.errors import one_line
 from speedrl.files import write_json
 from speedrl.hub import from_hub
 from speedrl.models.lora import load_lora, merge_lora, read_config
@@ -80,8 +81,14 @@ def load_generator(
     """
     how = {"text_encoder": text_encoder, "size": size, "negative": negative, "micro_conds": micro_conds}
     if adapter := adapter_of(source):
-        base = find(read_config(adapter)["base_model_name_or_path"])
-        generator = load_folder(base, read_json(adapter / "scheduler_config.json"), device=device, dtype=dtype, **how)
+        base, scheduler = (
+            find(read_config(adapter)["base_model_name_or_path"]),
+            read_json(adapter / "scheduler_config.json"),
+        )
+        # a merged model holds these itself
+        kept = {name: scheduler.pop(name, None) for name in ("text_encoder", "size")}
+        how |= {name: value if how[name] is None else how[name] for name, value in kept.items()}
+        generator = load_folder(base, scheduler, device=device, dtype=dtype, **how)
         load_lora(generator.transformer, adapter)
         merge_lora(generator.transformer)
         return generator
@@ -431,9 +438,3 @@ def read_json(path: Path) -> dict:
     if not isinstance(values, dict):
         raise ValueError(f"{path} is not a json object")
     return values
-
-
-def one_line(error: BaseException) -> str:
-    """An error's message, on one line and not too long."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:300] + "..."

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from speedrl.errors import one_line
 from speedrl.files import write_atomically, write_json
 
 NAME = "adapter_model.safetensors"
@@ -118,8 +119,7 @@ def load_lora(transformer: nn.Module, folder: Path) -> None:
             for part in ("lora_A", "lora_B"):
                 getattr(layer, part)["default"].weight.data.copy_(state.pop(f"base_model.model.{name}.{part}.weight"))
     except (SafetensorError, OSError, KeyError, RuntimeError) as error:
-        what = " ".join(str(error).split())[:200]
-        raise ValueError(f"{folder / NAME} is damaged or another model's adapter ({what})") from error
+        raise ValueError(f"{folder / NAME} is damaged or another model's adapter ({one_line(error)})") from error
     if state:
         raise ValueError(f"{folder / NAME} has {len(state)} unknown weights: it is another model's adapter")
 

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from speedrl.errors import one_line
 from speedrl.hub import hub_file
-from speedrl.models.checkpoint import NoInitialisation, count_positions, one_line
+from speedrl.models.checkpoint import NoInitialisation, count_positions
 from speedrl.platform import bf16_autocast, import_torchvision
 
 Score = Callable[[Tensor, list[str]], Tensor]

@@ -1,0 +1,7 @@
+"""What is said of an error."""
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message, on one line and not too long."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:300] + "..."
