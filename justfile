@@ -23,7 +23,8 @@ bench *options:
 parity:
     python3 -m venv .venv-reference
     .venv-reference/bin/pip install -e ".[reference]"
-    .venv-reference/bin/python -m pytest -q -s tests/test_reward_parity.py
+    SPEEDRL_REAL_SIZE=1 .venv-reference/bin/python -m pytest -q -s tests/test_reward_parity.py
+    .venv-reference/bin/python -m experiments.scorers
 
 # the embedded model from the packages that its pictures come from: hours
 rebuild *options:

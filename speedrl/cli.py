@@ -170,6 +170,9 @@ def train(
     group_size: Annotated[int, Option(help="Pictures of each prompt.")],
     lr: Annotated[float, Option(help="Learning rate.")],
     guidance: Annotated[float, Option(help="Guidance of sampling and training; 1 is none.")],
+    reference_guidance: Annotated[
+        float | None, Option(help="Guidance of the reference that the divergence is from. [default: the model's]")
+    ],
     temperature: Annotated[
         float | None, Option(help="Noise in the order of reveal, at the first step. [default: the model's]")
     ],

@@ -237,6 +237,7 @@ def micro_batch_loss(
     *,
     grid: tuple[int, int],
     guidance: float,
+    reference_guidance: float,
     temperature: float,
     order: str,
     likelihood: str,
@@ -270,7 +271,7 @@ def micro_batch_loss(
     if reference is None:
         return loss, stats | {"kl": torch.zeros(())}
     with torch.no_grad():
-        reference_logits = place_logits(reference, part, prompts, empty, guidance=guidance, grid=grid)
+        reference_logits = place_logits(reference, part, prompts, empty, guidance=reference_guidance, grid=grid)
     away = (divergence(new_logits, reference_logits, part.targets, kind=kl) * trained).sum()
     return loss + kl_weight * away, stats | {"kl": away.detach()}
 
@@ -291,6 +292,7 @@ def train(
     group_size: int = 8,
     lr: float = 3e-5,
     guidance: float = 1.0,
+    reference_guidance: float | None = None,
     temperature: float | None = None,
     schedule: str = "cosine",
     order: str = "confidence",
@@ -322,6 +324,8 @@ def train(
     Each iteration samples `group_size` pictures of `groups` prompts in `steps` steps ("8", or "2-16": drawn anew for
     each sample), rewards each with its quality (`mixture`) plus steps_reward times `speed_reward`, and makes `updates`
     updates on the clipped loss plus kl_weight times the divergence from the starting model at the revealed tokens.
+    That model is the reference policy as it is used, at its own guidance unless `reference_guidance` says another: so
+    a policy that samples without guidance, one call a step in place of two, is drawn to what guidance gives.
     `checkpointing` computes each block again in the backward pass, for memory.
     `trained` steps of each rollout, all by default, enter the loss, scaled so that its gradient is that of all in
     expectation. `percentile` and `least_quality` filter groups and samples (`std_percentile`, `low_quality`).
@@ -338,6 +342,7 @@ def train(
     if bounds[1] > length:
         raise ValueError(f"{bounds[1]} steps are more than the {length} tokens of a picture")
     temperature = generator.temperature if temperature is None else temperature
+    reference_guidance = generator.guidance if reference_guidance is None else reference_guidance
     texts = read_prompts(prompts) if prompts else training_prompts(model)
     scores, shares = load_qualities(quality, device=device, weights=reward_weights)
     start(out, settings, resume=resume)
@@ -403,8 +408,8 @@ def train(
                         loss, stats = micro_batch_loss(
                             transformer, reference, part, states, take(prompt, index[states.sample]),
                             repeat(empty, len(states.sample)), advantages[index], weights[index], grid=grid,
-                            guidance=guidance, temperature=temperature, order=order, likelihood=likelihood,
-                            clip_range=clip_range, kl=kl, kl_weight=kl_weight,
+                            guidance=guidance, reference_guidance=reference_guidance, temperature=temperature,
+                            order=order, likelihood=likelihood, clip_range=clip_range, kl=kl, kl_weight=kl_weight,
                         )  # fmt: skip
                     normalise(loss, kept).backward()
                     accumulate(totals, stats)

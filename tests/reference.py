@@ -1,6 +1,7 @@
-"""The packages image-reward and hpsv2 as references: what they need to run beside newer libraries, for one test alone.
+"""The packages image-reward and hpsv2 as references, with what they need to run beside newer libraries.
 
-They come with `pip install ".[reference]"`, in an environment of their own: see pyproject.toml.
+For the parity test and its measurement alone. They come with `pip install ".[reference]"`, in an environment of their
+own: see pyproject.toml.
 """
 
 import importlib.util

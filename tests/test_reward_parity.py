@@ -1,10 +1,13 @@
-"""Our scores against the packages' public functions, with the same random weights at real size.
+"""Our scores against the packages' public functions, with the same random weights.
 
-Skipped where the packages are not installed: `just parity` makes an environment for them.
+Skipped where the packages are not installed: `just parity` makes an environment for them, and asks for HPSv2 at its
+real size too, which takes 16 GB of memory.
 """
 
 import importlib.util
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,14 +40,9 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("weights")
 
 
-@need["ImageReward"]
-def test_imagereward_is_the_packages_own(folder):
+def imagereward_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Random weights with the keys of ImageReward.pt; its vocabulary and configuration are written to the folder."""
     reference.write_vocabulary(folder / "vocab.txt")
-    torch.manual_seed(0)
-    model = ImageRewardModel(vision=VISION, text=TEXT)
-    torch.nn.init.normal_(model.head[0].weight, std=0.02)
-    state = {key: value for key, value in model.state_dict().items() if not key.endswith("position_ids")}
-    torch.save(to_image_reward(state), folder / "ImageReward.pt")
     bert = {
         "architectures": ["BertModel"], "attention_probs_dropout_prob": 0.0, "hidden_act": "gelu",
         "hidden_dropout_prob": 0.0, "hidden_size": 768, "initializer_range": 0.02, "intermediate_size": 3072,
@@ -53,6 +51,25 @@ def test_imagereward_is_the_packages_own(folder):
         "add_cross_attention": True,
     }  # fmt: skip
     (folder / "med_config.json").write_text(json.dumps(bert))
+    torch.manual_seed(0)
+    model = ImageRewardModel(vision=VISION, text=TEXT)
+    torch.nn.init.normal_(model.head[0].weight, std=0.02)
+    return to_image_reward({key: v for key, v in model.state_dict().items() if not key.endswith("position_ids")})
+
+
+def hpsv2_weights(folder: Path, *, architecture: str = "ViT-H-14") -> dict[str, dict[str, torch.Tensor]]:
+    """Random weights with the keys of HPS_v2.1_compressed.pt."""
+    reference.hpsv2()
+    from hpsv2.src.open_clip import create_model_and_transforms
+
+    torch.manual_seed(0)
+    model, *_ = create_model_and_transforms(architecture, None, precision="fp32", light_augmentation=True)
+    return {"state_dict": model.state_dict()}
+
+
+@need["ImageReward"]
+def test_imagereward_is_the_packages_own(folder):
+    torch.save(imagereward_weights(folder), folder / "ImageReward.pt")
     package = reference.image_reward(folder / "vocab.txt")
     theirs = package.load(str(folder / "ImageReward.pt"), device="cpu", med_config=str(folder / "med_config.json"))
     score = imagereward_score(weights=str(folder / "ImageReward.pt"), bf16=False)
@@ -69,18 +86,21 @@ def test_imagereward_is_the_packages_own(folder):
             assert away < 0.05
 
 
+real_size = pytest.mark.skipif("SPEEDRL_REAL_SIZE" not in os.environ, reason="16 GB of memory: set SPEEDRL_REAL_SIZE")
+
+
 @need["hpsv2"]
-def test_hpsv2_is_the_packages_own(folder, monkeypatch):
+@pytest.mark.parametrize("architecture", ["ViT-B-16", pytest.param("ViT-H-14", marks=real_size)])
+def test_hpsv2_is_the_packages_own(architecture, folder, monkeypatch):
     module = reference.hpsv2()
     from hpsv2.src.open_clip import create_model_and_transforms
 
-    torch.manual_seed(0)
+    torch.save(hpsv2_weights(folder, architecture=architecture), folder / "hps.pt")
     model, _, preprocess = create_model_and_transforms(
-        "ViT-H-14", None, precision="fp32", light_augmentation=True, output_dict=True
+        architecture, None, precision="fp32", light_augmentation=True, output_dict=True
     )
-    torch.save({"state_dict": model.state_dict()}, folder / "hps.pt")
     monkeypatch.setattr(module, "model_dict", {"model": model, "preprocess_val": preprocess})
-    score = hpsv2_score(weights=str(folder / "hps.pt"), bf16=False)
+    score = hpsv2_score(weights=str(folder / "hps.pt"), bf16=False, architecture=architecture)
     for size in ((224, 224), (300, 500)):
         images = pictures(*size)
         for prompt in PROMPTS:

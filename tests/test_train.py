@@ -43,11 +43,19 @@ def test_reward_rises_and_the_model_is_saved_in_the_layout_it_came_in(options, t
 @pytest.mark.parametrize("likelihood", ["token", "sequence", "exact"])
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 def test_ratio_is_one_and_kl_zero_before_the_first_update(options, tmp_path, likelihood, guidance):
-    train(out=tmp_path / "run", iterations=1, likelihood=likelihood, guidance=guidance, **options | {"steps": "1-4"})
+    train(out=tmp_path / "run", iterations=1, likelihood=likelihood, guidance=guidance, reference_guidance=guidance,
+          **options | {"steps": "1-4"})  # fmt: skip
     (row,) = metrics(tmp_path / "run")
     assert row["ratio_max"] == pytest.approx(1, abs=1e-5)
     assert row["kl"] == pytest.approx(0, abs=1e-6)
     assert row["grad_norm"] > 0
+
+
+def test_a_policy_without_guidance_is_drawn_to_the_guided_reference(options, tmp_path):
+    train(out=tmp_path / "run", iterations=15, kl_weight=30.0, reference_guidance=3.0, **options)
+    rows = metrics(tmp_path / "run")
+    assert rows[0]["kl"] > 1e-4
+    assert sum(row["kl"] for row in rows[-3:]) < sum(row["kl"] for row in rows[:3]) / 2
 
 
 def test_micro_batches_do_not_change_the_update(options, tmp_path):
@@ -127,7 +135,7 @@ def test_report_compares_the_trained_model_with_its_base(options, tmp_path):
 @pytest.fixture
 def with_lora(options, tmp_path):
     """A short run that trained an adapter and merged it as well."""
-    train(out=tmp_path / "run", iterations=3, lora=2, merge=True, **options | {"lr": 3e-2})
+    train(out=tmp_path / "run", iterations=3, lora=2, merge=True, reference_guidance=1.0, **options | {"lr": 3e-2})
     return tmp_path / "run"
 
 
