@@ -16,8 +16,12 @@ ablate *options:
     .venv/bin/speedrl ablate {{options}}
 
 # quality and time of the embedded model over step counts
+eval *options:
+    .venv/bin/speedrl eval --model embedded --out runs/eval {{options}}
+
+# speed against the machine's ceilings, diffusers' pipeline and a plain iteration: half an hour, nothing else running
 bench *options:
-    .venv/bin/speedrl eval --model embedded --out runs/bench {{options}}
+    .venv/bin/python -m experiments.bench {{options}}
 
 # our scores against the packages image-reward and hpsv2, with random weights at real size: minutes, 20 GB of memory
 parity:

@@ -1,6 +1,7 @@
 """Log-probabilities of tokens and of whole reveal steps: one function serves sampling and training."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -16,23 +17,42 @@ def guided(cond_logits: Tensor, uncond_logits: Tensor, guidance: float) -> Tenso
 
 def log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
     """Log-probability in nats of each token: logits float [..., V], tokens int64 [...] -> float32 [...]."""
-    logits = logits.float()
-    return logits.gather(-1, tokens[..., None]).squeeze(-1) - logits.logsumexp(-1)
+    # log_softmax is one pass over the codebook, logsumexp four
+    return logits.float().log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
 
 
-def sample_tokens(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+def first_past(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The first item at which the running sum of the weights passes the target, and what the items before it left.
+
+    weights float32 [..., n], none negative; target float32 [...] -> index int64 [...] and target minus the sum before
+    it, float32 [...]. An item of weight 0 is never found, at either end, unless all are 0.
+    """
+    # items of weight 0 get no share of the line, even where a parallel cumsum is not quite monotone
+    running = weights.cumsum(-1).masked_fill(weights == 0, 0)
+    total = running.amax(-1)
+    # below the total even where rounding puts it there: some item is always found
+    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
+    index = (running > target[..., None]).byte().argmax(-1)
+    before = (running - weights).gather(-1, index[..., None]).squeeze(-1)
+    return index, (target - before).clamp(min=0)
+
+
+def sample_tokens(logits: Tensor, uniform: Tensor, *, block: int = 32) -> tuple[Tensor, Tensor]:
     """Draw a token at every position by inverting the distribution function, without host synchronisation.
 
     logits [..., V] and uniform float32 [...] in [0, 1] -> tokens int64 [...] and their log-probabilities float32
-    [...], by the same `log_probs` that training uses. A code of probability 0 is never drawn, at either end.
+    [...], by the same `log_probs` that training uses. A code of probability 0 is never drawn, at either end. The code
+    is sought in two levels, the `block` codes that hold it first: a running sum over all codes would cost as much as
+    the head of a small network.
     """
     probs = logits.float().softmax(-1)
-    # codes of probability 0 get no share of the line, even where a parallel cumsum is not quite monotone
-    cdf = probs.cumsum(-1).masked_fill(probs == 0, 0)
-    total = cdf.amax(-1)
-    # below the total even where the product rounds up to it: some code is always found
-    target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
-    tokens = (cdf > target[..., None]).byte().argmax(-1)  # the first code past the target
+    if short := -probs.shape[-1] % block:
+        probs = F.pad(probs, (0, short))
+    blocks = probs.unflatten(-1, (-1, block))
+    sums = blocks.sum(-1)
+    which, left = first_past(sums, uniform * sums.sum(-1))
+    found = blocks.gather(-2, which[..., None, None].expand(*which.shape, 1, block)).squeeze(-2)
+    tokens = which * block + first_past(found, left)[0]
     return tokens, log_probs(logits, tokens)
 
 

@@ -59,7 +59,9 @@ def pace_log_prob(logits: Tensor, left: Tensor) -> Tensor:
     return logits.log_softmax(-1).gather(-1, left[:, None] - 1)[:, 0]
 
 
-def advance(progress: Tensor, masked: Tensor, left: Tensor, *, length: int, kind: str = "cosine") -> tuple[Tensor, Tensor]:
+def advance(
+    progress: Tensor, masked: Tensor, left: Tensor, *, length: int, kind: str = "cosine"
+) -> tuple[Tensor, Tensor]:
     """One step of `left` more: progress float32 [B] in [0, 1] along the schedule, masked int64 [B] -> both after it.
 
     Along the schedule a step covers its share of the way that remains, 1 / left, so that N choices of N, N - 1, ..., 1

@@ -89,9 +89,17 @@ def step(
     return Step(torch.where(revealed, drawn, tokens), revealed, log_p, drawn, rank)
 
 
+def places_that_are(mask: Tensor, count: int) -> Tensor:
+    """Where a mask bool [B, L] is set, in rising order: int64 [B, count]; rows with fewer end in places that are not.
+
+    `count` is the most that any row has, known beforehand: nothing waits for the device.
+    """
+    return mask.byte().argsort(dim=-1, descending=True, stable=True)[:, :count]
+
+
 @torch.no_grad()
 def rollout(
-    policy: Callable[[Tensor, Tensor], Tensor],
+    policy: Callable[..., Tensor],
     steps: Tensor,
     noise: Noise,
     *,
@@ -101,50 +109,68 @@ def rollout(
     schedule: str = "cosine",
     order: str = "confidence",
     record: bool = False,
+    sparse: bool = False,
     step: Callable[..., Step] = step,
 ) -> Rollout:
     """Sample a batch, each sample in its own number of steps int64 [B], from all masked to none.
 
     policy(tokens int64 [B, L], timestep int64 [B]) -> logits [B, L, V] knows the prompts and applies the guidance; it
-    is called steps.max() times on the whole batch, finished samples included, so that shapes stay static. V must not
-    exceed mask_id. `noise` is [B, S or more, L]. `temperature` is that of the confidence noise at the first step; it
+    is called steps.max() times on the whole batch, finished samples included. With `sparse` it is called as
+    policy(tokens [n, L], timestep [n], samples int64 [n], places int64 [n, K]) -> logits [n, K, V], on the samples that
+    are not finished, at K places that hold all that are masked: no work goes where nothing is drawn. V must not exceed
+    mask_id. `noise` is [B, S or more, L]. `temperature` is that of the confidence noise at the first step; it
     falls linearly to 0 at the last. order "confidence" reveals the likeliest tokens first, "random" any. N = 1 draws
-    every token at once. `record` keeps the draws and the order that `exact_log_prob` needs, and its values. `step` may
-    be a compiled `speedrl.rollout.step`. ValueError for shapes that do not fit and for another order.
+    every token at once. `record` keeps the draws and the order that `exact_log_prob` needs, and its values: then all
+    samples and places are asked for. `step` may be a compiled `speedrl.rollout.step`. The host waits for the device
+    once, at the start. ValueError for shapes that do not fit and for another order.
 
     Under torch.inference_mode the results are inference tensors, which autograd refuses: clone them before training.
     """
     if order not in ("confidence", "random"):
         raise ValueError(f"unknown reveal order {order!r}: choose confidence or random")
-    masked_after = masked_counts(steps, length=length, kind=schedule)
+    device, on_host = steps.device, steps.cpu()
+    masked_after = masked_counts(on_host, length=length, kind=schedule)
     batch, most = masked_after.shape
     if noise.uniform.shape[0] != batch or noise.uniform.shape[1] < most or noise.uniform.shape[2] != length:
         raise ValueError(f"noise of shape {tuple(noise.uniform.shape)} for a rollout of {(batch, most, length)}")
-    countdown, heat = timesteps(steps), temperatures(steps, start=temperature)
-    tokens = torch.full((batch, length), mask_id, device=steps.device)
-    reveal_step = torch.zeros_like(tokens)
-    log_probs = torch.zeros(batch, length, device=steps.device)
-    recorded = []
+    narrow = sparse and not record
+    longest = on_host.argsort(descending=True, stable=True)
+    asked = []  # at each step: which samples, and at how many places
     for s in range(most):
-        logits = policy(tokens, countdown[:, s])
+        # two at least: the compiler makes code of its own for a batch of one
+        count = max(int((on_host > s).sum()), min(batch, 2)) if narrow else batch
+        samples = longest[:count].sort().values
+        asked.append((samples.to(device), int(masked_after[samples, s - 1].max()) if narrow and s else length))
+    masked_after, countdown, heat = masked_after.to(device), timesteps(steps), temperatures(steps, start=temperature)
+    tokens = torch.full((batch, length), mask_id, device=device)
+    reveal_step = torch.zeros_like(tokens)
+    log_probs = torch.zeros(batch, length, device=device)
+    recorded = []
+    for s, (samples, count) in enumerate(asked):
+        seen = tokens[samples]  # [n, L]
+        every = torch.arange(length, device=device).expand_as(seen)
+        places = places_that_are(seen == mask_id, count) if narrow else every
+        where = samples[:, None] * length + places  # [n, K], in the flat batch
+        logits = policy(seen, countdown[samples, s], *((samples, places) if sparse else ()))
         if logits.shape[-1] > mask_id:
             raise ValueError(f"logits over {logits.shape[-1]} codes would draw the mask token {mask_id}: slice them")
+        before = seen.gather(1, places)
         done = step(
             logits,
-            tokens,
-            masked_after[:, s],
-            heat[:, s],
-            noise.uniform[:, s],
-            noise.gumbel[:, s],
+            before,
+            masked_after[samples, s],
+            heat[samples, s],
+            noise.uniform[samples, s].gather(1, places),
+            noise.gumbel[samples, s].gather(1, places),
             mask_id=mask_id,
             order=order,
         )
         if record:
-            exact = exact_log_prob(done.log_probs, done.rank, tokens == mask_id, done.revealed, heat[:, s], order=order)
+            exact = exact_log_prob(done.log_probs, done.rank, seen == mask_id, done.revealed, heat[:, s], order=order)
             recorded.append((done.drawn, done.rank, *exact))
-        tokens = done.tokens
-        reveal_step = reveal_step.masked_fill(done.revealed, s)
-        log_probs = torch.where(done.revealed, done.log_probs, log_probs)
+        tokens.view(-1)[where] = done.tokens
+        reveal_step.view(-1)[where] = reveal_step.view(-1)[where].masked_fill(done.revealed, s)
+        log_probs.view(-1)[where] = torch.where(done.revealed, done.log_probs, log_probs.view(-1)[where])
     return Rollout(
         tokens, reveal_step, steps, log_probs, *(torch.stack(parts, 1) for parts in zip(*recorded, strict=True))
     )

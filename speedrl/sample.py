@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from speedrl.files import write_atomically
 from speedrl.likelihood import guided
@@ -28,21 +28,24 @@ if TYPE_CHECKING:
 
 
 def guided_policy(
-    transformer: Callable[..., Tensor], prompts: Prompts, empty: Prompts, *, guidance: float, grid: tuple[int, int]
-) -> Callable[[Tensor, Tensor], Tensor]:
+    transformer: nn.Module, prompts: Prompts, empty: Prompts, *, guidance: float, grid: tuple[int, int]
+) -> Callable[..., Tensor]:
     """policy(tokens int64 [B, L], timestep int64 [B]) -> guided logits [B, L, codes], for `rollout` and training.
 
-    `prompts` of B, `empty` of 1 or B. One call of the network on [empty, prompts], 2 B rows; at guidance 1 the empty
-    prompt plays no part, and one call on B rows gives the network's own logits.
+    policy(tokens [n, L], timestep [n], samples int64 [n], places int64 [n, K]) -> [n, K, codes] is that of some samples
+    at some places. `prompts` of B, `empty` of 1 or B. One call of the network on [empty, prompts], twice the rows; at
+    guidance 1 the empty prompt plays no part, and one call on the rows gives the network's own logits.
     """
-    if guidance == 1:
-        return lambda tokens, timestep: logits(transformer, tokens, timestep, prompts, grid=grid)
-    size = len(prompts.text)
-    both = join(repeat(empty, size // len(empty.text)), prompts)
+    size, times = len(prompts.text), 1 if guidance == 1 else 2
+    known = prompts if times == 1 else join(repeat(empty, size // len(empty.text)), prompts)
 
-    def policy(tokens: Tensor, timestep: Tensor) -> Tensor:
-        uncond, cond = logits(transformer, tokens.repeat(2, 1), timestep.repeat(2), both, grid=grid).chunk(2)
-        return guided(cond, uncond, guidance)
+    def policy(tokens: Tensor, timestep: Tensor, samples: Tensor | None = None, places: Tensor | None = None) -> Tensor:
+        part = known
+        if samples is not None and len(samples) < size:
+            part = take(known, samples if times == 1 else torch.cat([samples, samples + size]))
+        where = None if places is None else places.repeat(times, 1)
+        found = logits(transformer, tokens.repeat(times, 1), timestep.repeat(times), part, grid=grid, places=where)
+        return found if times == 1 else guided(*reversed(found.chunk(2)), guidance)
 
     return policy
 
@@ -89,6 +92,7 @@ def generate(
             temperature=temperature,
             schedule=schedule,
             order=order,
+            sparse=True,
         )
         tokens.append(finished.tokens)
     return torch.cat(tokens)

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,8 @@ from speedrl.advantage import group_advantages
 from speedrl.display import Display
 from speedrl.files import write_atomically
 from speedrl.filter import low_quality, std_percentile
-from speedrl.kl import kl as divergence
-from speedrl.likelihood import exact_log_prob, guided, log_probs, log_ratio
-from speedrl.loss import clipped_loss, normalise
+from speedrl.loss import normalise
 from speedrl.models.checkpoint import (
-    Prompts,
     adapter_of,
     decode,
     encode_prompts,
@@ -36,23 +33,11 @@ from speedrl.models.lora import WithoutLora, add_lora, merge_lora, save_lora
 from speedrl.platform import bf16_autocast
 from speedrl.prompts import read_prompts
 from speedrl.reward import Moments, combine, disagreeing, load_qualities, mixture, observe, speed_reward
-from speedrl.rollout import Rollout, draw_noise, rollout, state
+from speedrl.rollout import Rollout, draw_noise, rollout
 from speedrl.sample import guided_policy
-from speedrl.schedule import temperatures, timesteps
+from speedrl.update import micro_batch_loss, rows, token_weights, trained_steps
 
 TREND = 20  # iterations over which rewards are watched for disagreement
-
-
-class Rows(NamedTuple):
-    """States of a micro-batch, one row for each sample and step that trains. R rows, K places of a row."""
-
-    sample: Tensor  # int64 [R], which sample of the micro-batch
-    step: Tensor  # int64 [R]
-    tokens: Tensor  # int64 [R, L], what the policy saw
-    timestep: Tensor  # int64 [R]
-    places: Tensor  # int64 [R, K], where the log-probabilities are needed
-    targets: Tensor  # int64 [R, K], the tokens drawn there
-    revealed: Tensor  # bool [R, K], False for padding
 
 
 def step_range(text: str) -> tuple[int, int]:
@@ -65,49 +50,6 @@ def step_range(text: str) -> tuple[int, int]:
     if not 1 <= bounds[0] <= bounds[1]:
         raise ValueError(f"steps must be at least 1 and a range must rise, not {text!r}")
     return bounds
-
-
-def rows(batch: Rollout, keep: Tensor, *, mask_id: int, every_place: bool = False) -> Rows:
-    """Replays the states of the steps in `keep`, bool [B, S]; with `every_place` for all places, not the revealed."""
-    sample, step = keep.nonzero(as_tuple=True)
-    part = Rollout(*(None if field is None else field[sample] for field in batch))
-    tokens = state(part, step, mask_id=mask_id)
-    revealed = part.reveal_step == step[:, None]
-    if every_place:
-        places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        drawn = part.drawn[torch.arange(len(step)), step]
-    else:
-        most = int(revealed.sum(-1).max())
-        places = revealed.byte().argsort(dim=-1, descending=True, stable=True)[:, :most]
-        drawn = part.tokens
-    countdown = timesteps(batch.steps)[sample, step]
-    return Rows(sample, step, tokens, countdown, places, drawn.gather(1, places), revealed.gather(1, places))
-
-
-def place_logits(
-    transformer: nn.Module, part: Rows, prompts: Prompts, empty: Prompts, *, guidance: float, grid: tuple[int, int]
-) -> Tensor:
-    """Guided logits at the rows' places, float32 [R, K, V]: the head runs there only."""
-
-    def at_places(tokens: Tensor, timestep: Tensor, prompts: Prompts, places: Tensor) -> Tensor:
-        features = transformer.features(tokens.unflatten(1, grid), timestep, *prompts)
-        return transformer.head(features.gather(1, places[..., None].expand(-1, -1, features.shape[-1])))
-
-    if guidance == 1:
-        return at_places(part.tokens, part.timestep, prompts, part.places).float()
-    both = Prompts(*(torch.cat(pair) for pair in zip(empty, prompts, strict=True)))
-    twice = [torch.cat([x, x]) for x in (part.tokens, part.timestep, part.places)]
-    uncond, cond = at_places(twice[0], twice[1], both, twice[2]).chunk(2)
-    return guided(cond, uncond, guidance)
-
-
-def trained_steps(steps: Tensor, count: int | None, generator: torch.Generator) -> Tensor:
-    """Which steps of each sample train: bool [B, S], `count` of its N at random, all where count is None."""
-    exists = torch.arange(int(steps.max())) < steps.cpu()[:, None]
-    if count is None:
-        return exists.to(steps.device)
-    score = torch.rand(exists.shape, generator=generator).masked_fill(~exists, -1)
-    return (exists & (score.argsort(dim=-1, descending=True).argsort(dim=-1) < count)).to(steps.device)
 
 
 def accumulate(totals: dict[str, float], stats: dict[str, Tensor]) -> None:
@@ -225,57 +167,6 @@ def interruptible():
         signal.signal(signal.SIGINT, before)
 
 
-def micro_batch_loss(
-    transformer: nn.Module,
-    reference: nn.Module | None,
-    batch: Rollout,
-    part: Rows,
-    prompts: Prompts,
-    empty: Prompts,
-    advantages: Tensor,
-    weights: Tensor,
-    *,
-    grid: tuple[int, int],
-    guidance: float,
-    reference_guidance: float,
-    temperature: float,
-    order: str,
-    likelihood: str,
-    clip_range: float,
-    kl: str,
-    kl_weight: float,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Clipped loss plus weighted KL of some samples, summed over their trained tokens; see `clipped_loss`.
-
-    batch: m samples; part: their rows; prompts and empty: of each row; advantages [m]; weights [m, L], 0 for tokens
-    that do not train. The caller divides by the weight of the whole batch.
-    """
-    new_logits = place_logits(transformer, part, prompts, empty, guidance=guidance, grid=grid)
-    token = log_probs(new_logits, part.targets)
-    trained = weights[part.sample].gather(1, part.places) * part.revealed
-    if likelihood == "exact":
-        masked = part.tokens != batch.tokens[part.sample]
-        heat = temperatures(batch.steps, start=temperature)[part.sample, part.step]
-        rank = batch.rank[part.sample, part.step]
-        value, terms = exact_log_prob(token, rank, masked, part.revealed, heat, order=order)
-        new, old = (torch.zeros_like(advantages).index_add(0, part.sample, v)
-                    for v in (value, batch.exact[part.sample, part.step]))  # fmt: skip
-        count = torch.zeros_like(batch.steps).index_add(0, part.sample, terms)
-        ratio = log_ratio(new, old, level="exact", terms=count)
-    else:
-        old = batch.log_probs
-        where = (part.sample[:, None] * old.shape[1] + part.places)[part.revealed]
-        new = old.flatten().index_put((where,), token[part.revealed]).view_as(old)
-        ratio = log_ratio(new, old, level=likelihood, weights=weights)
-    loss, stats = clipped_loss(ratio, advantages, weights, clip_range=clip_range)
-    if reference is None:
-        return loss, stats | {"kl": torch.zeros(())}
-    with torch.no_grad():
-        reference_logits = place_logits(reference, part, prompts, empty, guidance=reference_guidance, grid=grid)
-    away = (divergence(new_logits, reference_logits, part.targets, kind=kl) * trained).sum()
-    return loss + kl_weight * away, stats | {"kl": away.detach()}
-
-
 def train(
     *,
     out: str | Path = "runs/train",
@@ -360,7 +251,7 @@ def train(
         if reference is not None:
             reference.compile_blocks()
     learned = [p for p in transformer.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learned, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(learned, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     random = torch.Generator().manual_seed(seed)
     moments = dict.fromkeys(scores, Moments())
     first = restore(out, transformer, optimizer, random, moments) if resume else 0
@@ -380,7 +271,7 @@ def train(
             with autocast:
                 batch = rollout(
                     policy, counts, noise, length=length, mask_id=generator.mask_id, temperature=temperature,
-                    schedule=schedule, order=order, record=likelihood == "exact",
+                    schedule=schedule, order=order, record=likelihood == "exact", sparse=True,
                 )  # fmt: skip
 
             # REWARDS
@@ -397,9 +288,8 @@ def train(
             # TRAINING
             for _ in range(updates):
                 which = trained_steps(counts, trained, random)  # bool [B, S]
-                scale = counts / which.sum(-1)  # unbiased where not all steps train
-                weights = which.gather(1, batch.reveal_step) * (keep.flatten() * scale)[:, None]  # [B, L]
-                kept = weights.sum()
+                weights = token_weights(batch, which, keep.flatten())  # [B, L]
+                kept = keep.sum() * length  # of all steps, whichever train
                 totals: dict[str, float] = {}
                 for index in torch.arange(size, device=device).split(micro_batch):
                     part = Rollout(*(None if field is None else field[index] for field in batch))

@@ -240,3 +240,16 @@ def test_likelihood_levels():
         log_ratio(new[:, 0], old[:, 0], level="exact")
     with pytest.raises(ValueError, match="'word'"):
         log_ratio(new, old, level="word")
+
+
+@pytest.mark.parametrize("codes", [5, 32, 1000])
+def test_sampling_in_two_levels_is_sampling_in_one(codes):
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(4000, codes, generator=generator)
+    logits[:, 1:3] = -torch.inf
+    uniform = torch.rand(4000, generator=generator)
+    tokens, log_p = sample_tokens(logits, uniform)
+    # in double precision, where no running sum is off by a rounding
+    expected = torch.searchsorted(logits.double().softmax(-1).cumsum(-1), uniform.double()[:, None], right=True)
+    assert (tokens != expected.squeeze(-1)).float().mean() < 2e-3, "but for draws at the edge of two codes"
+    assert torch.equal(log_p, log_probs(logits, tokens)) and log_p.isfinite().all()

@@ -49,10 +49,15 @@ class AmusedTransformer(UVit2DModel):
         for layer in getattr(self, "transformer_layers", ()):
             layer.checkpointed = on
 
-    def compile_blocks(self) -> None:
+    @property
+    def codes(self) -> int:
+        """How many codes the logits are over."""
+        return self.mlm_layer.conv2.out_channels
+
+    def compile_blocks(self, *, backend: str = "inductor") -> None:
         """Compiles the kind of block once for all layers, for any batch size."""
         for layer in self.transformer_layers:
-            layer.compile(dynamic=True)
+            layer.compile(dynamic=True, backend=backend)
 
     def features(self, tokens: Tensor, timestep: Tensor, text: Tensor, pooled: Tensor, micro_conds: Tensor) -> Tensor:
         """tokens int64 [B, H, W], text [B, T, D], pooled [B, P], micro_conds [B, 5] -> [B, H * W, channels]."""

@@ -295,10 +295,22 @@ def join(*prompts: Prompts) -> Prompts:
 
 
 def logits(
-    transformer: Callable[..., Tensor], tokens: Tensor, timestep: Tensor, prompts: Prompts, *, grid: tuple[int, int]
+    transformer: nn.Module,
+    tokens: Tensor,
+    timestep: Tensor,
+    prompts: Prompts,
+    *,
+    grid: tuple[int, int],
+    places: Tensor | None = None,
 ) -> Tensor:
-    """The network on flat tokens: int64 [B, L] with L = rows * columns, timestep [B] -> logits [B, L, codes]."""
-    return transformer(tokens.view(-1, *grid), timestep, *prompts)
+    """The network on flat tokens: int64 [B, L] with L = rows * columns, timestep [B] -> logits [B, L, codes].
+
+    With `places`, int64 [B, K], the head runs there only: logits [B, K, codes].
+    """
+    if places is None:
+        return transformer(tokens.view(-1, *grid), timestep, *prompts)
+    features = transformer.features(tokens.view(-1, *grid), timestep, *prompts)
+    return transformer.head(features.gather(1, places[..., None].expand(-1, -1, features.shape[-1])))
 
 
 def fitting_batch(generator: Generator) -> int:

@@ -72,7 +72,7 @@ class WithoutLora:
         with without_lora(self.transformer):
             return self.transformer.head(features)
 
-    def compile_blocks(self) -> None:
+    def compile_blocks(self, *, backend: str = "inductor") -> None:
         """The blocks are the transformer's own, compiled there."""
 
 

@@ -287,6 +287,11 @@ class MeissonicTransformer(nn.Module):
         self.up_block = nn.ModuleDict({"upsample": Up(width)} if upsample else {})
         self.mlm_layer = Head(width, codebook_size)
 
+    @property
+    def codes(self) -> int:
+        """How many codes the logits are over."""
+        return self.mlm_layer.conv2.out_channels
+
     def rope(self, height: int, width: int, text: int, device: torch.device) -> Tensor:
         """`rope_table` of this model, computed once for each grid."""
         key = (height, width, text, str(device))
@@ -294,11 +299,11 @@ class MeissonicTransformer(nn.Module):
             self.ropes[key] = rope_table(height, width, text, self.axes, device)
         return self.ropes[key]
 
-    def compile_blocks(self) -> None:
+    def compile_blocks(self, *, backend: str = "inductor") -> None:
         """Compiles each kind of block once for all its layers, for any batch size: seconds, where the whole network
         would take minutes."""
         for block in (*self.transformer_blocks, *self.single_transformer_blocks):
-            block.compile(dynamic=True)
+            block.compile(dynamic=True, backend=backend)
 
     def features(self, tokens: Tensor, timestep: Tensor, text: Tensor, pooled: Tensor, micro_conds: Tensor) -> Tensor:
         """What the head reads: tokens int64 [B, H, W] (even H and W), timestep [B], text [B, T, joint_attention_dim],

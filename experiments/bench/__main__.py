@@ -1,0 +1,76 @@
+"""How fast it is: `python -m experiments.bench` measures, as ratios in one run, and writes the tables of the README.
+
+The machine's ceilings are measured and printed first, in every run. Parts that are in the results already are kept;
+`--again` measures them anew, `--only NAME` that part alone. Nothing else should run on the machine meanwhile.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from typer import Option
+
+from experiments.bench import parts
+from experiments.bench.ceilings import ceilings
+from experiments.bench.growth import growth
+from experiments.bench.measure import machine, table
+from experiments.bench.pipeline import against_pipeline
+from speedrl.files import write_atomically, write_json
+from speedrl.platform import quiet_allocator
+
+PARTS = {
+    "mfu": parts.utilisation,
+    "pipeline": against_pipeline,
+    "plain": parts.against_plain,
+    "trained": parts.trained_steps,
+    "sample": parts.command,
+    "growth": growth,
+}
+
+
+def report(out: Path) -> str:
+    """All results as Markdown."""
+    lines = []
+    for path in (out / f"{name}.json" for name in ("ceilings", *PARTS)):
+        if path.exists():
+            found = json.loads(path.read_text())
+            what = ", ".join(f"{value} {name}" if name == "threads" else str(value)
+                             for name, value in found["machine"].items())  # fmt: skip
+            lines += [f"## {path.stem}\n", found["says"], f"\n*{what}*\n", table(found["rows"])]
+    return "\n".join(lines)
+
+
+def main(
+    *,
+    only: Annotated[list[str], Option(help=f"A part: {', '.join(PARTS)}. [default: all]", show_default=False)] = (),
+    again: Annotated[bool, Option(help="Measure parts anew that are in the results.")] = False,
+    small: Annotated[bool, Option(help="Sizes that show that the script works, and nothing about speed.")] = False,
+    out: Annotated[Path, Option(help="Folder of the results.")] = Path("experiments/results/bench"),
+    device: Annotated[str, Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Measure speed against the machine's ceilings, diffusers' pipeline and a plain iteration."""
+    if unknown := set(only) - set(PARTS):
+        raise typer.BadParameter(f"there is no part {', '.join(sorted(unknown))}: choose {', '.join(PARTS)}")
+    console, on = Console(), machine(device)
+    quiet_allocator()
+    best = ceilings(device=device, small=small)
+    console.print(", ".join(f"{name} {value:.3g}" for name, value in best.items()), highlight=False)
+    found = {"machine": on, "says": "The machine's ceilings: large matrix products and a copy.", "rows": [best]}
+    write_json(out / "ceilings.json", found)
+    for name in only or PARTS:
+        path = out / f"{name}.json"
+        if path.exists() and not again and not only:
+            console.print(f"{name}: in {path} already")
+            continue
+        console.rule(name)
+        rows = PARTS[name](best, device=device, small=small, out=out)
+        write_json(path, {"machine": on, "ceilings": best, "says": PARTS[name].__doc__.strip(), "rows": rows})
+        console.print(table(rows), highlight=False, soft_wrap=True)
+    write_atomically(out / "bench.md", lambda partial: partial.write_text(report(out)))
+    console.print(f"wrote {out / 'bench.md'}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

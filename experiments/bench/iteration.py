@@ -1,0 +1,189 @@
+"""One iteration of training, ours or the plain one, in a process of its own: its seconds, operations and peak memory.
+
+`python -m experiments.bench.iteration ours --grid 64 --codes 8192` prints them as JSON. What both share, the decoder
+and the reward, is left out.
+"""
+
+import copy
+import json
+from typing import Annotated, NamedTuple
+
+import torch
+import typer
+from torch import Tensor, nn
+from typer import Option
+
+from experiments.bench.measure import peak_gb, seconds_of
+from experiments.bench.plain import plain_rollout, plain_update
+from speedrl.loss import normalise
+from speedrl.models.checkpoint import Prompts, load_generator, repeat, take
+from speedrl.models.flops import forward_flops
+from speedrl.models.meissonic import MeissonicTransformer
+from speedrl.platform import bf16_autocast, bf16_is_fast, quiet_allocator
+from speedrl.rollout import Rollout, draw_noise, rollout
+from speedrl.sample import guided_policy
+from speedrl.schedule import masked_counts
+from speedrl.update import micro_batch_loss, rows, token_weights, trained_steps
+
+KINDS = ("ours", "plain", "plain-each-step")
+
+
+class Sizes(NamedTuple):
+    """What an iteration is of."""
+
+    batch: int
+    steps: int
+    grid: tuple[int, int]
+    text: int
+    guidance: float
+    micro_batch: int
+    trained: int | None
+    kl_weight: float
+    mask_id: int
+
+
+def build(*, width: int, head: int, double: int, single: int, codes: int, device: str) -> MeissonicTransformer:
+    """A transformer of random weights in Meissonic's shape."""
+    torch.manual_seed(0)
+    model = MeissonicTransformer(
+        num_layers=double, num_single_layers=single, attention_head_dim=head, num_attention_heads=width // head,
+        joint_attention_dim=width, pooled_projection_dim=width, axes_dims_rope=(head // 8, *[head * 7 // 16] * 2),
+        vocab_size=codes + 64, codebook_size=codes,
+    )  # fmt: skip
+    return model.to(device)
+
+
+def random_prompts(count: int, model: MeissonicTransformer, *, text: int, device: str) -> Prompts:
+    generator = torch.Generator().manual_seed(1)
+    joint, pooled = model.context_embedder.in_features, model.time_text_embed.text_embedder.linear_1.in_features
+    words, whole = torch.randn(count, text, joint, generator=generator), torch.randn(count, pooled, generator=generator)
+    return Prompts(words.to(device), whole.to(device), torch.ones(count, 5, device=device))
+
+
+def sample(model: nn.Module, prompts: Prompts, empty: Prompts, sizes: Sizes) -> Rollout:
+    policy = guided_policy(model, prompts, empty, guidance=sizes.guidance, grid=sizes.grid)
+    device, length = prompts.text.device, sizes.grid[0] * sizes.grid[1]
+    counts = torch.full((sizes.batch,), sizes.steps, device=device)
+    noise = draw_noise(sizes.batch, sizes.steps, length, seed=0, device=device)
+    return rollout(policy, counts, noise, length=length, mask_id=sizes.mask_id, sparse=True)
+
+
+def update(
+    model: nn.Module, reference: nn.Module | None, optimizer: torch.optim.Optimizer, batch: Rollout, prompts: Prompts,
+    empty: Prompts, advantages: Tensor, autocast: torch.autocast, sizes: Sizes,
+) -> None:  # fmt: skip
+    """As the training loop does it."""
+    device, length = advantages.device, batch.tokens.shape[1]
+    which = trained_steps(batch.steps, sizes.trained, torch.Generator().manual_seed(0))
+    weights = token_weights(batch, which, torch.ones(sizes.batch, device=device))
+    for index in torch.arange(sizes.batch, device=device).split(sizes.micro_batch):
+        part = Rollout(*(None if field is None else field[index] for field in batch))
+        states = rows(part, which[index], mask_id=sizes.mask_id)
+        with autocast:
+            loss, _ = micro_batch_loss(
+                model, reference, part, states, take(prompts, index[states.sample]),
+                repeat(empty, len(states.sample)), advantages[index], weights[index], grid=sizes.grid,
+                guidance=sizes.guidance, reference_guidance=sizes.guidance, temperature=2.0, order="confidence",
+                likelihood="token", clip_range=0.2, kl="ce", kl_weight=sizes.kl_weight,
+            )  # fmt: skip
+        normalise(loss, torch.tensor(float(sizes.batch * length), device=device)).backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def operations(model: MeissonicTransformer, sizes: Sizes) -> tuple[float, float]:
+    """FLOPs of our rollout and of our update: what the mathematics needs, nothing that is computed again."""
+    times, length = 1 if sizes.guidance == 1 else 2, sizes.grid[0] * sizes.grid[1]
+    shape = {"grid": sizes.grid, "text": sizes.text}
+    left = [length, *masked_counts(torch.tensor([sizes.steps]), length=length)[0].tolist()]
+    calls = [forward_flops(model, batch=sizes.batch * times, places=left[s], **shape) for s in range(sizes.steps)]
+    trained = sizes.steps if sizes.trained is None else sizes.trained
+    body = forward_flops(model, batch=sizes.batch * trained * times, places=0, **shape)
+    one = forward_flops(model, batch=sizes.batch * times, places=length, **shape)
+    head = (one - forward_flops(model, batch=sizes.batch * times, places=0, **shape)) * trained / sizes.steps
+    return float(sum(calls)), (body + head) * (4 if sizes.kl_weight else 3)
+
+
+def main(
+    kind: Annotated[str, typer.Argument(help="ours, plain or plain-each-step.")],
+    *,
+    model: Annotated[str, Option(help="random, or a model that `speedrl` loads.")] = "random",
+    width: Annotated[int, Option(help="Width of a random model.")] = 1024,
+    head: Annotated[int, Option(help="Width of an attention head.")] = 128,
+    double: Annotated[int, Option(help="Double-stream blocks.")] = 1,
+    single: Annotated[int, Option(help="Single-stream blocks.")] = 2,
+    codes: Annotated[int, Option(help="Codes of the codebook.")] = 8192,
+    grid: Annotated[int, Option(help="Tokens of a side.")] = 64,
+    text: Annotated[int, Option(help="Words of a prompt.")] = 77,
+    batch: Annotated[int, Option(help="Pictures of an iteration.")] = 2,
+    micro_batch: Annotated[int, Option(help="Pictures of a backward pass, 0 for all.")] = 0,
+    steps: Annotated[int, Option(help="Sampling steps.")] = 4,
+    trained: Annotated[int, Option(help="Steps that train, 0 for all.")] = 0,
+    guidance: Annotated[float, Option(help="1 is none.")] = 1.0,
+    kl_weight: Annotated[float, Option(help="0 leaves the reference out.")] = 0.02,
+    precision: Annotated[str, Option(help="auto, fp32 or bf16.")] = "auto",
+    compile: Annotated[bool, Option(help="Compile ours.")] = True,
+    quiet: Annotated[bool, Option(help="Give the plain one our setting of the allocator too.")] = False,
+    checkpointing: Annotated[bool, Option(help="Compute blocks again in the backward pass.")] = False,
+    repeats: Annotated[int, Option(help="Runs; their median counts.")] = 3,
+    device: Annotated[str, Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Measure one iteration."""
+    if kind not in KINDS:
+        raise typer.BadParameter(f"choose {', '.join(KINDS)}")
+    if kind == "ours" or quiet:
+        quiet_allocator()
+    if model == "random":
+        transformer = build(width=width, head=head, double=double, single=single, codes=codes, device=device)
+        side, mask_id = (grid, grid), codes + 63
+    else:
+        generator = load_generator(model, device=device)
+        transformer, side, mask_id = generator.transformer, generator.grid, generator.mask_id
+        text = generator.tokenizer.model_max_length
+    sizes = Sizes(batch, steps, side, text, guidance, micro_batch or batch, trained or None, kl_weight, mask_id)
+    reference = copy.deepcopy(transformer).requires_grad_(False) if kl_weight else None
+    transformer.gradient_checkpointing = checkpointing
+    prompts = random_prompts(batch, transformer, text=text, device=device)
+    empty = take(prompts, torch.zeros(1, dtype=torch.int64, device=device))
+    advantages = torch.randn(batch, generator=torch.Generator().manual_seed(2)).to(device)
+    fast = bf16_is_fast(device) if precision == "auto" else precision == "bf16"
+    autocast = bf16_autocast(device, enabled=fast)
+    optimizer = torch.optim.AdamW(transformer.parameters(), lr=1e-6, fused=True if kind == "ours" else None)
+    held = []
+    if kind == "ours":
+        if compile:
+            for network in filter(None, (transformer, reference)):
+                network.compile_blocks()
+
+        def sampling() -> None:
+            with autocast:
+                held[:] = [sample(transformer, prompts, empty, sizes)]
+
+        def training() -> None:
+            update(transformer, reference, optimizer, held[0], prompts, empty, advantages, autocast, sizes)
+    else:
+        how = {"steps": steps, "guidance": guidance, "grid": side}
+        everyone = repeat(empty, batch)
+        if reference is None:
+            raise typer.BadParameter("the plain iteration has a reference: give a --kl-weight")
+
+        def sampling() -> None:
+            with autocast:
+                held[:] = [plain_rollout(transformer, prompts, everyone, mask_id=mask_id, **how)]
+
+        def training() -> None:
+            plain_update(
+                transformer, reference, optimizer, held[0], prompts, everyone, advantages, autocast=autocast,
+                kl_weight=kl_weight, each_step=kind == "plain-each-step", **how,
+            )  # fmt: skip
+
+    found = {"kind": kind, "precision": "bf16" if fast else "fp32"}
+    found["sampling s"] = seconds_of(sampling, device=device, repeats=repeats)
+    found["training s"] = seconds_of(training, device=device, repeats=repeats)
+    found["peak GB"] = peak_gb(device)
+    found["sampling FLOP"], found["training FLOP"] = operations(transformer, sizes)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    typer.run(main)

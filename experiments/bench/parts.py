@@ -1,0 +1,96 @@
+"""Parts of the benchmark that measure whole iterations and the command, each in processes of their own."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from experiments.bench.measure import ROOT, in_a_process
+
+TINY = ("--width", 64, "--head", 32, "--codes", 64, "--grid", 8, "--text", 8, "--repeats", 1)
+
+
+def options(setting: dict) -> list[object]:
+    return [part for name, value in setting.items() for part in (f"--{name}", value)]
+
+
+def utilisation(ceilings: dict[str, float], *, device: str, small: bool, out: Path) -> list[dict]:
+    """Model FLOPs utilisation: the operations that rollouts and training steps need, by the formula in `models/flops`,
+    over the seconds they take, as a share of the large matrix product in the same precision and of the bf16 one. What
+    is computed twice to save memory does not count."""
+    gpu = device != "cpu"
+    settings = {"embedded model": {"model": "embedded", "batch": 64, "micro-batch": 16, "steps": 8}}
+    if small:
+        settings["embedded model"] |= {"batch": 2, "micro-batch": 2, "steps": 2, "repeats": 1}
+    elif gpu:
+        full = {"double": 14, "single": 28, "batch": 4, "micro-batch": 1, "steps": 8, "trained": 4}
+        settings["Meissonic, 14 + 28 blocks, 1024 px"] = full
+    else:
+        settings["Meissonic, 1 + 2 blocks, 1024 px"] = {"double": 1, "single": 2, "batch": 2, "steps": 4}
+    rows = []
+    for name, setting in settings.items():
+        found = in_a_process("experiments.bench.iteration", "ours", *options(setting), "--device", device)
+        for what in ("sampling", "training"):
+            speed = found[f"{what} FLOP"] / found[f"{what} s"] / 1e12
+            of = {f"of {p}": f"{speed / ceilings[f'{p} TFLOP/s']:.0%}" for p in (found["precision"], "bf16")}
+            of.setdefault("of bf16", "")
+            rows.append({"model": name, "what": what, "precision": found["precision"],
+                         "seconds": found[f"{what} s"], "TFLOP/s": speed} | of)  # fmt: skip
+    return rows
+
+
+def against_plain(ceilings: dict[str, float], *, device: str, small: bool, out: Path) -> list[dict]:
+    """An iteration without decoder and reward against the plain one (dense logits and log-softmax of every position and
+    step kept for autograd, reference in full, eager), at 4096 tokens and 8192 codes, in the same precision: as it is,
+    with our setting of the allocator, and with a backward pass after each step."""
+    setting = {"double": 1, "single": 2, "batch": 2, "steps": 4, "device": device}
+    tiny = TINY if small else ()
+    kinds = {"plain": ("plain",), "plain, our allocator": ("plain", "--quiet"),
+             "plain, backward each step": ("plain-each-step",), "ours": ("ours",)}  # fmt: skip
+    rows = []
+    for name, kind in kinds.items():
+        found = in_a_process("experiments.bench.iteration", *kind, *options(setting), *tiny)
+        rows.append({"iteration": name, "sampling s": found["sampling s"], "training s": found["training s"],
+                     "seconds": found["sampling s"] + found["training s"], "peak GB": found["peak GB"]})  # fmt: skip
+    return [row | {"times as fast": rows[0]["seconds"] / row["seconds"],
+                   "share of memory": row["peak GB"] / rows[0]["peak GB"]} for row in rows]  # fmt: skip
+
+
+def trained_steps(ceilings: dict[str, float], *, device: str, small: bool, out: Path) -> list[dict]:
+    """Training on K of 8 steps (`--trained`): what an update of the embedded model costs. Its gradient is unbiased, and
+    noisier for fewer steps."""
+    setting = {"model": "embedded", "batch": 2 if small else 64, "micro-batch": 16, "steps": 8, "device": device}
+    setting |= {"repeats": 1} if small else {}
+    rows = []
+    for count in (8, 2) if small else (8, 4, 2, 1):
+        found = in_a_process("experiments.bench.iteration", "ours", *options(setting | {"trained": count}))
+        rows.append({"steps that train": count, "training s": found["training s"], "peak GB": found["peak GB"]})
+    return [row | {"times as fast": rows[0]["training s"] / row["training s"]} for row in rows]
+
+
+def command(ceilings: dict[str, float], *, device: str, small: bool, out: Path) -> list[dict]:
+    """Seconds of the command as one feels them, in processes of their own (median of 3), and where the seconds of a
+    picture go once all is loaded: text encoder, network calls, decoder, PNG."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
+
+    def felt(*arguments: object) -> float:
+        times = []
+        for _ in range(1 if small else 3):
+            began = time.perf_counter()
+            command = [sys.executable, "-m", "speedrl", *map(str, arguments)]
+            subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+            times.append(time.perf_counter() - began)
+        return sorted(times)[len(times) // 2]
+
+    picture = out / "owl.png"
+    rows = [{"what": "speedrl --help", "seconds": felt("--help")}]
+    for steps in (32, 8, 4):
+        how = ("sample", "an owl", "--steps", steps, "--device", device, "--out", picture)
+        rows.append({"what": f"speedrl sample, {steps} steps", "seconds": felt(*how)})
+    picture.unlink()
+    for steps in (32, 8, 4):
+        for count in (1,) if small else (1, 64):
+            found = in_a_process("experiments.bench.shares", "--steps", steps, "--count", count, "--device", device)
+            rows.append({"what": f"{count} at a time, {steps} steps, a picture"} | found)
+    return rows

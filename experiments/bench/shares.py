@@ -1,0 +1,46 @@
+"""Where the seconds of sampling go: `python -m experiments.bench.shares --steps 8` prints them as JSON."""
+
+import json
+import time
+from typing import Annotated
+
+import torch
+import typer
+from typer import Option
+
+from experiments.bench.measure import seconds_of
+from speedrl.models.checkpoint import decode, encode_prompts, load_generator
+from speedrl.platform import quiet_allocator
+from speedrl.sample import generate, to_pil
+
+
+def main(
+    *,
+    model: Annotated[str, Option(help="A model that `speedrl` loads.")] = "embedded",
+    steps: Annotated[int, Option(help="Sampling steps.")] = 8,
+    count: Annotated[int, Option(help="Pictures at a time.")] = 1,
+    repeats: Annotated[int, Option(help="Runs; their median counts.")] = 3,
+    device: Annotated[str, Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Measure the parts of a picture."""
+    quiet_allocator()
+    began = time.perf_counter()
+    generator = load_generator(model, device=device)
+    load = time.perf_counter() - began
+    prompts = [f"an owl, number {i}" for i in range(count)]
+    tokens = generate(generator, prompts, steps=steps, batch=count)
+    how = {"device": device, "repeats": repeats}
+    with torch.inference_mode():
+        text = seconds_of(lambda: encode_prompts(generator, prompts), **how)
+        whole = seconds_of(lambda: generate(generator, prompts, steps=steps, batch=count), **how)
+        pixels = seconds_of(lambda: decode(generator, tokens), **how)
+        pictures = decode(generator, tokens)
+        png = seconds_of(lambda: [to_pil(picture) for picture in pictures], **how)
+    total = whole + pixels + png
+    shares = {"text": text, "network": whole - text, "decode": pixels, "to PIL": png}
+    found = {"seconds": total / count} | {name: f"{value / total:.0%}" for name, value in shares.items()}
+    print(json.dumps(found | {"load s": load}))
+
+
+if __name__ == "__main__":
+    typer.run(main)

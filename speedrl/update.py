@@ -1,0 +1,171 @@
+"""What one update computes of a rollout: its states again, the scores of their tokens, and the loss."""
+
+import itertools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from speedrl.kl import kl as divergence
+from speedrl.likelihood import exact_log_prob, guided, log_probs, log_ratio
+from speedrl.loss import clipped_loss
+from speedrl.models.checkpoint import Prompts, join
+from speedrl.rollout import Rollout, state
+from speedrl.schedule import temperatures, timesteps
+
+
+class Rows(NamedTuple):
+    """States of a micro-batch, one row for each sample and step that trains, and the places to score. R rows, P places.
+
+    The places of all rows stand in one list: rows reveal different numbers of tokens, and none is padded.
+    """
+
+    sample: Tensor  # int64 [R], which sample of the micro-batch
+    step: Tensor  # int64 [R]
+    tokens: Tensor  # int64 [R, L], what the policy saw
+    timestep: Tensor  # int64 [R]
+    row: Tensor  # int64 [P], the row of each place, rising
+    place: Tensor  # int64 [P], 0 .. L - 1
+    targets: Tensor  # int64 [P], the token drawn there
+
+
+def rows(batch: Rollout, keep: Tensor, *, mask_id: int, every_place: bool = False) -> Rows:
+    """Replays the states of the steps in `keep`, bool [B, S]; with `every_place` for all places, not the revealed."""
+    sample, step = keep.nonzero(as_tuple=True)
+    part = Rollout(batch.tokens[sample], batch.reveal_step[sample], batch.steps[sample], batch.log_probs[sample])
+    revealed = part.reveal_step == step[:, None]
+    row, place = (torch.ones_like(revealed) if every_place else revealed).nonzero(as_tuple=True)
+    drawn = batch.drawn[sample, step] if every_place else part.tokens
+    countdown = timesteps(batch.steps)[sample, step]
+    return Rows(sample, step, state(part, step, mask_id=mask_id), countdown, row, place, drawn[row, place])
+
+
+def trained_steps(steps: Tensor, count: int | None, generator: torch.Generator) -> Tensor:
+    """Which steps of each sample train: bool [B, S], `count` of its N at random, all where count is None."""
+    exists = torch.arange(int(steps.max())) < steps.cpu()[:, None]
+    if count is None:
+        return exists.to(steps.device)
+    score = torch.rand(exists.shape, generator=generator).masked_fill(~exists, -1)
+    return (exists & (score.argsort(dim=-1, descending=True).argsort(dim=-1) < count)).to(steps.device)
+
+
+def token_weights(batch: Rollout, which: Tensor, keep: Tensor) -> Tensor:
+    """What each token weighs in the loss: float32 [B, L], 0 where its step does not train or its sample is left out.
+
+    which bool [B, S], the steps that train; keep float32 [B], 0 or 1. Where K of a sample's N steps train, their tokens
+    weigh N / K. Divided by the number of ALL kept samples' tokens, which does not depend on the steps drawn, the
+    gradient is in expectation that of all steps.
+    """
+    scale = batch.steps / which.sum(-1)
+    return which.gather(1, batch.reveal_step) * (keep * scale)[:, None]
+
+
+def place_features(
+    transformer: nn.Module, part: Rows, prompts: Prompts, empty: Prompts, *, guidance: float, grid: tuple[int, int]
+) -> Tensor:
+    """What the head reads at the places: [P, 1, C] without guidance, else [P, 2, C], the empty prompt's first."""
+    times, prompts = (1, prompts) if guidance == 1 else (2, join(empty, prompts))
+    tokens = part.tokens.repeat(times, 1).unflatten(1, grid)
+    features = transformer.features(tokens, part.timestep.repeat(times), *prompts)  # [times R, L, C]
+    return features.unflatten(0, (times, -1))[:, part.row, part.place].transpose(0, 1)
+
+
+def guided_head(transformer: nn.Module, features: Tensor, guidance: float) -> Tensor:
+    """Guided logits of `place_features`, as the policy's: float [P, V]."""
+    found = transformer.head(features)
+    return found[:, 0] if guidance == 1 else guided(found[:, 1], found[:, 0], guidance)
+
+
+def scores(
+    transformer: nn.Module,
+    reference: nn.Module | None,
+    features: Tensor,
+    of_reference: Tensor | None,
+    targets: Tensor,
+    *,
+    guidance: float,
+    reference_guidance: float,
+    kl: str,
+    at_once: int = 2**24,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of the targets int64 [P] and the divergence there, 0 without a reference: float32 [P] twice.
+
+    features and of_reference of `place_features`, each at its guidance. No more than `at_once` logits of the policy are
+    there at a time: past that the head works in chunks of places, and again in the backward pass, as keeping [P, V]
+    would take more memory than all else. The head is a small part of the network, so that costs little.
+    """
+
+    def score(features: Tensor, of_reference: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = guided_head(transformer, features, guidance)
+        token = log_probs(logits, targets)
+        if reference is None:
+            return token, torch.zeros_like(token)
+        with torch.no_grad():
+            reference_logits = guided_head(reference, of_reference, reference_guidance)
+        return token, divergence(logits, reference_logits, targets, kind=kl)
+
+    chunk = max(1, at_once // (transformer.codes * features.shape[1]))
+    if len(targets) <= chunk:
+        return score(features, of_reference, targets)
+    others = itertools.repeat(None) if of_reference is None else of_reference.split(chunk)
+    parts = zip(features.split(chunk), others, targets.split(chunk), strict=False)
+    found = [checkpoint(score, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+    token, away = zip(*found, strict=True)
+    return torch.cat(token), torch.cat(away)
+
+
+def micro_batch_loss(
+    transformer: nn.Module,
+    reference: nn.Module | None,
+    batch: Rollout,
+    part: Rows,
+    prompts: Prompts,
+    empty: Prompts,
+    advantages: Tensor,
+    weights: Tensor,
+    *,
+    grid: tuple[int, int],
+    guidance: float,
+    reference_guidance: float,
+    temperature: float,
+    order: str,
+    likelihood: str,
+    clip_range: float,
+    kl: str,
+    kl_weight: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Clipped loss plus weighted KL of some samples, summed over their trained tokens; see `clipped_loss`.
+
+    batch: m samples; part: their rows; prompts and empty: of each row; advantages [m]; weights [m, L], 0 for tokens
+    that do not train. The caller divides by the weight of the whole batch.
+    """
+    features = place_features(transformer, part, prompts, empty, guidance=guidance, grid=grid)
+    of_reference = None
+    if reference is not None:
+        with torch.no_grad():
+            of_reference = place_features(reference, part, prompts, empty, guidance=reference_guidance, grid=grid)
+    token, away = scores(
+        transformer, reference, features, of_reference, part.targets, guidance=guidance,
+        reference_guidance=reference_guidance, kl=kl,
+    )  # fmt: skip
+    where = part.sample[part.row] * weights.shape[1] + part.place  # [P], in the flat micro-batch
+    trained = weights.flatten()[where]
+    if likelihood == "exact":  # then the places are all of every row
+        revealed = batch.reveal_step[part.sample] == part.step[:, None]
+        masked = part.tokens != batch.tokens[part.sample]
+        heat = temperatures(batch.steps, start=temperature)[part.sample, part.step]
+        rank = batch.rank[part.sample, part.step]
+        value, terms = exact_log_prob(token.view_as(rank), rank, masked, revealed, heat, order=order)
+        new, old = (torch.zeros_like(advantages).index_add(0, part.sample, v)
+                    for v in (value, batch.exact[part.sample, part.step]))  # fmt: skip
+        count = torch.zeros_like(batch.steps).index_add(0, part.sample, terms)
+        ratio = log_ratio(new, old, level="exact", terms=count)
+        trained = trained * revealed.flatten()
+    else:
+        old = batch.log_probs
+        new = old.flatten().index_put((where,), token).view_as(old)
+        ratio = log_ratio(new, old, level=likelihood, weights=weights)
+    loss, stats = clipped_loss(ratio, advantages, weights, clip_range=clip_range)
+    divergences = (away * trained).sum()
+    return loss + kl_weight * divergences, stats | {"kl": divergences.detach()}
