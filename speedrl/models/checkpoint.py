@@ -149,6 +149,9 @@ def load_folder(
 
     transformer = transformer.to(device)
     vqvae = vqvae.to(device, memory_format=torch.channels_last).requires_grad_(False)
+    for module in vqvae.modules():
+        if isinstance(module, nn.SiLU):
+            module.inplace = True  # it follows a norm of its own: a large picture's largest tensor is there once less
     text_model = text_model.to(device).requires_grad_(False)
     given = text_model.config.hidden_size
     wanted = config.get("encoder_hidden_size" if amused else "joint_attention_dim", given)
