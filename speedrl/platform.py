@@ -2,7 +2,10 @@
 
 import ctypes
 import importlib.util
+import os
+import shutil
 import sys
+import warnings
 
 import torch
 
@@ -59,3 +62,13 @@ def bf16_is_fast(device: torch.device | str) -> bool:
         return True
     capability = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     return bool(capability())
+
+
+def can_compile(device: torch.device | str) -> bool:
+    """Whether torch.compile can make code for a device, with a warning where it cannot: on CPU it needs a C++ compiler,
+    which it looks for by this name."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if torch.device(device).type != "cpu" or shutil.which(compiler):
+        return True
+    warnings.warn(f"nothing is compiled, as there is no C++ compiler {compiler}: it will be slower", stacklevel=3)
+    return False

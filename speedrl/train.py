@@ -30,7 +30,7 @@ from speedrl.models.checkpoint import (
     take,
 )
 from speedrl.models.lora import WithoutLora, add_lora, merge_lora, save_lora
-from speedrl.platform import bf16_autocast
+from speedrl.platform import bf16_autocast, bf16_is_fast
 from speedrl.prompts import read_prompts
 from speedrl.reward import Moments, combine, disagreeing, load_qualities, mixture, observe, speed_reward
 from speedrl.rollout import Rollout, draw_noise, rollout
@@ -275,7 +275,7 @@ def train(
                 )  # fmt: skip
 
             # REWARDS
-            pictures = decode(generator, batch.tokens)
+            pictures = decode(generator, batch.tokens, bf16=bf16_is_fast(device))
             parts = {name: score(pictures, [texts[i] for i in chosen]).to(device) for name, score in scores.items()}
             moments = {name: observe(moments[name], values) for name, values in parts.items()}
             quality_of = mixture(parts, shares, moments, clip=quality_clip)  # [B]

@@ -153,6 +153,13 @@ def test_help_is_quick_and_needs_no_installation(program):
     assert time.time() - began < 5  # seconds; torch alone would take about half of them
 
 
+def test_importing_the_command_line_imports_no_heavy_package():
+    heavy = "{'torch', 'transformers', 'diffusers', 'open_clip', 'matplotlib', 'numpy', 'PIL', 'rich.console'}"
+    code = f"import sys, speedrl.cli; print(*sorted({heavy} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout == "\n", result.stdout + result.stderr
+
+
 def test_the_embedded_model_is_the_default(tmp_path):
     result = run("sample", "a red apple", "--out", tmp_path / "apple.png")
     if "not in this installation" in result.stderr:

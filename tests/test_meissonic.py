@@ -93,6 +93,17 @@ def test_head_at_chosen_places_is_the_forward_there(tiny_generator):
         torch.testing.assert_close(model.head(features[:, [3, 7]]), model(tokens, timestep, *prompts)[:, [3, 7]])
 
 
+def test_without_a_compiler_the_blocks_stay_as_they_are(tiny_generator, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    model = copy.deepcopy(tiny_generator.transformer)
+    with pytest.warns(UserWarning, match="no C\\+\\+ compiler"):
+        model.compile_blocks()
+    tokens, prompts = torch.full((1, 16), tiny_generator.mask_id), encode_prompts(tiny_generator, ["a"])
+    found, expected = (logits(m, tokens, torch.tensor([3]), prompts, grid=(4, 4))
+                       for m in (model, tiny_generator.transformer))  # fmt: skip
+    assert torch.equal(found, expected)
+
+
 def test_text_timestep_and_tokens_all_matter(tiny_generator):
     prompts, grid = encode_prompts(tiny_generator, ["a", "b"]), (4, 4)
     tokens = torch.full((2, 16), tiny_generator.mask_id)

@@ -4,6 +4,7 @@ The machine's ceilings are measured and printed first, in every run. Parts that 
 `--again` measures them anew, `--only NAME` that part alone. Nothing else should run on the machine meanwhile.
 """
 
+import inspect
 import json
 from pathlib import Path
 from typing import Annotated
@@ -47,12 +48,15 @@ def main(
     only: Annotated[list[str], Option(help=f"A part: {', '.join(PARTS)}. [default: all]", show_default=False)] = (),
     again: Annotated[bool, Option(help="Measure parts anew that are in the results.")] = False,
     small: Annotated[bool, Option(help="Sizes that show that the script works, and nothing about speed.")] = False,
-    out: Annotated[Path, Option(help="Folder of the results.")] = Path("experiments/results/bench"),
+    out: Annotated[
+        Path | None, Option(help="Folder of the results. [default: experiments/results/bench; small: runs/bench-small]")
+    ] = None,
     device: Annotated[str, Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
     """Measure speed against the machine's ceilings, diffusers' pipeline and a plain iteration."""
     if unknown := set(only) - set(PARTS):
         raise typer.BadParameter(f"there is no part {', '.join(sorted(unknown))}: choose {', '.join(PARTS)}")
+    out = out or Path("runs/bench-small" if small else "experiments/results/bench")
     console, on = Console(), machine(device)
     quiet_allocator()
     best = ceilings(device=device, small=small)
@@ -66,7 +70,7 @@ def main(
             continue
         console.rule(name)
         rows = PARTS[name](best, device=device, small=small, out=out)
-        write_json(path, {"machine": on, "ceilings": best, "says": PARTS[name].__doc__.strip(), "rows": rows})
+        write_json(path, {"machine": on, "ceilings": best, "says": inspect.getdoc(PARTS[name]), "rows": rows})
         console.print(table(rows), highlight=False, soft_wrap=True)
     write_atomically(out / "bench.md", lambda partial: partial.write_text(report(out)))
     console.print(f"wrote {out / 'bench.md'}")

@@ -15,25 +15,24 @@ SWEEPS = {
     "codes": (1024, 4096, 16384, 65536),
 }
 
+KEYS = ("sampling s", "training s", "GB above the weights")
+
 
 def growth(ceilings: dict[str, float], *, device: str, small: bool, out: Path) -> list[dict]:
     """Seconds and peak memory of an iteration of a random model (1 double and 2 single blocks, width 512) while one
     number grows and the others stay at 8 pictures of 4 steps in one micro-batch, 256 tokens, 1024 codes. The exponent k
-    of ~x^k is fitted over the larger half of each sweep; that of memory includes what every process takes."""
+    of ~x^k is fitted over the larger half of each sweep; memory is what the iteration adds to that of the weights."""
     rows = []
     for name, values in SWEEPS.items():
         points = []
         for value in values[:2] if small else values:
-            setting = BASE | {name: value, "device": device}
+            setting = BASE | (TINY if small else {}) | {name: value, "device": device}
             setting |= {"micro-batch": value} if name == "batch" else {}
-            arguments = options({k: v for k, v in setting.items() if not small or f"--{k}" not in TINY or k == name})
-            chosen = [a for pair in zip(TINY[::2], TINY[1::2], strict=True) for a in pair if pair[0] != f"--{name}"]
-            found = in_a_process("experiments.bench.iteration", "ours", *arguments, *(chosen if small else ()))
+            found = in_a_process("experiments.bench.iteration", "ours", *options(setting))
             points.append({"what": "tokens" if name == "grid" else name, "of": value**2 if name == "grid" else value}
-                          | {key: found[key] for key in ("sampling s", "training s", "peak GB")})  # fmt: skip
-        half = points[len(points) // 2 - 1 :]
-        fitted = {f"{key} ~x^": exponent([p["of"] for p in half], [p[key] for p in half])
-                  for key in ("sampling s", "training s", "peak GB")}  # fmt: skip
+                          | {key: found[key] for key in KEYS})  # fmt: skip
+        half = points[(len(points) - 1) // 2 :]
+        fitted = {f"{key} ~x^": exponent([p["of"] for p in half], [max(p[key], 1e-3) for p in half]) for key in KEYS}
         rows += [*points[:-1], points[-1] | fitted]
     plot(rows, out / "growth.png")
     return rows
@@ -48,7 +47,7 @@ def plot(rows: list[dict], path: Path) -> None:
     axes = figure.subplots(2, len(names), squeeze=False)
     for column, name in enumerate(names):
         points = [row for row in rows if row["what"] == name]
-        for line, keys in enumerate((("sampling s", "training s"), ("peak GB",))):
+        for line, keys in enumerate((KEYS[:2], KEYS[2:])):
             axis = axes[line][column]
             for key in keys:
                 axis.plot([p["of"] for p in points], [p[key] for p in points], marker="o", label=key)

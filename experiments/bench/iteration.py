@@ -178,9 +178,11 @@ def main(
             )  # fmt: skip
 
     found = {"kind": kind, "precision": "bf16" if fast else "fp32"}
+    before = peak_gb(device)
     found["sampling s"] = seconds_of(sampling, device=device, repeats=repeats)
     found["training s"] = seconds_of(training, device=device, repeats=repeats)
     found["peak GB"] = peak_gb(device)
+    found["GB above the weights"] = found["peak GB"] - before
     found["sampling FLOP"], found["training FLOP"] = operations(transformer, sizes)
     print(json.dumps(found))
 

@@ -69,7 +69,7 @@ def machine(device: str) -> dict:
         name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
     if torch.device(device).type == "cuda":
         name = torch.cuda.get_device_name(device)
-    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    return {"device": name, "threads": torch.get_num_threads(), "torch": f"torch {torch.__version__}"}
 
 
 def table(rows: Sequence[dict]) -> str:

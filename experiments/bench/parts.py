@@ -8,7 +8,7 @@ from pathlib import Path
 
 from experiments.bench.measure import ROOT, in_a_process
 
-TINY = ("--width", 64, "--head", 32, "--codes", 64, "--grid", 8, "--text", 8, "--repeats", 1)
+TINY = {"width": 64, "head": 32, "codes": 64, "grid": 8, "text": 8, "repeats": 1}
 
 
 def options(setting: dict) -> list[object]:
@@ -17,9 +17,9 @@ def options(setting: dict) -> list[object]:
 
 def utilisation(ceilings: dict[str, float], *, device: str, small: bool, out: Path) -> list[dict]:
     """Model FLOPs utilisation: the operations that rollouts and training steps need, by the formula in `models/flops`,
-    over the seconds they take, as a share of the large matrix product in the same precision and of the bf16 one. What
-    is computed twice to save memory does not count."""
-    gpu = device != "cpu"
+    over the seconds they take, as a share of the large matrix product in the same precision, and of the faster one of
+    fp32 and bf16. What is computed twice to save memory does not count."""
+    gpu, best = device != "cpu", max(ceilings["fp32 TFLOP/s"], ceilings["bf16 TFLOP/s"])
     settings = {"embedded model": {"model": "embedded", "batch": 64, "micro-batch": 16, "steps": 8}}
     if small:
         settings["embedded model"] |= {"batch": 2, "micro-batch": 2, "steps": 2, "repeats": 1}
@@ -33,10 +33,9 @@ def utilisation(ceilings: dict[str, float], *, device: str, small: bool, out: Pa
         found = in_a_process("experiments.bench.iteration", "ours", *options(setting), "--device", device)
         for what in ("sampling", "training"):
             speed = found[f"{what} FLOP"] / found[f"{what} s"] / 1e12
-            of = {f"of {p}": f"{speed / ceilings[f'{p} TFLOP/s']:.0%}" for p in (found["precision"], "bf16")}
-            of.setdefault("of bf16", "")
-            rows.append({"model": name, "what": what, "precision": found["precision"],
-                         "seconds": found[f"{what} s"], "TFLOP/s": speed} | of)  # fmt: skip
+            rows.append({"model": name, "what": what, "precision": found["precision"], "seconds": found[f"{what} s"],
+                         "TFLOP/s": speed, "MFU": speed / ceilings[f"{found['precision']} TFLOP/s"],
+                         "of the best product": speed / best})  # fmt: skip
     return rows
 
 
@@ -44,13 +43,12 @@ def against_plain(ceilings: dict[str, float], *, device: str, small: bool, out: 
     """An iteration without decoder and reward against the plain one (dense logits and log-softmax of every position and
     step kept for autograd, reference in full, eager), at 4096 tokens and 8192 codes, in the same precision: as it is,
     with our setting of the allocator, and with a backward pass after each step."""
-    setting = {"double": 1, "single": 2, "batch": 2, "steps": 4, "device": device}
-    tiny = TINY if small else ()
+    setting = {"double": 1, "single": 2, "batch": 2, "steps": 4, "device": device} | (TINY if small else {})
     kinds = {"plain": ("plain",), "plain, our allocator": ("plain", "--quiet"),
              "plain, backward each step": ("plain-each-step",), "ours": ("ours",)}  # fmt: skip
     rows = []
     for name, kind in kinds.items():
-        found = in_a_process("experiments.bench.iteration", *kind, *options(setting), *tiny)
+        found = in_a_process("experiments.bench.iteration", *kind, *options(setting))
         rows.append({"iteration": name, "sampling s": found["sampling s"], "training s": found["training s"],
                      "seconds": found["sampling s"] + found["training s"], "peak GB": found["peak GB"]})  # fmt: skip
     return [row | {"times as fast": rows[0]["seconds"] / row["seconds"],

@@ -54,6 +54,7 @@ def against_pipeline(ceilings: dict[str, float], *, device: str, small: bool, ou
     """Pictures a second, prompt to pixels, of diffusers' AmusedPipeline and of ours: the same random weights in
     aMUSEd's shape (width 512, 8 layers, 16x16 tokens, 8192 codes), 12 steps, guidance 10, fp32 on the CPU and bf16 on a
     GPU. Taken in turns, medians; as shipped, and with the transformer compiled."""
+    import_torchvision()
     from diffusers import AmusedPipeline
 
     sizes = {"hidden": 64, "layers": 2, "codes": 64, "tokens": 8} if small else {"hidden": 512, "layers": 8,

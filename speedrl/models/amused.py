@@ -13,6 +13,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from speedrl.platform import can_compile
+
 
 class Block(BasicTransformerBlock):
     """A block that can be computed again in the backward pass: diffusers' own way of doing so fails on keywords."""
@@ -55,7 +57,10 @@ class AmusedTransformer(UVit2DModel):
         return self.mlm_layer.conv2.out_channels
 
     def compile_blocks(self, *, backend: str = "inductor") -> None:
-        """Compiles the kind of block once for all layers, for any batch size."""
+        """Compiles the kind of block once for all layers, for any batch size. Nothing where `can_compile` says that it
+        cannot."""
+        if backend == "inductor" and not can_compile(self.device):
+            return
         for layer in self.transformer_layers:
             layer.compile(dynamic=True, backend=backend)
 

@@ -13,6 +13,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from speedrl.platform import can_compile
+
 MICRO = 256  # width of each micro-condition's and of the timestep's sinusoidal embedding
 
 
@@ -271,6 +273,7 @@ class MeissonicTransformer(nn.Module):
             raise ValueError(f"pooled_projection_dim {pooled_projection_dim} must be the transformer's width, {width}")
         self.axes = tuple(axes_dims_rope)
         self.gradient_checkpointing = False
+        self.compiled = False
         self.ropes: dict[tuple, Tensor] = {}
         self.time_text_embed = TimeTextEmbed(width, pooled_projection_dim)
         self.context_embedder = nn.Linear(joint_attention_dim, width)
@@ -301,9 +304,12 @@ class MeissonicTransformer(nn.Module):
 
     def compile_blocks(self, *, backend: str = "inductor") -> None:
         """Compiles each kind of block once for all its layers, for any batch size: seconds, where the whole network
-        would take minutes."""
+        would take minutes. Nothing where `can_compile` says that it cannot."""
+        if backend == "inductor" and not can_compile(self.project_to_hidden.weight.device):
+            return
+        self.compiled = True
         for block in (*self.transformer_blocks, *self.single_transformer_blocks):
-            block.compile(dynamic=True, backend=backend)
+            block.compile(backend=backend)
 
     def features(self, tokens: Tensor, timestep: Tensor, text: Tensor, pooled: Tensor, micro_conds: Tensor) -> Tensor:
         """What the head reads: tokens int64 [B, H, W] (even H and W), timestep [B], text [B, T, joint_attention_dim],
@@ -323,6 +329,9 @@ class MeissonicTransformer(nn.Module):
         rope = self.rope(height, width, text.shape[1], x.device)
 
         def run(block: nn.Module, *inputs: Tensor):
+            for value in inputs[:-1] if self.compiled else ():
+                # the batch, and nothing else, may differ from call to call, also where it is another size's equal now
+                torch._dynamo.maybe_mark_dynamic(value, 0)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 return checkpoint(block, *inputs, use_reentrant=False)
             return block(*inputs)
