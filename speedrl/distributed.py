@@ -5,6 +5,7 @@ and statistics from all of them; gradients are summed. In a process of its own e
 """
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -148,13 +149,6 @@ def sum_gradients(parameters: list[nn.Parameter]) -> None:
         work.wait()
 
 
-def same_start(parameters: list[nn.Parameter]) -> None:
-    """Makes the parameters those of rank 0, in place."""
-    if world() > 1:
-        for p in parameters:
-            dist.broadcast(p.detach(), 0)
-
-
 def shard(transformer: nn.Module, *, device: torch.device | str, offload: bool = False) -> None:
     """Shards a transformer's weights over the ranks, block by block, in place (FSDP2, arXiv 2304.11277).
 
@@ -172,6 +166,8 @@ def shard(transformer: nn.Module, *, device: torch.device | str, offload: bool =
         register_fsdp_forward_method,
     )
 
+    # what features returns is a view, and nothing changes it in place
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     if not hasattr(transformer, "single_transformer_blocks"):
         raise ValueError("fsdp shards Meissonic's transformer only: train this model with --parallel ddp")
     low = torch.bfloat16 if bf16_is_fast(device) and torch.device(device).type != "cpu" else None

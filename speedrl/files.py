@@ -78,7 +78,7 @@ def damage(folder: Path) -> str | None:
         return f"{MANIFEST} cannot be read"
     for name, (size, expected) in listed.items():
         path = folder / name
-        if Path(name).name != name or path.is_symlink():
+        if name in ("", ".", "..") or Path(name).name != name or path.is_symlink():
             return f"{name!r} leads out of the folder"
         if not path.is_file():
             return f"{name} is missing"
