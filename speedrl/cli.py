@@ -253,8 +253,11 @@ def numbers(text: str | None, kind: type, *, option: str) -> tuple | None:
     if text is None:
         return None
     try:
-        return tuple(kind(part) for part in text.split(","))
-    except ValueError:
+        found = tuple(kind(part) for part in text.split(","))
+        if all(math.isfinite(number) for number in found):
+            return found
+        raise ValueError
+    except (ValueError, OverflowError):
         raise ValueError(f"--{option} takes numbers with commas between them, like 1,2,4, not {text!r}") from None
 
 

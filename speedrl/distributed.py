@@ -37,7 +37,10 @@ def join(device: torch.device | str, *, parallel: str = "ddp", minutes: float = 
     """
     if parallel not in ("ddp", "fsdp"):
         raise ValueError(f"unknown parallel {parallel!r}: choose ddp or fsdp")
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"the device {device} cannot be used: {one_line(error)}") from error
     if "RANK" in os.environ and not dist.is_initialized():
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

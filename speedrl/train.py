@@ -40,7 +40,17 @@ from speedrl.models.checkpoint import (
 from speedrl.models.lora import WithoutLora, add_lora, merge_lora, save_lora
 from speedrl.platform import bf16_autocast
 from speedrl.prompts import open_prompts
-from speedrl.reward import Moments, combine, disagreeing, load_qualities, mixture, observe, rate, speed_reward
+from speedrl.reward import (
+    Moments,
+    combine,
+    disagreeing,
+    load_qualities,
+    mixture,
+    observe,
+    parse_quality,
+    rate,
+    speed_reward,
+)
 from speedrl.rollout import Rollout, draw_noise, rollout, state
 from speedrl.sample import guided_policy
 from speedrl.schedule import temperatures, timesteps
@@ -130,6 +140,8 @@ def accumulate(totals: dict[str, float], stats: dict[str, Tensor]) -> None:
 
 def check(settings: dict, bounds: tuple[int, int]) -> None:
     """ValueError for settings that cannot work together."""
+    check_numbers(settings)
+    parse_quality(settings["quality"])
     for name in ("iterations", "groups", "micro_batch", "updates", "save_every", "keep_checkpoints", "max_skipped"):
         if settings[name] < 1:
             raise ValueError(f"{name.replace('_', '-')} must be at least 1, got {settings[name]}")
@@ -156,6 +168,25 @@ def check(settings: dict, bounds: tuple[int, int]) -> None:
             raise ValueError(f"unknown tracker {name!r}: choose {' or '.join(TRACKERS)}")
     if settings["trained"] is not None and not 1 <= settings["trained"] <= bounds[0]:
         raise ValueError(f"trained must be 1 to the least number of steps, {bounds[0]}, got {settings['trained']}")
+
+
+def check_numbers(settings: Mapping[str, Any]) -> None:
+    """ValueError for a number that is out of its range, naming the option."""
+    for name, value in settings.items():
+        option = name.replace("_", "-")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{option} must be a finite number, got {value}")
+        if name in ("clip_range", "clip_grad") and value <= 0:
+            raise ValueError(f"{option} must be positive, got {value}")
+        if name in ("kl_weight", "temperature", "quality_clip") and value is not None and value < 0:
+            raise ValueError(f"{option} must not be negative, got {value}")
+    if not -(2**63) <= settings["seed"] < 2**63:
+        raise ValueError(f"seed must fit in 64 bits, got {settings['seed']}")
+    if settings["groups"] * settings["group_size"] >= 2**31:
+        raise ValueError(f"groups {settings['groups']} times group-size {settings['group_size']} are too many pictures")
+    for name, choices in (("order", ("confidence", "random")), ("schedule", ("cosine", "linear", "square", "arccos"))):
+        if settings[name] not in choices:
+            raise ValueError(f"unknown {name} {settings[name]!r}: choose {', '.join(choices)}")
 
 
 def training_prompts(model: str) -> Sequence[str]:
@@ -506,13 +537,13 @@ def train(
     device = distributed.join(device, parallel=parallel)
     mine, sharded, loud = distributed.share(groups), parallel == "fsdp", distributed.rank() == 0
     size, mine = groups * group_size, slice(mine.start * group_size, mine.stop * group_size)  # of samples
+    texts = open_prompts(prompts) if prompts else training_prompts(model)
     adapted = {"rank": lora, "alpha": lora_alpha, "targets": lora_targets, "seed": seed}
     generator = load_generator(model, device=device, **(loading or {}))
     length, grid = generator.grid[0] * generator.grid[1], generator.grid
     if bounds[1] > length:
         raise ValueError(f"{bounds[1]} steps are more than the {length} tokens of a picture")
     temperature = generator.temperature if temperature is None else temperature
-    texts = open_prompts(prompts) if prompts else training_prompts(model)
     scores, shares = load_qualities(quality, device=device, weights=reward_weights)
     checkpoint, complaints = start(out, resume=resume)
 
