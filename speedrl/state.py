@@ -111,7 +111,7 @@ def save(
         write_json(partial / "state.json", about | dict(record))
         seal(partial)
         replace_folder(partial, folder)
-        for old in checkpoints(out)[keep:]:
+        for old in (*checkpoints(out)[keep:], *folder.parent.glob(".*")):  # and what a killed run left half done
             shutil.rmtree(old, ignore_errors=True)
 
     try:

@@ -545,7 +545,6 @@ def train(
         raise ValueError(f"{bounds[1]} steps are more than the {length} tokens of a picture")
     temperature = generator.temperature if temperature is None else temperature
     scores, shares = load_qualities(quality, device=device, weights=reward_weights)
-    checkpoint, complaints = start(out, resume=resume)
 
     empty = encode_prompts(generator, [generator.negative])
     transformer = generator.transformer
@@ -564,6 +563,7 @@ def train(
     optimizer = torch.optim.AdamW(learned.values(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     average = {name: p.detach().clone() for name, p in learned.items()} if ema else {}
     random = torch.Generator().manual_seed(seed)
+    checkpoint, complaints = start(out, resume=resume)
     record = restore(checkpoint, learned, optimizer, average, random, device) if checkpoint else {}
     first, skipped = record.get("iteration", 0), record.get("skipped", 0)
     moments = {name: Moments(*record.get("moments", {}).get(name, ())) for name in scores}

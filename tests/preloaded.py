@@ -4,6 +4,7 @@ from speedrl.platform import import_torchvision
 
 import_torchvision()
 
+import pytest  # noqa: E402, F401
 import torch._dynamo  # noqa: E402, F401
 import torch.distributed.checkpoint  # noqa: E402, F401
 import torch.distributed.fsdp  # noqa: E402, F401
