@@ -1,12 +1,17 @@
 """Ranks on the processor, over gloo: however many there are, the samples, the gradient and the metrics are the same."""
 
 import json
+import os
+import signal
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import speedrl.train
 from speedrl.distributed import any_rank, everyone, gathered, share, total, total_stats
 from speedrl.train import train
 from tests.ranks import finish, start_ranks
@@ -41,12 +46,7 @@ def keep_gradient(path):
 
 
 def trained(out, options):
-    from pathlib import Path
-
-    import torch.distributed as dist
-
-    place = dist.get_rank() if dist.is_initialized() else __import__("os").environ["RANK"]
-    keep_gradient(Path(out).with_name(f"{Path(out).name}-{place}.st"))
+    keep_gradient(Path(out).with_name(f"{Path(out).name}-{os.environ['RANK']}.st"))
     train(out=out, **options)
 
 
@@ -81,15 +81,18 @@ def resumed(out, options, first, last):
     train(out=out, **options | {"iterations": last, "resume": first})
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_ranks_resume_exactly_and_another_number_of_ranks_goes_on(options, tmp_path, parallel):
-    options |= {"parallel": parallel, "updates": 2, "ema": 0.9, "save_every": 1}
+@pytest.mark.parametrize("how", [{"lora": 2}, {"parallel": "fsdp"}])
+def test_ranks_resume_exactly_and_another_number_of_ranks_goes_on(options, tmp_path, how):
+    options |= {"ema": 0.9} | how
     for out, first, last in (("whole", False, 3), ("parts", False, 2), ("parts", True, 3)):
         assert finish(start_ranks(resumed, 2, tmp_path, str(tmp_path / out), options, first, last)) == [0, 0], (
             tmp_path / "rank-0.log"
         ).read_text()
     assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
-    for path in (tmp_path / "whole/model").rglob("*.safetensors"):
+    saved = "adapter" if "lora" in how else "model"
+    found = list((tmp_path / "whole" / saved).rglob("*.safetensors"))
+    assert found
+    for path in found:
         one, other = load_file(path), load_file(tmp_path / "parts" / path.relative_to(tmp_path / "whole"))
         assert all(torch.equal(one[name], other[name]) for name in one)
     train(out=tmp_path / "parts", **options | {"parallel": "ddp", "iterations": 4, "resume": True})
@@ -98,26 +101,15 @@ def test_ranks_resume_exactly_and_another_number_of_ranks_goes_on(options, tmp_p
 
 def dies(out, options):
     """Rank 1 is killed in the middle of the second iteration."""
-    import os
-    import signal
-
-    import speedrl.train
-
     plain = speedrl.train.decode
 
     def decode(*arguments):
-        if os.environ["RANK"] == "1" and (speedrl.train.Path(out) / "checkpoints/000001").exists():
+        if os.environ["RANK"] == "1" and (Path(out) / "checkpoints/000001").exists():
             os.kill(os.getpid(), signal.SIGKILL)
         return plain(*arguments)
 
     speedrl.train.decode = decode
-    import sys
-
-    try:
-        train(out=out, **options | {"iterations": 50, "save_every": 1})
-    except OSError as error:
-        print("error:", error)
-        sys.exit(2)
+    cannot(out, options | {"iterations": 50, "save_every": 1})
 
 
 def test_where_a_rank_is_killed_the_others_stop_and_say_why(options, tmp_path):
@@ -130,8 +122,7 @@ def test_where_a_rank_is_killed_the_others_stop_and_say_why(options, tmp_path):
 
 
 def cannot(out, options):
-    import sys
-
+    """A training that fails, as the command line ends it."""
     try:
         train(out=out, **options)
     except (ValueError, OSError) as error:
@@ -141,8 +132,6 @@ def cannot(out, options):
 
 def half(images, prompts):
     """NaN on one rank only."""
-    import os
-
     bad = os.environ.get("RANK") == "1" and len(images) > 2
     return images.mean((1, 2, 3)) * (float("nan") if bad else 1)
 

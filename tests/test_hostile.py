@@ -158,8 +158,8 @@ def test_a_folder_that_holds_something_else_stays_as_it_is(place, tiny_generator
 
 @pytest.mark.parametrize(
     "arguments",
-    [["export", "nowhere", "--out", "x"], ["export", ".", "--out", "x"], ["eval", "--guidance", "1,nan"], ["ablate", "no", "--seeds", "a"],
-     ["sample", "a", "--micro-conds", "1,2,3,4,inf"]],
+    [["export", "nowhere", "--out", "x"], ["export", ".", "--out", "x"], ["eval", "--guidance", "1,nan"],
+     ["ablate", "no", "--seeds", "a"], ["sample", "a", "--micro-conds", "1,2,3,4,inf"]],
 )  # fmt: skip
 def test_other_commands_refuse_in_one_line_too(tmp_path, monkeypatch, arguments):
     monkeypatch.chdir(tmp_path)

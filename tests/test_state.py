@@ -410,7 +410,7 @@ def test_a_signal_saves_says_how_to_go_on_and_exits_as_schedulers_expect(options
     assert same_tensors(tmp_path / "run/model", tmp_path / "whole/model")
 
 
-KILLS = int(os.environ.get("SPEEDRL_KILLS", "4"))  # 50 for the long test
+KILLS = int(os.environ.get("SPEEDRL_KILLS", "3"))  # 50 for the long test
 
 
 def test_killed_at_random_moments_a_run_ends_as_the_uninterrupted_one(options, tmp_path):
