@@ -207,7 +207,7 @@ def train(
     parallel: Annotated[str, Option(help="Under torchrun: ddp, each rank the whole model, or fsdp, each a part.")],
     offload: Annotated[bool, Option(help="With fsdp: weights stay in the processor's memory between uses.")],
     trackers: Annotated[list[str], Option("--tracker", help="tensorboard or wandb, beside metrics.jsonl.")],
-    compile: Annotated[bool, Option(help="Use torch.compile.")],
+    compile: Annotated[bool, Option(help="Use torch.compile; not with fsdp.")],
     compare: Annotated[bool, Option(help="End with a comparison of the model before and after.")] = True,
     text_encoder: TextEncoder = None,
     size: Size = None,

@@ -555,7 +555,7 @@ def train(
         reference = copy.deepcopy(transformer).requires_grad_(False) if lora is None else WithoutLora(transformer)
     transformer.gradient_checkpointing = checkpointing
     for network in (transformer, reference) if reference is not None else (transformer,):
-        if compile:
+        if compile and not sharded:  # compiled blocks that gather their weights are not verified yet
             network.compile_blocks()
         if sharded and isinstance(network, nn.Module):
             distributed.shard(network, device=device, offload=offload)
