@@ -8,6 +8,10 @@ setup:
 test:
     .venv/bin/python -m pytest -q
 
+# trainings killed at 50 random moments, each resumed: minutes
+kill:
+    SPEEDRL_KILLS=50 .venv/bin/python -m pytest -q tests/test_state.py -k killed
+
 # `just train --iterations 100`
 train *options:
     .venv/bin/speedrl train --steps-reward 0.5 {{options}}

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from speedrl.evaluate import evaluate, markdown, metrics_of, over_seeds, table
 from speedrl.files import write_atomically, write_json
+from speedrl.state import checkpoints
 from speedrl.train import train
 
 
@@ -97,7 +98,7 @@ def trained_once(folder: Path, options: dict) -> Path:
     if (folder / "run" / "model").exists():
         return folder / "run" / "model"
     write_json(folder / "variant.json", json.loads(json.dumps(options, default=str)))
-    begun = (folder / "run" / "checkpoint.pt").exists()
+    begun = bool(checkpoints(folder / "run"))
     if not begun:
         (folder / "run" / "metrics.jsonl").unlink(missing_ok=True)  # of a run stopped before its first checkpoint
     return train(out=folder / "run", resume=begun, **options)

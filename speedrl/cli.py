@@ -4,6 +4,7 @@ import ast
 import functools
 import inspect
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -76,7 +77,8 @@ def loading(options: dict[str, Any]) -> dict[str, Any]:
 def forwards(target: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Makes a command of a function: options without a default take that of the same keyword of `target`.
 
-    Errors that the user can mend are one line on standard error and exit status 2; Ctrl-C is one line and 130.
+    Errors that the user can mend are one line on standard error and exit status 2; a signal is one line and a status of
+    128 plus its number.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -99,7 +101,7 @@ def forwards(target: str) -> Callable[[Callable[..., None]], Callable[..., None]
                 raise typer.Exit(2) from error
             except KeyboardInterrupt as error:
                 print(str(error) or "interrupted", file=sys.stderr)
-                raise typer.Exit(130) from error
+                raise typer.Exit(getattr(error, "status", 130)) from error
 
         return run
 
@@ -188,15 +190,27 @@ def train(
     least_quality: Annotated[float | None, Option(help="Pictures under this quality do not train. [default: all do]")],
     trained: Annotated[int | None, Option(help="Steps of each rollout that train. [default: all]")],
     lora: Annotated[int | None, Option(help="Train an adapter of this rank. [default: all weights]")],
+    lora_alpha: Annotated[float | None, Option(help="Strength of the adapter over its rank. [default: the rank]")],
+    lora_targets: Annotated[
+        str | None, Option(help="Layers that get an adapter, like to_q,to_k,to_v. [default: all linear ones]")
+    ],
     merge: Annotated[bool, Option(help="Also save the model with its adapter merged.")],
+    ema: Annotated[
+        float | None, Option(help="Save the moving average of the weights, of this decay, like 0.99. [default: none]")
+    ],
     checkpointing: Annotated[bool, Option(help="Compute blocks again in the backward pass: slower, less memory.")],
     updates: Annotated[int, Option(help="Updates on each rollout.")],
     micro_batch: Annotated[int, Option(help="Pictures of one backward pass.")],
     clip_grad: Annotated[float, Option(help="Largest norm of the gradient.")],
+    max_skipped: Annotated[int, Option(help="Updates in a row without a finite gradient that end the training.")],
     seed: Annotated[int, Option(help="The same seed trains the same model.")],
     save_every: Annotated[int, Option(help="Iterations between checkpoints.")],
-    resume: Annotated[bool, Option(help="Go on from the run's last checkpoint.")],
-    compile: Annotated[bool, Option(help="Use torch.compile.")],
+    keep_checkpoints: Annotated[int, Option(help="The newest checkpoints, which are kept.")],
+    resume: Annotated[bool, Option(help="Go on from the run's newest checkpoint; start if there is none yet.")],
+    parallel: Annotated[str, Option(help="Under torchrun: ddp, each rank the whole model, or fsdp, each a part.")],
+    offload: Annotated[bool, Option(help="With fsdp: weights stay in the processor's memory between uses.")],
+    trackers: Annotated[list[str], Option("--tracker", help="tensorboard or wandb, beside metrics.jsonl.")],
+    compile: Annotated[bool, Option(help="Use torch.compile; not with fsdp.")],
     compare: Annotated[bool, Option(help="End with a comparison of the model before and after.")] = True,
     text_encoder: TextEncoder = None,
     size: Size = None,
@@ -213,6 +227,8 @@ def train(
 
     quiet_allocator()
     trained = train(**options, loading=how)
+    if os.environ.get("RANK", "0") != "0":
+        return  # of torchrun's processes one speaks
     print(f"wrote {trained}")
     if compare:
         from speedrl.report import report
@@ -221,13 +237,30 @@ def train(
         report(model, trained, out=out, loading=how, **shared)
 
 
+@app.command()
+@forwards("train.export")
+def export(
+    *,
+    checkpoint: Annotated[str, Argument(help="A checkpoint's folder, or a run's for its newest.", show_default=False)],
+    out: Annotated[Path, Option(help="Folder that gets model/ or adapter/, as a finished run's has.")],
+    raw: Annotated[bool, Option(help="The weights themselves where their moving average was kept.")],
+) -> None:
+    """Make a model of a training's checkpoint, sharded or not."""
+    from speedrl.train import export
+
+    print(f"wrote {export(checkpoint, out=out, raw=raw)}")
+
+
 def numbers(text: str | None, kind: type, *, option: str) -> tuple | None:
     """Reads "1,2,4" as a tuple of `kind`; None stays None. ValueError otherwise."""
     if text is None:
         return None
     try:
-        return tuple(kind(part) for part in text.split(","))
-    except ValueError:
+        found = tuple(kind(part) for part in text.split(","))
+        if all(math.isfinite(number) for number in found):
+            return found
+        raise ValueError
+    except (ValueError, OverflowError):
         raise ValueError(f"--{option} takes numbers with commas between them, like 1,2,4, not {text!r}") from None
 
 

@@ -1,10 +1,13 @@
 """Lists of prompts: text files, JSONL, and the sets that the field reports on, by name."""
 
+import codecs
 import csv
 import json
 import os
+import re
 import urllib.request
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from speedrl.files import write_atomically
@@ -15,6 +18,54 @@ GENEVAL = "https://raw.githubusercontent.com/djghosh13/geneval/main/prompts/gene
 INSTEAD = "give a file with one prompt a line"
 
 
+class Lines(Sequence):
+    """The prompts of a text file or of JSONL, read where they are wanted: of a million, memory holds 8 bytes each.
+
+    A byte order mark and empty lines are left out, and control characters are spaces. ValueError for a file without
+    prompts, or with a line that is not UTF-8 or has no prompt.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.starts = path, array("Q")
+        self.file = path.open("rb")  # stays open: a file of that name that comes later is another
+        start = 0
+        for raw in self.file:
+            if self.prompt(raw, len(self.starts) + 1):
+                self.starts.append(start)
+            start += len(raw)
+        if not self.starts:
+            raise ValueError(f"{path}: no prompts in it; give one prompt a line")
+
+    def prompt(self, raw: bytes, number: int) -> str:
+        """The prompt of a line, "" for an empty one."""
+        try:
+            line = raw.removeprefix(codecs.BOM_UTF8).decode("utf-8").strip()
+        except UnicodeDecodeError:
+            raise ValueError(f"{self.path}: not a text file; give one prompt a line in UTF-8") from None
+        if line and self.path.suffix in (".jsonl", ".ndjson"):
+            line = field(line, number, self.path)
+        return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", line).strip()
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        self.file.seek(self.starts[index])
+        return self.prompt(self.file.readline(), int(index) + 1)
+
+
+def open_prompts(source: str | Path) -> Sequence[str]:
+    """As `read_prompts`, but a file's lines stay in the file."""
+    path = Path(source)
+    if not path.exists() and str(source) in SETS:
+        return SETS[str(source)]()
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; {INSTEAD}, or one of {', '.join(SETS)}")
+    return Lines(path)
+
+
 def read_prompts(source: str | Path) -> list[str]:
     """The prompts of a text file, one a line; of a JSONL file, the field "prompt" of each line; or of a named set.
 
@@ -22,21 +73,7 @@ def read_prompts(source: str | Path) -> list[str]:
     geneval. They are fetched on first use and cached. FileNotFoundError where there is no such file or set or it
     cannot be fetched, ValueError for a file without prompts; each in one line.
     """
-    path = Path(source)
-    if not path.exists() and str(source) in SETS:
-        return SETS[str(source)]()
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; {INSTEAD}, or one of {', '.join(SETS)}")
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not a text file; give one prompt a line in UTF-8") from None
-    lines = [line for line in lines if line]
-    if not lines:
-        raise ValueError(f"{path}: no prompts in it; give one prompt a line")
-    if path.suffix in (".jsonl", ".ndjson"):
-        return [field(line, number, path) for number, line in enumerate(lines, 1)]
-    return lines
+    return list(open_prompts(source))
 
 
 def field(line: str, number: int, path: Path) -> str:

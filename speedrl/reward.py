@@ -159,6 +159,25 @@ def load_qualities(
     return {name: load_quality(name, device=device, weights=files.get(name), bf16=bf16) for name in wanted}, wanted
 
 
+def rate(name: str, score: Score, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
+    """score(pictures [B, 3, H, W], prompts) of the quality `name`: float32 [B], all finite.
+
+    ValueError, one line, where it raises or gives something else: what is NaN must not reach the weights.
+    """
+    try:
+        values = score(pictures, list(prompts))
+    except Exception as error:  # the user's function may raise anything
+        raise ValueError(f"reward {name}: fails on {len(pictures)} pictures: {first_line(error)}") from error
+    if not isinstance(values, Tensor) or values.shape != (len(pictures),):
+        what = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(f"reward {name}: must give a tensor [{len(pictures)}] for as many pictures, gave {what}")
+    bad = (~values.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        which = f"{len(bad)} of {len(pictures)} pictures, the first of {prompts[bad[0]][:80]!r}"
+        raise ValueError(f"reward {name}: gives {values[bad[0]].item()} for {which}; the last checkpoint stands")
+    return values.float()
+
+
 class Moments(NamedTuple):
     """Running count, mean and sum of squared deviations of one quality."""
 

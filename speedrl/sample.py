@@ -122,10 +122,12 @@ def contact_sheet(
 ) -> "Image.Image":
     """Rows of pictures, each [n, 3, H, W] in [0, 1], on one white sheet: a PIL image.
 
-    `labels` stand to the left of each row, `titles` above each column; `gap` in pixels. Rows may differ in n.
+    `labels` stand to the left of each row, `titles` above each column, both cut where they are too long; `gap` in
+    pixels. Rows may differ in n.
     """
     from PIL import Image, ImageDraw, ImageFont
 
+    labels = [label if len(label) <= 120 else label[:120] + "..." for label in labels or []]
     height, width = (side * scale for side in rows[0].shape[-2:])
     font = ImageFont.load_default(max(11, min(height, width) // 10))
     box = [font.getbbox(label) for label in labels or []]
@@ -141,7 +143,7 @@ def contact_sheet(
         for j, picture in enumerate(row):
             sheet.paste(to_pil(picture, scale=scale), (left + j * (width + gap), y))
     for j, title in enumerate(titles or []):
-        shown = title
+        shown = title[:120]
         while shown and font.getlength(shown) > width:
             shown = shown[:-1]
         draw.text((left + j * (width + gap), gap), shown, fill="black", font=font)

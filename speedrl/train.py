@@ -2,24 +2,30 @@
 
 import copy
 import json
+import math
 import signal
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
-from speedrl import __version__
+from speedrl import distributed
 from speedrl.advantage import group_advantages
 from speedrl.display import Display
-from speedrl.files import write_atomically
+from speedrl.distributed import agreed, gathered, total
+from speedrl.errors import Stopped, one_line
+from speedrl.files import append_lines, damage, write_atomically
 from speedrl.filter import low_quality, std_percentile
 from speedrl.loss import normalise
 from speedrl.models.checkpoint import (
+    Generator,
+    Prompts,
     adapter_of,
     decode,
     encode_prompts,
@@ -31,10 +37,22 @@ from speedrl.models.checkpoint import (
 )
 from speedrl.models.lora import WithoutLora, add_lora, merge_lora, save_lora
 from speedrl.platform import bf16_autocast, bf16_is_fast
-from speedrl.prompts import read_prompts
-from speedrl.reward import Moments, combine, disagreeing, load_qualities, mixture, observe, speed_reward
+from speedrl.prompts import open_prompts
+from speedrl.reward import (
+    Moments,
+    combine,
+    disagreeing,
+    load_qualities,
+    mixture,
+    observe,
+    parse_quality,
+    rate,
+    speed_reward,
+)
 from speedrl.rollout import Rollout, draw_noise, rollout
 from speedrl.sample import guided_policy
+from speedrl.state import checkpoints, newest, random_states, read_tensors, restore, save, stored, tensors
+from speedrl.track import TRACKERS, open_trackers
 from speedrl.update import micro_batch_loss, rows, token_weights, trained_steps
 
 TREND = 20  # iterations over which rewards are watched for disagreement
@@ -65,7 +83,9 @@ def accumulate(totals: dict[str, float], stats: dict[str, Tensor]) -> None:
 
 def check(settings: dict, bounds: tuple[int, int]) -> None:
     """ValueError for settings that cannot work together."""
-    for name in ("iterations", "groups", "micro_batch", "updates", "save_every"):
+    check_numbers(settings)
+    parse_quality(settings["quality"])
+    for name in ("iterations", "groups", "micro_batch", "updates", "save_every", "keep_checkpoints", "max_skipped"):
         if settings[name] < 1:
             raise ValueError(f"{name.replace('_', '-')} must be at least 1, got {settings[name]}")
     if settings["group_size"] < 2:
@@ -80,15 +100,49 @@ def check(settings: dict, bounds: tuple[int, int]) -> None:
         raise ValueError(f"percentile must be 0 to 100, got {settings['percentile']}")
     if settings["lora"] is not None and adapter_of(settings["model"]):
         raise ValueError(f"{settings['model']} is an adapter already: train it with --merge, and go on from that model")
+    if settings["lora"] is None and (settings["merge"] or settings["lora_alpha"] or settings["lora_targets"]):
+        raise ValueError("merge, lora-alpha and lora-targets are about an adapter: give its rank by --lora")
+    if settings["ema"] is not None and not 0 < settings["ema"] < 1:
+        raise ValueError(f"ema is a decay between 0 and 1, like 0.99, got {settings['ema']}")
+    if settings["offload"] and settings["parallel"] != "fsdp":
+        raise ValueError("offload goes with --parallel fsdp")
+    for name in settings["trackers"]:
+        if name not in TRACKERS:
+            raise ValueError(f"unknown tracker {name!r}: choose {' or '.join(TRACKERS)}")
     if settings["trained"] is not None and not 1 <= settings["trained"] <= bounds[0]:
         raise ValueError(f"trained must be 1 to the least number of steps, {bounds[0]}, got {settings['trained']}")
 
 
-def training_prompts(model: str) -> list[str]:
+def check_numbers(settings: Mapping[str, Any]) -> None:
+    """ValueError for a number that is out of its range, naming the option."""
+    for name, value in settings.items():
+        option = name.replace("_", "-")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{option} must be a finite number, got {value}")
+        if name in ("clip_range", "clip_grad") and value <= 0:
+            raise ValueError(f"{option} must be positive, got {value}")
+        if name in ("kl_weight", "temperature", "quality_clip") and value is not None and value < 0:
+            raise ValueError(f"{option} must not be negative, got {value}")
+    if not -(2**63) <= settings["seed"] < 2**63:
+        raise ValueError(f"seed must fit in 64 bits, got {settings['seed']}")
+    if settings["groups"] * settings["group_size"] >= 2**31:
+        raise ValueError(f"groups {settings['groups']} times group-size {settings['group_size']} are too many pictures")
+    for name, choices in (("order", ("confidence", "random")), ("schedule", ("cosine", "linear", "square", "arccos"))):
+        if settings[name] not in choices:
+            raise ValueError(f"unknown {name} {settings[name]!r}: choose {', '.join(choices)}")
+
+
+def training_prompts(model: str) -> Sequence[str]:
     """The prompts that come with the embedded model. ValueError for another model, which has none."""
     if model != "embedded":
         raise ValueError(f"{model} comes without prompts: give a file with one prompt a line by --prompts")
-    return read_prompts(find(model) / "prompts/train.txt")
+    return open_prompts(find(model) / "prompts/train.txt")
+
+
+def draw_prompts(count: int, groups: int, random: torch.Generator) -> Tensor:
+    """Which of `count` prompts the groups of an iteration have: int64 [groups], each once before any twice."""
+    rounds = [torch.randperm(count, generator=random) for _ in range(-(-groups // count))]
+    return torch.cat(rounds)[:groups]
 
 
 def lasting(source: str | Path) -> str:
@@ -96,75 +150,208 @@ def lasting(source: str | Path) -> str:
     return str(Path(source).resolve() if Path(source).exists() else source)
 
 
-def start(out: Path, settings: dict, *, resume: bool) -> None:
-    """Makes the run's folder. ValueError where it holds another run, or none that could be resumed."""
-    if resume and not (out / "checkpoint.pt").exists():
-        raise ValueError(f"{out} has no checkpoint.pt to resume: leave --resume away to start a run there")
-    if not resume and (out / "metrics.jsonl").exists():
+def start(out: Path, *, resume: bool) -> tuple[Path | None, list[str]]:
+    """Makes the run's folder; the checkpoint to go on from, if any, and lines about damaged ones that are newer.
+
+    ValueError where the folder holds a run that is not resumed, or nothing but damaged checkpoints.
+    """
+    if not resume and (checkpoints(out) or (out / "metrics.jsonl").exists()):
         raise ValueError(f"{out} holds a run already: continue it with --resume or choose another --out")
     out.mkdir(parents=True, exist_ok=True)
+    folder, complaints = newest(out) if resume else (None, [])
+    if folder is None and complaints:
+        raise ValueError(f"{'; '.join(complaints)}; none is whole: start the run anew in another folder")
+    return folder, complaints
 
 
-def save(
-    out: Path, transformer: nn.Module, optimizer, random: torch.Generator, moments: dict[str, Moments], done: int,
-    settings: dict,
-) -> None:  # fmt: skip
-    """Writes OUT/checkpoint.pt, whole or not at all: all that `restore` needs."""
-    state = {
-        "transformer": {name: p for name, p in transformer.named_parameters() if p.requires_grad},
-        "optimizer": optimizer.state_dict(),
-        "random": random.get_state(),
-        "moments": {name: tuple(values) for name, values in moments.items()},
-        "iteration": done,
-        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()},
-        "version": __version__,
-    }
-    write_atomically(out / "checkpoint.pt", lambda partial: torch.save(state, partial))
+def drop_metrics(out: Path, done: int) -> None:
+    """Takes the lines past iteration `done` out of OUT/metrics.jsonl, and one that was being written when it ended."""
+    metrics, kept = out / "metrics.jsonl", []
+    for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []:
+        try:
+            if line.endswith("\n") and json.loads(line)["iteration"] <= done:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    write_atomically(metrics, lambda partial: partial.write_text("".join(kept), encoding="utf-8"))
 
 
-def restore(
-    out: Path, transformer: nn.Module, optimizer, random: torch.Generator, moments: dict[str, Moments]
-) -> int:  # fmt: skip
-    """Loads OUT/checkpoint.pt into place, drops metrics past it, returns its iteration. ValueError if it is damaged."""
+def append_row(out: Path, row: Mapping[str, Any], unwritten: list[str]) -> str | None:
+    """Appends a line to OUT/metrics.jsonl, after those that could not be written; what to say if it cannot be either.
+
+    A number that is not finite is null.
+    """
+    finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
+    unwritten.append(json.dumps(finite) + "\n")
     try:
-        state = torch.load(out / "checkpoint.pt", weights_only=True, map_location="cpu")
-        learned = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
-        with torch.no_grad():
-            for name, value in state["transformer"].items():
-                learned.pop(name).copy_(value)
-        if learned:
-            raise KeyError(next(iter(learned)))
-        optimizer.load_state_dict(state["optimizer"])
-        random.set_state(state["random"])
-        moments |= {name: Moments(*values) for name, values in state["moments"].items() if name in moments}
-    except Exception as error:  # torch has no common error for a damaged file
-        what = f"{out / 'checkpoint.pt'} is damaged or another model's"
-        raise ValueError(f"{what} ({type(error).__name__}): start the run anew in another folder") from error
-    metrics = out / "metrics.jsonl"
-    lines = metrics.read_text().splitlines(keepends=True)[: state["iteration"]] if metrics.exists() else []
-    write_atomically(metrics, lambda partial: partial.write_text("".join(lines)))
-    return state["iteration"]
+        append_lines(out / "metrics.jsonl", unwritten)
+    except OSError as error:
+        return f"metrics.jsonl cannot be written ({one_line(error)}); training goes on, and its lines are kept"
+    return None
+
+
+def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as JSON holds them."""
+    return json.loads(json.dumps(settings, default=str))
+
+
+def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The settings that make a difference to what is learned, and differ: "lr 3e-05, now 0.0001"."""
+    free = ("out", "resume", "iterations", "save_every", "keep_checkpoints", "device", "compile", "micro_batch",
+            "checkpointing", "parallel", "offload", "trackers", "max_skipped", "merge")  # fmt: skip
+    names = [name for name in now if name not in free and name in before and before[name] != now[name]]
+    return [f"{name.replace('_', '-')} {before[name]}, now {now[name]}" for name in names]
 
 
 @contextmanager
 def interruptible():
-    """Turns the first Ctrl-C into a request, so that an iteration ends whole: yields a function that tells of it."""
-    asked = []
+    """Turns SIGINT (Ctrl-C) and SIGTERM into a request, so that an iteration ends whole.
 
-    def ask(*_: object) -> None:
-        if asked:
+    Yields a function that gives the signal's number, 0 before. A second Ctrl-C stops at once; not one within a second,
+    as a terminal and torchrun both pass on the same key.
+    """
+    asked: list[float] = []
+
+    def ask(number: int, _: object) -> None:
+        if not asked:
+            asked.extend((number, time.monotonic()))
+        elif number == signal.SIGINT and time.monotonic() - asked[1] > 1:
             raise KeyboardInterrupt("stopped at once; the last checkpoint stands")
-        asked.append(True)
 
     try:
-        before = signal.signal(signal.SIGINT, ask)
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:  # not in the main thread, where signals do not arrive
-        yield lambda: False
+        yield lambda: 0
         return
     try:
-        yield lambda: bool(asked)
+        yield lambda: int(asked[0]) if asked else 0
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@torch.no_grad()
+def follow(average: Mapping[str, Tensor], learned: Mapping[str, Tensor], *, decay: float, updates: int) -> None:
+    """Moves the exponential moving average of the weights towards them, in place; faster over the first updates, so
+    that where it started does not count for long."""
+    decay = min(decay, (1 + updates) / (10 + updates))
+    for name, value in average.items():
+        value.lerp_(learned[name].detach(), 1 - decay)
+
+
+def fitting(
+    run: Callable[[int], dict[str, float]], size: int, *, undo: Callable[[], None], halve: bool = True
+) -> tuple[dict[str, float], int]:
+    """run(size), with half the size again each time that the device's memory runs out, and the size that fitted.
+
+    `undo` takes back what a failed run has done. OutOfMemoryError at size 1, or at once where `halve` is off: ranks
+    that wait for each other within a micro-batch cannot differ in their number.
+    """
+    while True:
+        try:
+            return run(size), size
+        except torch.OutOfMemoryError:
+            undo()
+            if size == 1 or not halve:
+                raise
+        size = (size + 1) // 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def gradients(
+    transformer: nn.Module,
+    reference: nn.Module | None,
+    batch: Rollout,
+    which: Tensor,
+    prompt: Prompts,
+    empty: Prompts,
+    advantages: Tensor,
+    weights: Tensor,
+    kept: Tensor,
+    *,
+    micro_batch: int,
+    mask_id: int,
+    autocast: torch.autocast,
+    **how: Any,
+) -> dict[str, float]:
+    """Adds the gradient of B samples to the parameters', `micro_batch` samples at a time, whatever their number.
+
+    which bool [B, S], the steps that train; prompt of B; advantages [B]; weights [B, L]; kept, the weight of all
+    samples of all ranks; `how` as of `micro_batch_loss`. Returns its statistics, summed.
+    """
+    totals: dict[str, float] = {}
+    for index in torch.arange(len(weights), device=weights.device).split(micro_batch):
+        part = Rollout(*(None if field is None else field[index] for field in batch))
+        states = rows(part, which[index], mask_id=mask_id, every_place=how["likelihood"] == "exact")
+        with autocast:
+            loss, stats = micro_batch_loss(
+                transformer, reference, part, states, take(prompt, index[states.sample]),
+                repeat(empty, len(states.sample)), advantages[index], weights[index], **how,
+            )  # fmt: skip
+        normalise(loss, kept).backward()
+        accumulate(totals, stats)
+    return totals
+
+
+def save_trained(
+    out: Path, generator: Generator, learned: Mapping[str, Tensor], settings: Mapping[str, Any]
+) -> Path:  # fmt: skip
+    """Saves what was learned, by name, to OUT/model, or to OUT/adapter and with `merge` to both; returns the folder.
+
+    `generator` is as it was trained, with its adapter if there is one.
+    """
+    with torch.no_grad():
+        parameters = dict(generator.transformer.named_parameters())
+        for name, value in learned.items():
+            parameters[name].copy_(value)
+    how = sampled_as(generator, settings)
+    if settings["lora"] is not None:
+        kept = (settings["loading"] or {}).items()
+        beside = {name: value for name, value in kept if name in ("text_encoder", "size")}
+        if "text_encoder" in beside:
+            beside["text_encoder"] = lasting(beside["text_encoder"])
+        scheduler = generator.scheduler | how | beside
+        save_lora(generator.transformer, out / "adapter", base=lasting(settings["model"]), scheduler=scheduler)
+        if not settings["merge"]:
+            return out / "adapter"
+        merge_lora(generator.transformer)
+    save_generator(generator._replace(scheduler=generator.scheduler | how), out / "model")
+    return out / "model"
+
+
+def export(checkpoint: str | Path, *, out: str | Path, raw: bool = False) -> Path:
+    """Makes a model of a checkpoint, sharded or not: saves what `train` would have saved had it ended there, to OUT.
+
+    It takes the weights' moving average where there is one, or with `raw` the weights. `checkpoint` is its folder, or a
+    run's, for its newest that is whole. Returns the folder of the model or adapter. ValueError for a damaged one.
+    """
+    folder = Path(checkpoint)
+    if (folder / "checkpoints").is_dir():
+        folder = newest(folder)[0] or folder
+    if not (folder / "state.json").is_file():
+        raise FileNotFoundError(f"{checkpoint} is no checkpoint: give one, like RUN/checkpoints/000010")
+    if wrong := damage(folder):
+        raise ValueError(f"checkpoint {folder} is damaged: {wrong}")
+    settings = json.loads((folder / "state.json").read_text())["settings"]
+    generator = load_generator(settings["model"], **(settings["loading"] or {}))
+    if settings["lora"] is not None:
+        alpha, targets = settings["lora_alpha"], settings["lora_targets"]
+        add_lora(generator.transformer, rank=settings["lora"], alpha=alpha, targets=targets)
+    held = stored(folder)
+    kind = "average." if not raw and any(name.startswith("average.") for name in held) else "transformer."
+    wanted = {name: torch.empty(value.size) for name, value in held.items() if name.startswith(kind)}
+    read_tensors(folder, wanted)
+    learned = {name.removeprefix(kind): value for name, value in wanted.items()}
+    return save_trained(Path(out), generator, learned, settings)
+
+
+def sampled_as(generator: Generator, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """How a trained model is sampled from here on: as it was trained."""
+    heat = settings["temperature"]
+    return {"num_inference_steps": step_range(settings["steps"])[1], "guidance_scale": settings["guidance"],
+            "temperature": generator.temperature if heat is None else heat,
+            "negative_prompt": generator.negative, "micro_conds": generator.micro_conds}  # fmt: skip
 
 
 def train(
@@ -195,14 +382,22 @@ def train(
     least_quality: float | None = None,
     trained: int | None = None,
     lora: int | None = None,
+    lora_alpha: float | None = None,
+    lora_targets: str | None = None,
     merge: bool = False,
+    ema: float | None = None,
     checkpointing: bool = False,
     updates: int = 1,
     micro_batch: int = 16,
     clip_grad: float = 1.0,
+    max_skipped: int = 10,
     seed: int = 0,
     save_every: int = 10,
+    keep_checkpoints: int = 3,
     resume: bool = False,
+    parallel: str = "ddp",
+    offload: bool = False,
+    trackers: Sequence[str] = (),
     compile: bool = True,
     device: str = "cpu",
     loading: Mapping[str, Any] | None = None,
@@ -210,73 +405,96 @@ def train(
     """Trains `model` to need fewer network calls, and saves it to OUT/model in the layout it was loaded from.
 
     With `lora`, a rank, an adapter is trained in place of the weights and saved to OUT/adapter in peft's layout; OUT is
-    then a model as well, and with `merge` OUT/model is saved too.
+    then a model as well, and with `merge` OUT/model is saved too (`add_lora` for alpha and targets). With `ema`, a
+    decay, what is saved is the exponential moving average of the weights.
 
     Each iteration samples `group_size` pictures of `groups` prompts in `steps` steps ("8", or "2-16": drawn anew for
     each sample), rewards each with its quality (`mixture`) plus steps_reward times `speed_reward`, and makes `updates`
     updates on the clipped loss plus kl_weight times the divergence from the starting model at the revealed tokens.
     That model is the reference policy as it is used, at its own guidance unless `reference_guidance` says another: so
     a policy that samples without guidance, one call a step in place of two, is drawn to what guidance gives.
-    `checkpointing` computes each block again in the backward pass, for memory.
-    `trained` steps of each rollout, all by default, enter the loss, scaled so that its gradient is that of all in
-    expectation. `percentile` and `least_quality` filter groups and samples (`std_percentile`, `low_quality`).
+    `checkpointing` computes each block again in the backward pass, for memory; `micro_batch` is halved where memory
+    runs out. `trained` steps of each rollout, all by default, enter the loss, scaled so that its gradient is that of
+    all in expectation. `percentile` and `least_quality` filter groups and samples (`std_percentile`, `low_quality`).
+    An update whose gradient is not finite is skipped; `max_skipped` in a row end the training.
     `loading` holds further options of `load_generator`, which the saved model keeps.
-    OUT/metrics.jsonl gets a line an iteration; with `resume` the newest of OUT/checkpoint.pt goes on exactly. Returns
-    the folder of the model or adapter. ValueError and FileNotFoundError for what cannot be used, before anything is
-    written.
+
+    Under torchrun, groups are shared by its ranks: with `parallel` "ddp" each has the whole model, with "fsdp" a part
+    of it, on the processor between uses with `offload`. The noise and the prompts do not depend on their number.
+
+    OUT/metrics.jsonl gets a line an iteration, which `trackers` get as well; OUT/checkpoints holds the newest
+    `keep_checkpoints`. With `resume` the newest that is whole goes on exactly, or the training starts where there is
+    none yet. Returns the folder of the model or adapter. ValueError and FileNotFoundError for what cannot be used,
+    before anything is written; `Stopped` after SIGINT or SIGTERM.
     """
-    settings = dict(locals())
+    settings = plain(locals())
     out, bounds = Path(out), step_range(steps)
     check(settings, bounds)
+    device = distributed.join(device, parallel=parallel)
+    mine, sharded, loud = distributed.share(groups), parallel == "fsdp", distributed.rank() == 0
+    size, mine = groups * group_size, slice(mine.start * group_size, mine.stop * group_size)  # of samples
+    texts = open_prompts(prompts) if prompts else training_prompts(model)
+    adapted = {"rank": lora, "alpha": lora_alpha, "targets": lora_targets, "seed": seed}
     generator = load_generator(model, device=device, **(loading or {}))
     length, grid = generator.grid[0] * generator.grid[1], generator.grid
     if bounds[1] > length:
         raise ValueError(f"{bounds[1]} steps are more than the {length} tokens of a picture")
     temperature = generator.temperature if temperature is None else temperature
     reference_guidance = generator.guidance if reference_guidance is None else reference_guidance
-    texts = read_prompts(prompts) if prompts else training_prompts(model)
     scores, shares = load_qualities(quality, device=device, weights=reward_weights)
-    start(out, settings, resume=resume)
 
-    encoded, empty = encode_prompts(generator, texts), encode_prompts(generator, [generator.negative])
+    empty = encode_prompts(generator, [generator.negative])
     transformer = generator.transformer
     if lora is not None:
-        add_lora(transformer, rank=lora, seed=seed)
+        add_lora(transformer, **adapted)
     reference = None
     if kl_weight and kl != "none":
         reference = copy.deepcopy(transformer).requires_grad_(False) if lora is None else WithoutLora(transformer)
     transformer.gradient_checkpointing = checkpointing
-    if compile:
-        transformer.compile_blocks()
-        if reference is not None:
-            reference.compile_blocks()
-    learned = [p for p in transformer.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learned, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    for network in (transformer, reference) if reference is not None else (transformer,):
+        if compile and not sharded:  # compiled blocks that gather their weights are not verified yet
+            network.compile_blocks()
+        if sharded and isinstance(network, nn.Module):
+            distributed.shard(network, device=device, offload=offload)
+    learned = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(learned.values(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    average = {name: p.detach().clone() for name, p in learned.items()} if ema else {}
     random = torch.Generator().manual_seed(seed)
-    moments = dict.fromkeys(scores, Moments())
-    first = restore(out, transformer, optimizer, random, moments) if resume else 0
-    autocast = bf16_autocast(device)
-    size, done, recent = groups * group_size, first, deque(maxlen=TREND)
+    checkpoint, complaints = start(out, resume=resume)
+    record = restore(checkpoint, learned, optimizer, average, random, device) if checkpoint else {}
+    first, skipped = record.get("iteration", 0), record.get("skipped", 0)
+    moments = {name: Moments(*record.get("moments", {}).get(name, ())) for name in scores}
+    recent = deque((row for row in record.get("recent", ()) if row.keys() == scores.keys()), maxlen=TREND)
+    autocast, done, saved, stop, unwritten = bf16_autocast(device), first, first, 0, []
+    if loud and resume:
+        drop_metrics(out, first)
+    track = open_trackers(trackers if loud else (), out, settings)
 
-    with Display(first=first, total=iterations) as display, interruptible() as stopped:
+    display = Display(first=first, total=iterations, console=Console(quiet=not loud))
+    with display, interruptible() as stopped, distributed.lost_contact():
+        for line in [*complaints, *changed(record.get("settings", {}), settings)]:
+            display.warn(line if line in complaints else f"going on with other settings: {line}")
         for iteration in range(first, iterations):
             began = time.time()
 
             # SAMPLING
-            chosen = torch.randperm(len(texts), generator=random)[:groups].repeat_interleave(group_size)
+            chosen = draw_prompts(len(texts), groups, random).repeat_interleave(group_size)
             counts = torch.randint(bounds[0], bounds[1] + 1, (size,), generator=random).to(device)
-            noise = draw_noise(size, bounds[1], length, seed=seed, first=iteration * size, device=device)
-            prompt = take(encoded, chosen.to(device))
+            noise = draw_noise(mine.stop - mine.start, bounds[1], length, seed=seed,
+                               first=iteration * size + mine.start, device=device)  # fmt: skip
+            asked = [texts[i] for i in chosen]
+            prompt = take(encode_prompts(generator, asked), mine)
             policy = guided_policy(transformer, prompt, empty, guidance=guidance, grid=grid)
-            with autocast:
+            with autocast, distributed.gathered_weights(transformer, sharded=sharded):
                 batch = rollout(
-                    policy, counts, noise, length=length, mask_id=generator.mask_id, temperature=temperature,
+                    policy, counts[mine], noise, length=length, mask_id=generator.mask_id, temperature=temperature,
                     schedule=schedule, order=order, record=likelihood == "exact", sparse=True,
                 )  # fmt: skip
 
-            # REWARDS
+            # REWARDS, of all ranks' samples on every rank
             pictures = decode(generator, batch.tokens, bf16=bf16_is_fast(device))
-            parts = {name: score(pictures, [texts[i] for i in chosen]).to(device) for name, score in scores.items()}
+            scored = agreed(lambda: {name: rate(name, score, pictures, asked[mine]) for name, score in scores.items()})  # noqa: B023
+            parts = {name: gathered(values.to(device)) for name, values in scored.items()}
             moments = {name: observe(moments[name], values) for name, values in parts.items()}
             quality_of = mixture(parts, shares, moments, clip=quality_clip)  # [B]
             speed = speed_reward(counts, max_steps=bounds[1])
@@ -287,28 +505,33 @@ def train(
 
             # TRAINING
             for _ in range(updates):
-                which = trained_steps(counts, trained, random)  # bool [B, S]
-                weights = token_weights(batch, which, keep.flatten())  # [B, L]
-                kept = keep.sum() * length  # of all steps, whichever train
-                totals: dict[str, float] = {}
-                for index in torch.arange(size, device=device).split(micro_batch):
-                    part = Rollout(*(None if field is None else field[index] for field in batch))
-                    states = rows(part, which[index], mask_id=generator.mask_id, every_place=likelihood == "exact")
-                    with autocast:
-                        loss, stats = micro_batch_loss(
-                            transformer, reference, part, states, take(prompt, index[states.sample]),
-                            repeat(empty, len(states.sample)), advantages[index], weights[index], grid=grid,
-                            guidance=guidance, reference_guidance=reference_guidance, temperature=temperature,
-                            order=order, likelihood=likelihood, clip_range=clip_range, kl=kl, kl_weight=kl_weight,
-                        )  # fmt: skip
-                    normalise(loss, kept).backward()
-                    accumulate(totals, stats)
-                norm = nn.utils.clip_grad_norm_(learned, clip_grad)
-                if torch.isfinite(norm):
+                which = trained_steps(counts, trained, random)[mine]  # bool [B, S]
+                weights = token_weights(batch, which, keep.flatten()[mine])  # [B, L]
+                kept = keep.sum() * length  # of all steps and all ranks, whichever train
+                totals, micro_batch = fitting(
+                    lambda size: gradients(
+                        transformer, reference, batch, which, prompt, empty, advantages[mine], weights, kept,  # noqa: B023
+                        micro_batch=size, mask_id=generator.mask_id, autocast=autocast, grid=grid, guidance=guidance,
+                        reference_guidance=reference_guidance, temperature=temperature, order=order,
+                        likelihood=likelihood, clip_range=clip_range, kl=kl, kl_weight=kl_weight,
+                    ),
+                    micro_batch, undo=lambda: optimizer.zero_grad(set_to_none=True), halve=not sharded,
+                )  # fmt: skip
+                distributed.sum_gradients(learned.values())
+                norm = nn.utils.clip_grad_norm_(learned.values(), clip_grad)
+                norm = norm.full_tensor() if sharded else norm
+                if norm.isfinite():
                     optimizer.step()
+                    follow(average, learned, decay=ema or 0.0, updates=iteration)
+                skipped = 0 if norm.isfinite() else skipped + 1
                 optimizer.zero_grad(set_to_none=True)
+                if skipped:
+                    display.warn(f"iteration {iteration + 1}: the gradient is not finite; its update is skipped")
+                if skipped >= max_skipped:
+                    advice = "lower --lr or --clip-grad, or raise --kl-weight, and go on with --resume"
+                    raise ValueError(f"{skipped} updates in a row had a gradient that is not finite: {advice}")
 
-            done = iteration + 1
+            done, totals = iteration + 1, distributed.total_stats(totals)
             row = {
                 "iteration": done,
                 "reward": rewards.mean().item(),
@@ -320,6 +543,7 @@ def train(
                 "ratio_max": totals["ratio_max"],
                 "grad_norm": norm.item(),
                 "kept": keep.mean().item(),
+                "skipped": skipped,
                 "images_per_second": size / (time.time() - began),
             }
             if len(parts) > 1:
@@ -328,25 +552,28 @@ def train(
                 if falling := disagreeing(recent, shares):
                     display.warn(f"the reward rises while {' and '.join(falling)} falls: it may be gamed")
             display.show(row)
-            with (out / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            if done % save_every == 0 or done == iterations or stopped():
-                save(out, transformer, optimizer, random, moments, done, settings)
-            if stopped():
+            for problem in (append_row(out, row, unwritten), *track(row)) if loud else ():
+                display.warn(problem) if problem else None
+            stop = int(total(torch.tensor(stopped()), largest=True))
+            if done % save_every == 0 or done == iterations or stop:
+                record = {"skipped": skipped, "moments": moments, "recent": list(recent), "settings": settings}
+                try:
+                    save(out, done, tensors(learned, optimizer, average), random_states(random, device), record,
+                         keep=keep_checkpoints, sharded=sharded)  # fmt: skip
+                    saved = done
+                except OSError as error:
+                    display.warn(f"{error}; training goes on, and the checkpoints before it stand")
+            if stop:
                 break
-    if done < iterations:
-        raise KeyboardInterrupt(f"stopped after iteration {done}; go on with the same command and --resume")
-    # from here on the model is sampled as it was trained
-    how = {"num_inference_steps": bounds[1], "guidance_scale": guidance, "temperature": temperature,
-           "negative_prompt": generator.negative, "micro_conds": generator.micro_conds}  # fmt: skip
-    if lora is not None:
-        beside = {name: value for name, value in (loading or {}).items() if name in ("text_encoder", "size")}
-        if "text_encoder" in beside:
-            beside["text_encoder"] = lasting(beside["text_encoder"])
-        scheduler = generator.scheduler | how | beside
-        save_lora(transformer, out / "adapter", base=lasting(model), scheduler=scheduler)
-        if not merge:
-            return out / "adapter"
-        merge_lora(transformer)
-    save_generator(generator._replace(scheduler=generator.scheduler | how), out / "model")
-    return out / "model"
+    if stop:
+        what = f"stopped after iteration {done}" + ("" if saved == done else f", of which {saved} are saved")
+        raise Stopped(f"{what}; go on with the same command and --resume", stop)
+
+    learned = distributed.whole(average or learned)
+    if loud and sharded:
+        generator = load_generator(model, **(loading or {}))
+        if lora is not None:
+            add_lora(generator.transformer, **adapted)
+    saved_to = save_trained(out, generator, learned, settings) if loud else out
+    distributed.leave()
+    return saved_to

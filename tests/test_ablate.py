@@ -52,7 +52,7 @@ def test_finished_runs_are_kept_interrupted_ones_go_on_and_others_are_refused(ca
     run = tmp_path / "with-speed-reward" / "seed-0" / "run"
     (run / "model" / "reward").unlink()
     (run / "model").rmdir()
-    (run / "checkpoint.pt").touch()
+    (run / "checkpoints" / "000002").mkdir(parents=True)
     ablate(out=tmp_path, iterations=3)
     assert [(out, resume) for out, resume, _ in calls[2:]] == [(run, True)]
     with pytest.raises(ValueError, match="other options"):

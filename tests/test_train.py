@@ -60,8 +60,10 @@ def test_a_policy_without_guidance_is_drawn_to_the_guided_reference(options, tmp
 
 def test_micro_batches_do_not_change_the_update(options, tmp_path):
     for size in (3, 8):
-        train(out=tmp_path / str(size), iterations=1, micro_batch=size, percentile=50.0, **options | {"steps": "2-4"})
+        train(out=tmp_path / str(size), iterations=1, micro_batch=size, percentile=50.0,
+              **options | {"steps": "2-4", "lr": 1e-4})  # fmt: skip
     one, other = weights(tmp_path / "3"), weights(tmp_path / "8")
+    # an update is about lr: Adam makes much of a gradient that is nearly 0, whichever sign rounding gave it
     assert all(torch.allclose(one[name], other[name], atol=1e-5) for name in one)
 
 
@@ -87,9 +89,9 @@ def test_a_run_is_not_overwritten_and_a_damaged_checkpoint_is_named(options, tmp
     train(out=tmp_path / "run", iterations=1, **options)
     with pytest.raises(ValueError, match="holds a run already"):
         train(out=tmp_path / "run", iterations=1, **options)
-    checkpoint = tmp_path / "run/checkpoint.pt"
+    checkpoint = tmp_path / "run/checkpoints/000001/tensors.safetensors"
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="checkpoint.pt is damaged"):
+    with pytest.raises(ValueError, match="000001 is damaged: tensors.safetensors has 1000 bytes"):
         train(out=tmp_path / "run", iterations=2, resume=True, **options)
 
 
@@ -143,8 +145,8 @@ def test_an_adapter_starts_as_nothing_and_is_all_that_trains(options, with_lora)
     first, *_, last = metrics(with_lora)
     assert first["ratio_max"] == pytest.approx(1, abs=1e-5) and first["kl"] == pytest.approx(0, abs=1e-6)
     assert last["kl"] > 1e-4, "the reference is the base under the adapter"
-    held = torch.load(with_lora / "checkpoint.pt", weights_only=True)["transformer"]
-    assert held and all("lora_" in name for name in held)
+    held = {name for name in load_file(with_lora / "checkpoints/000003/tensors.safetensors")}
+    assert held and all(".lora_" in name for name in held)
 
 
 def test_a_run_with_an_adapter_is_a_model_and_equals_the_merged_one(options, with_lora, tmp_path):

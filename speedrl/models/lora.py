@@ -14,17 +14,30 @@ from speedrl.files import write_atomically, write_json
 NAME = "adapter_model.safetensors"
 
 
-def add_lora(transformer: nn.Module, *, rank: int, seed: int = 0) -> None:
+def add_lora(
+    transformer: nn.Module, *, rank: int, alpha: float | None = None, targets: str | None = None, seed: int = 0
+) -> None:
     """Freezes a transformer and puts an adapter of this rank beside each of its linear layers, in place.
 
-    It starts as nothing: the outputs are unchanged until it trains. ValueError without peft or for a rank under 1.
+    What it adds is scaled by alpha / rank, by default 1. `targets` are the last parts of the names of the layers that
+    get one, like "to_q,to_k,to_v", by default all. It starts as nothing: the outputs are unchanged until it trains.
+    ValueError without peft, for a rank under 1, an alpha that is not positive, and a target that no layer has.
     """
     if rank < 1:
         raise ValueError(f"lora must be a rank of at least 1, got {rank}")
+    if alpha is not None and not alpha > 0:
+        raise ValueError(f"lora-alpha must be positive, got {alpha}")
     layers = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    if targets is not None:
+        wanted = [target.strip() for target in targets.split(",")]
+        of = {target: [name for name in layers if f".{name}".endswith(f".{target}")] for target in wanted}
+        if lacking := [target for target in wanted if not target or not of[target]]:
+            kinds = sorted({name.rpartition(".")[2] for name in layers} - {"0", "2"})
+            raise ValueError(f"no linear layer is named {lacking[0]!r}: lora-targets are out of {', '.join(kinds)}")
+        layers = sorted({name for names in of.values() for name in names})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        inject(transformer, {"r": rank, "lora_alpha": rank, "target_modules": layers})
+        inject(transformer, {"r": rank, "lora_alpha": alpha or rank, "target_modules": layers})
 
 
 def inject(transformer: nn.Module, config: dict) -> None:
@@ -81,10 +94,10 @@ def save_lora(transformer: nn.Module, out: Path, *, base: str, scheduler: dict) 
     from safetensors.torch import save_file
 
     layers = dict(adapters(transformer))
-    rank = next(iter(layers.values())).r["default"]
+    first = next(iter(layers.values()))
     config = {
-        "peft_type": "LORA", "base_model_name_or_path": base, "r": rank, "lora_alpha": rank, "bias": "none",
-        "target_modules": sorted(layers),
+        "peft_type": "LORA", "base_model_name_or_path": base, "r": first.r["default"],
+        "lora_alpha": first.lora_alpha["default"], "bias": "none", "target_modules": sorted(layers),
     }  # fmt: skip
     weights = {
         f"base_model.model.{name}.{part}.weight": getattr(layer, part)["default"].weight.detach().cpu().contiguous()

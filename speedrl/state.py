@@ -1,0 +1,185 @@
+"""The state of a training on disk: folders OUT/checkpoints/000010, each whole and sealed by its checksums.
+
+A checkpoint holds tensors in safetensors (what is learned, the optimizer's state, the average of the weights: one file,
+or a shard of each rank by torch.distributed.checkpoint), the random states, and the rest in state.json. No pickles.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+from speedrl import __version__
+from speedrl.distributed import agreed, barrier, everyone, rank, world
+from speedrl.errors import one_line
+from speedrl.files import damage, replace_folder, seal, write_json
+
+RANDOM = "random.st"  # not *.safetensors, which are all of the tensors' files
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The checkpoints of a run, damaged ones included, the newest first."""
+    folder = Path(out) / "checkpoints"
+    found = [path for path in folder.iterdir() if re.fullmatch(r"\d{6,}", path.name)] if folder.is_dir() else []
+    return sorted(found, key=lambda path: int(path.name), reverse=True)
+
+
+def newest(out: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole, and a line about each newer one that is not."""
+    complaints = []
+    for folder in checkpoints(out):
+        wrong = "is a link or no folder" if folder.is_symlink() or not folder.is_dir() else damage(folder)
+        if wrong is None:
+            return folder, complaints
+        complaints.append(f"checkpoint {folder} is damaged: {wrong}")
+    return None, complaints
+
+
+def tensors(
+    learned: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, average: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """All tensors of a training by name, sharing memory: transformer.NAME, average.NAME and optimizer.KEY.NAME."""
+    found = {f"transformer.{name}": p.detach() for name, p in learned.items()}
+    found |= {f"average.{name}": value for name, value in average.items()}
+    for name, p in learned.items():
+        for key, value in optimizer.state.get(p, {}).items():
+            found[f"optimizer.{key}.{name}"] = value.view(1) if value.ndim == 0 else value
+    return found
+
+
+def random_states(prompts: torch.Generator, device: torch.device | str) -> dict[str, Tensor]:
+    """The states of the prompts' generator and of this rank's generators on the processor and its device."""
+    states = {"prompts": prompts.get_state(), f"{rank()}.cpu": torch.get_rng_state()}
+    if torch.device(device).type == "cuda":
+        states[f"{rank()}.cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def revision() -> str | None:
+    """The git commit of this package's source, None where it is installed without."""
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def save(
+    out: Path,
+    done: int,
+    found: Mapping[str, Tensor],
+    random: Mapping[str, Tensor],
+    record: Mapping[str, Any],
+    *,
+    keep: int,
+    sharded: bool = False,
+) -> None:
+    """Writes OUT/checkpoints/DONE and takes away all but the newest `keep`. Every rank calls it, and rank 0 writes.
+
+    `found` as of `tensors`; `random` as of `random_states`, here of one rank; `record` whatever JSON holds. `sharded`:
+    each rank writes its own shards, into a folder that all must see. OSError, on every rank, where any could not
+    write: what stood there before stands.
+    """
+    folder = Path(out) / "checkpoints" / f"{done:06d}"
+    partial = folder.with_name(f".{folder.name}.partial")
+    randoms = {name: value for states in everyone(dict(random)) for name, value in states.items()}
+
+    def prepare() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
+    def shards() -> None:
+        import torch.distributed.checkpoint as dcp
+
+        dcp.save(dict(found), storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True))
+
+    def rest() -> None:
+        if not sharded:
+            whole = {name: value.cpu().contiguous() for name, value in found.items()}
+            save_file(whole, partial / "tensors.safetensors")
+        save_file(randoms, partial / RANDOM)
+        about = {"iteration": done, "ranks": world(), "version": __version__, "revision": revision()}
+        write_json(partial / "state.json", about | dict(record))
+        seal(partial)
+        replace_folder(partial, folder)
+        for old in (*checkpoints(out)[keep:], *folder.parent.glob(".*")):  # and what a killed run left half done
+            shutil.rmtree(old, ignore_errors=True)
+
+    try:
+        agreed(prepare if rank() == 0 else None)
+        if sharded:
+            agreed(shards)
+        agreed(rest if rank() == 0 else None)
+    except Exception as error:  # safetensors and torch have their own for what the system refuses
+        if rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"{folder} cannot be written ({one_line(error)})") from error
+
+
+def read_tensors(folder: Path, wanted: dict[str, Tensor]) -> None:
+    """Fills tensors, sharded or not, from a checkpoint's, sharded or not, by name and in place."""
+    import torch.distributed.checkpoint as dcp
+
+    with warnings.catch_warnings(action="ignore"):  # that every rank reads for itself
+        dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+
+
+def stored(folder: Path) -> dict[str, Any]:
+    """What a checkpoint's files hold: torch.distributed.checkpoint's metadata by name, with `size` and dtype."""
+    return dict(HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata)
+
+
+def restore(
+    folder: Path,
+    learned: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    average: Mapping[str, Tensor],
+    prompts: torch.Generator,
+    device: torch.device | str,
+) -> dict[str, Any]:
+    """Loads a checkpoint into place and returns its record. ValueError where it is another model's.
+
+    Shards of any number of ranks are read by any other. Each rank's own random states come back where the number of
+    ranks is the same.
+    """
+    try:
+        record = json.loads((folder / "state.json").read_text())
+        held = stored(folder)
+        for entry in held:
+            kind, _, name = entry.partition(".")
+            key, _, name = name.partition(".")
+            if kind == "optimizer" and name in learned:
+                p = learned[name]
+                alone = (
+                    key == "step"
+                )  # AdamW counts in a number of its own, on the parameter's device where it is fused
+                optimizer.state[p][key] = torch.zeros((), device=p.device) if alone else torch.zeros_like(p.detach())
+        averaged = any(entry.startswith("average.") for entry in held)
+        wanted = tensors(learned, optimizer, average if averaged else {})
+        held = {name: value for name, value in held.items() if average or not name.startswith("average.")}
+        wrong = wanted.keys() ^ held.keys() or {name for name in wanted if wanted[name].shape != held[name].size}
+        if wrong:
+            raise ValueError(f"{len(wrong)} tensors do not fit, such as {min(wrong)}")
+        read_tensors(folder, wanted)
+        if not averaged:  # it begins here
+            for name, value in average.items():
+                value.copy_(learned[name].detach())
+        randoms = load_file(folder / RANDOM)
+        prompts.set_state(randoms["prompts"])
+        if record["ranks"] == world():
+            torch.set_rng_state(randoms[f"{rank()}.cpu"])
+            if f"{rank()}.cuda" in randoms and torch.device(device).type == "cuda":
+                torch.cuda.set_rng_state(randoms[f"{rank()}.cuda"], device)
+    except Exception as error:  # safetensors, torch and json have many
+        raise ValueError(f"{folder} is another model's or another training's: {one_line(error)}") from error
+    barrier()
+    return record

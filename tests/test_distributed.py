@@ -1,0 +1,157 @@
+"""Ranks on the processor, over gloo: however many there are, the samples, the gradient and the metrics are the same."""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import speedrl.train
+from speedrl.distributed import any_rank, everyone, gathered, share, total, total_stats
+from speedrl.train import train
+from tests.ranks import finish, start_ranks
+
+OPTIONS = dict(steps="2-4", groups=4, group_size=3, iterations=1, compile=False, lr=1e-3, micro_batch=5,
+               percentile=60.0, updates=1, quality="embedded")  # fmt: skip
+
+
+def green(images, prompts):
+    return images[:, 1].mean((1, 2)) + 0.1 * images[:, 0].mean((1, 2))
+
+
+@pytest.fixture
+def options(tiny_generator_folder, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a b\nc d\ne f\ng h\ni j\n")
+    return OPTIONS | {"model": str(tiny_generator_folder), "prompts": str(tmp_path / "prompts.txt"),
+                      "quality": "tests.test_distributed:green"}  # fmt: skip
+
+
+def keep_gradient(path):
+    """Has the optimizer's step write the gradient that it gets, whole, before it takes it."""
+    plain = torch.optim.AdamW.step
+
+    def step(self, *_, **__):
+        found = [p.grad for group in self.param_groups for p in group["params"]]
+        found = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in found]
+        if everyone(None) and not path.exists():
+            save_file({str(i): g.contiguous().clone() for i, g in enumerate(found)}, path)
+        return plain(self)
+
+    torch.optim.AdamW.step = step
+
+
+def trained(out, options):
+    keep_gradient(Path(out).with_name(f"{Path(out).name}-{os.environ['RANK']}.st"))
+    train(out=out, **options)
+
+
+def rows(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "images_per_second"} for line in lines]
+
+
+def close(one, other, *, to=1e-5):
+    return all(torch.allclose(one[k], other[k], atol=to * max(1, other[k].abs().max().item())) for k in other)
+
+
+def test_the_gradient_and_the_metrics_do_not_depend_on_the_number_of_ranks(options, tmp_path):
+    """The percentile filters whole groups, and with 4 ranks one rank or more has none that trains."""
+    for world, more in ((1, {}), (2, {}), (4, {}), (2, {"parallel": "fsdp"})):
+        name = f"{more.get('parallel', 'ddp')}-{world}"
+        statuses = finish(start_ranks(trained, world, tmp_path, str(tmp_path / name), options | more))
+        assert statuses == [0] * world, (tmp_path / "rank-0.log").read_text()
+    alone, one = load_file(tmp_path / "ddp-1-0.st"), rows(tmp_path / "ddp-1")
+    assert 0 < one[0]["kept"] < 1 and max(g.abs().max() for g in alone.values()) > 1e-3
+    for name in ("ddp-2", "ddp-4", "fsdp-2"):
+        other = rows(tmp_path / name)
+        assert other[0].keys() == one[0].keys()
+        assert all(other[0][key] == pytest.approx(one[0][key], rel=1e-4, abs=1e-6) for key in one[0])
+        assert close(load_file(tmp_path / f"{name}-0.st"), alone)
+        model = "model/transformer/diffusion_pytorch_model.safetensors"
+        assert load_file(tmp_path / name / model).keys() == load_file(tmp_path / "ddp-1" / model).keys()
+    assert "iteration" in (tmp_path / "rank-0.log").read_text() and (tmp_path / "rank-1.log").read_text() == ""
+
+
+def resumed(out, options, first, last):
+    train(out=out, **options | {"iterations": last, "resume": first})
+
+
+@pytest.mark.parametrize("how", [{"lora": 2}, {"parallel": "fsdp"}])
+def test_ranks_resume_exactly_and_another_number_of_ranks_goes_on(options, tmp_path, how):
+    options |= {"ema": 0.9} | how
+    for out, first, last in (("whole", False, 3), ("parts", False, 2), ("parts", True, 3)):
+        assert finish(start_ranks(resumed, 2, tmp_path, str(tmp_path / out), options, first, last)) == [0, 0], (
+            tmp_path / "rank-0.log"
+        ).read_text()
+    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
+    saved = "adapter" if "lora" in how else "model"
+    found = list((tmp_path / "whole" / saved).rglob("*.safetensors"))
+    assert found
+    for path in found:
+        one, other = load_file(path), load_file(tmp_path / "parts" / path.relative_to(tmp_path / "whole"))
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    train(out=tmp_path / "parts", **options | {"parallel": "ddp", "iterations": 4, "resume": True})
+    assert [row["iteration"] for row in rows(tmp_path / "parts")] == [1, 2, 3, 4]
+
+
+def dies(out, options):
+    """Rank 1 is killed in the middle of the second iteration."""
+    plain = speedrl.train.decode
+
+    def decode(*arguments):
+        if os.environ["RANK"] == "1" and (Path(out) / "checkpoints/000001").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(*arguments)
+
+    speedrl.train.decode = decode
+    cannot(out, options | {"iterations": 50, "save_every": 1})
+
+
+def test_where_a_rank_is_killed_the_others_stop_and_say_why(options, tmp_path):
+    began = time.monotonic()
+    processes = start_ranks(dies, 2, tmp_path, str(tmp_path / "run"), options)
+    assert finish(processes) == [2, -9]
+    assert time.monotonic() - began < 200  # far below the limit of ten minutes, on a busy machine too
+    assert "rank 0 of 2 lost contact" in (tmp_path / "rank-0.log").read_text()
+    assert (tmp_path / "run/checkpoints/000001/manifest.json").exists()
+
+
+def cannot(out, options):
+    """A training that fails, as the command line ends it."""
+    try:
+        train(out=out, **options)
+    except (ValueError, OSError) as error:
+        print("error:", error)
+        sys.exit(2)
+
+
+def half(images, prompts):
+    """NaN on one rank only."""
+    bad = os.environ.get("RANK") == "1" and len(images) > 2
+    return images.mean((1, 2, 3)) * (float("nan") if bad else 1)
+
+
+def test_what_goes_wrong_on_one_rank_stops_all_with_the_reason(options, tmp_path):
+    options |= {"quality": "tests.test_distributed:half"}
+    assert finish(start_ranks(cannot, 2, tmp_path, str(tmp_path / "nan"), options)) == [2, 2]
+    logs = [(tmp_path / f"rank-{rank}.log").read_text() for rank in (0, 1)]
+    assert all("gives nan for 6 of 6 pictures" in log for log in logs)
+    assert finish(start_ranks(cannot, 2, tmp_path, str(tmp_path / "odd"), options | {"groups": 3})) == [2, 2]
+    assert "make groups a multiple of 2" in (tmp_path / "rank-0.log").read_text()
+
+
+def test_one_process_is_the_only_rank(options, tmp_path):
+    values = torch.arange(6.0).view(3, 2)
+    assert gathered(values) is values and torch.equal(total(values), values) and total(values) is not values
+    assert share(5) == slice(0, 5) and everyone("a") == ["a"] and any_rank(True) and not any_rank(False)
+    assert total_stats({"a": 2.0, "b_max": 3.0}) == {"a": 2.0, "b_max": 3.0}
+    with pytest.raises(ValueError, match="torchrun"):
+        train(out=tmp_path / "run", **options | {"parallel": "fsdp"})
+    with pytest.raises(ValueError, match="unknown parallel"):
+        train(out=tmp_path / "run", **options | {"parallel": "horovod"})
+    assert not (tmp_path / "run").exists()

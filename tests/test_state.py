@@ -1,0 +1,479 @@
+"""Checkpoints and faults: what is interrupted, damaged or refused by the system loses nothing but the work since."""
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import speedrl.files
+import speedrl.state
+import speedrl.train
+from speedrl.errors import Stopped
+from speedrl.files import append_lines, damage, seal
+from speedrl.models.checkpoint import load_generator
+from speedrl.state import checkpoints, newest
+from speedrl.train import changed, draw_prompts, export, fitting, follow, train
+from tests.ranks import command, finish, start
+
+
+def blue(images, prompts):
+    return images[:, 2].mean((1, 2))
+
+
+def flat(images, prompts):
+    """Falls while the other rises, in noise of the process's own generator."""
+    return -images[:, 2].mean((1, 2)) + 1e-3 * torch.rand(len(images))
+
+
+def given(model, folder):
+    (folder / "prompts.txt").write_text("a b\nc d\ne f\n")
+    return dict(model=str(model), prompts=folder / "prompts.txt", quality="tests.test_state:blue", steps="2", groups=2,
+                group_size=2, compile=False, lr=3e-3, save_every=1)  # fmt: skip
+
+
+@pytest.fixture
+def options(tiny_generator_folder, tmp_path):
+    return given(tiny_generator_folder, tmp_path)
+
+
+def metrics(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "images_per_second"} for line in lines]
+
+
+def same_tensors(one, other):
+    files = sorted(path.relative_to(one) for path in one.rglob("*.safetensors"))
+    assert files and files == sorted(path.relative_to(other) for path in other.rglob("*.safetensors"))
+    for path in files:
+        first, second = load_file(one / path), load_file(other / path)
+        assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first), path
+    return True
+
+
+@pytest.fixture(scope="module")
+def three(tiny_generator_folder, tmp_path_factory):
+    """A run of three checkpoints, which tests copy."""
+    folder = tmp_path_factory.mktemp("three")
+    train(out=folder / "run", iterations=3, **given(tiny_generator_folder, folder))
+    return folder / "run"
+
+
+@pytest.fixture
+def run(three, tmp_path):
+    return shutil.copytree(three, tmp_path / "run")
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_in_weights_average_optimizer_metrics_and_warnings(options, tmp_path):
+    options |= {"quality": "tests.test_state:blue=1,tests.test_state:flat=0.5", "ema": 0.9, "steps": "1-3"}
+    torch.manual_seed(0)
+    train(out=tmp_path / "whole", iterations=6, updates=2, **options)
+    torch.manual_seed(0)
+    train(out=tmp_path / "parts", iterations=4, updates=2, **options)
+    torch.manual_seed(1)  # what the checkpoint holds counts
+    train(out=tmp_path / "parts", iterations=6, updates=2, resume=True, **options)
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
+    assert same_tensors(tmp_path / "whole/model", tmp_path / "parts/model")
+    assert same_tensors(tmp_path / "whole/checkpoints/000006", tmp_path / "parts/checkpoints/000006")
+    held, records = {}, []
+    for name in ("whole", "parts"):
+        folder = tmp_path / name / "checkpoints/000006"
+        held = load_file(folder / "tensors.safetensors")
+        records.append(json.loads((folder / "state.json").read_text()))
+        records[-1].pop("settings")
+    assert {key.partition(".")[0] for key in held} == {"transformer", "average", "optimizer"}
+    assert records[0] == records[1] and len(records[0]["recent"]) == 6
+
+
+def test_the_newest_few_checkpoints_are_kept_each_of_plain_files_named_in_its_manifest(options, tmp_path):
+    train(out=tmp_path / "run", iterations=4, keep_checkpoints=2, **options)
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["000004", "000003"]
+    names = {path.name for path in (tmp_path / "run/checkpoints/000004").iterdir()}
+    assert names == {"manifest.json", "state.json", "tensors.safetensors", "random.st"}
+    record = json.loads((tmp_path / "run/checkpoints/000004/state.json").read_text())
+    assert record["iteration"] == 4 and record["settings"]["lr"] == 3e-3 and record["settings"]["seed"] == 0
+    assert record["version"] and record["ranks"] == 1
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+
+
+def leads_away(path):
+    path.rename(path.parent.parent / "elsewhere")
+    path.symlink_to(path.parent.parent / "elsewhere")
+
+
+@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("harm", [truncate, flip, Path.unlink, leads_away])
+def test_damage_is_named(run, name, harm):
+    if (name, harm) == ("manifest.json", leads_away):
+        pytest.skip("a manifest elsewhere still tells the truth")
+    newest_folder = run / "checkpoints/000003"
+    assert damage(newest_folder) is None
+    harm(newest_folder / name)
+    found, complaints = newest(run)
+    assert found == run / "checkpoints/000002"
+    assert len(complaints) == 1 and "000003 is damaged" in complaints[0] and "\n" not in complaints[0]
+
+
+def test_training_goes_on_from_the_checkpoint_before_a_damaged_one_and_ends_the_same(options, run, tmp_path, capsys):
+    flip(run / "checkpoints/000003/tensors.safetensors")
+    train(out=run, iterations=4, resume=True, **options)
+    assert "000003 is damaged: tensors.safetensors has another checksum" in capsys.readouterr().out
+    train(out=tmp_path / "whole", iterations=4, **options)
+    assert metrics(run) == metrics(tmp_path / "whole") and same_tensors(run / "model", tmp_path / "whole/model")
+    assert newest(run) == (run / "checkpoints/000004", [])
+
+
+def test_a_manifest_cannot_lead_out_of_its_folder(run, tmp_path):
+    folder = run / "checkpoints/000003"
+    sums = json.loads((folder / "manifest.json").read_text())
+    (run / "secret").write_text("x")
+    for name in ("../../secret", str(run / "secret"), "..", ""):
+        (folder / "manifest.json").write_text(json.dumps({name: {"bytes": 1, "sha256": "0"}} | sums))
+        assert "leads out of the folder" in damage(folder)
+    (folder / "manifest.json").write_text(json.dumps(sums))
+    (folder / "extra.pt").write_text("")
+    assert "extra.pt is not in manifest.json" in damage(folder)
+    for text in ("[]", '{"a": 1}', '{"a": {"bytes": 1}}', "\x00", "null"):
+        (folder / "manifest.json").write_text(text)
+        assert damage(folder) == "manifest.json cannot be read"
+
+
+def test_a_pickle_in_place_of_tensors_is_refused_and_not_run(options, run, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "pwned"), "w"))
+
+    for folder in checkpoints(run):
+        torch.save(Evil(), folder / "tensors.safetensors")
+        (folder / "manifest.json").unlink()
+        seal(folder)
+    with pytest.raises(ValueError, match="another model's or another training's"):
+        train(out=run, iterations=4, resume=True, **options)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_resuming_what_has_no_checkpoint_yet_starts_and_another_models_is_refused(options, run, tmp_path, capsys):
+    shutil.rmtree(run / "checkpoints")
+    train(out=run, iterations=2, resume=True, **options)
+    assert [row["iteration"] for row in metrics(run)] == [1, 2]
+    with pytest.raises(ValueError, match="another model's"):
+        train(out=run, iterations=4, resume=True, lora=2, **options)
+    train(out=run, iterations=3, resume=True, **options | {"lr": 1e-3})
+    assert "going on with other settings: lr 0.003, now 0.001" in capsys.readouterr().out
+    assert changed({"lr": 1.0, "out": "a"}, {"lr": 1.0, "out": "b", "ema": None}) == []
+
+
+class Full:
+    """A disk that is full from some moment on: every file opened for writing refuses what is written."""
+
+    def __init__(self, monkeypatch):
+        self.now, plain = False, Path.open
+
+        def opened(path, mode="r", *arguments, **options):
+            if self.now and mode[0] in "aw":
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+            return plain(path, mode, *arguments, **options)
+
+        def saved(tensors, path, *arguments, **options):
+            if self.now:
+                Path(path).write_bytes(b"half")
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+            return save_file(tensors, path, *arguments, **options)
+
+        save_file = speedrl.state.save_file
+        monkeypatch.setattr(Path, "open", opened)
+        monkeypatch.setattr(speedrl.state, "save_file", saved)
+
+
+def test_on_a_full_disk_training_goes_on_and_what_was_saved_stands(options, tmp_path, monkeypatch, capsys):
+    full = Full(monkeypatch)
+    plain = speedrl.train.decode
+
+    def decode(*arguments):
+        rows = len(metrics(tmp_path / "run")) if (tmp_path / "run/metrics.jsonl").exists() else 0
+        decode.calls += 1
+        full.now = decode.calls in (3, 4)  # full while iterations 3 and 4 end
+        assert rows == (2 if decode.calls == 4 else decode.calls - 1 if decode.calls < 4 else rows)
+        return plain(*arguments)
+
+    decode.calls = 0
+    monkeypatch.setattr(speedrl.train, "decode", decode)
+    train(out=tmp_path / "run", iterations=5, **options)
+    said = capsys.readouterr().out
+    assert "000003 cannot be written" in said and "No space left" in said and "training goes on" in said
+    assert "metrics.jsonl cannot be written" in said
+    assert [row["iteration"] for row in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5]
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["000005", "000002", "000001"]
+    assert not [path for path in (tmp_path / "run/checkpoints").iterdir() if path.name.startswith(".")]
+    monkeypatch.undo()
+    train(out=tmp_path / "whole", iterations=5, **options)
+    assert same_tensors(tmp_path / "run/model", tmp_path / "whole/model")
+
+
+def test_lines_that_cannot_be_appended_are_kept_and_half_of_them_is_taken_back(tmp_path, monkeypatch):
+    (tmp_path / "m").write_text("one\n")
+    lines = ["two\n"]
+
+    class Half:
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def write(self, text):
+            self.file.write(text[:2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        plain = Path.open
+        patch.setattr(Path, "open", lambda path, *a, **o: Half(plain(path, *a, **o)))
+        with pytest.raises(OSError, match="No space"):
+            append_lines(tmp_path / "m", lines)
+    assert (tmp_path / "m").read_text() == "one\n" and lines == ["two\n"]
+    append_lines(tmp_path / "m", lines)
+    assert (tmp_path / "m").read_text() == "one\ntwo\n" and lines == []
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_counted_and_in_the_end_fatal(options, tmp_path, monkeypatch, capsys):
+    plain, seen = torch.nn.utils.clip_grad_norm_, []
+
+    def clip(parameters, largest):
+        parameters = list(parameters)
+        seen.append([p.detach().clone() for p in parameters])
+        if len(seen) in bad:
+            parameters[0].grad[0] = float("nan") if len(seen) % 2 else float("inf")
+        return plain(parameters, largest)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    bad = {2, 3}
+    train(out=tmp_path / "run", iterations=4, **options)
+    rows = metrics(tmp_path / "run")
+    assert [row["skipped"] for row in rows] == [0, 1, 2, 0] and rows[1]["grad_norm"] is None
+    assert all(torch.equal(a, b) for a, b in zip(seen[1], seen[3], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(seen[0], seen[1], strict=True))
+    assert "iteration 2: the gradient is not finite" in capsys.readouterr().out
+    bad = set(range(len(seen) + 2, 100))
+    with pytest.raises(ValueError, match="3 updates in a row .* lower --lr"):
+        train(out=tmp_path / "bad", iterations=9, max_skipped=3, **options)
+    held = load_file(newest(tmp_path / "bad")[0] / "tensors.safetensors")
+    assert all(value.isfinite().all() for value in held.values())
+
+
+def failing(images, prompts):
+    if len(images) > 2:
+        raise RuntimeError("the judge\nis ill")
+    return blue(images, prompts)
+
+
+def nan(images, prompts):
+    values = blue(images, prompts)
+    return values if len(images) == 2 else values / (torch.arange(len(values)) != 1)
+
+
+def short(images, prompts):
+    return blue(images, prompts)[:2]
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("failing", "fails on 4 pictures: the judge"), ("nan", "gives inf for 1 of 4 pictures, the first of '. .'"),
+     ("short", r"must give a tensor \[4\]")],
+)  # fmt: skip
+def test_a_reward_that_fails_later_ends_the_training_in_one_line(options, tmp_path, name, says):
+    with pytest.raises((ValueError, OSError), match=says):
+        train(out=tmp_path / "run", iterations=2, **options | {"quality": f"tests.test_state:{name}"})
+
+
+def test_where_memory_runs_out_the_micro_batch_is_halved_and_the_gradient_is_the_same(options, tmp_path, monkeypatch):
+    plain, tried = speedrl.train.micro_batch_loss, []
+
+    def loss(transformer, reference, batch, *arguments, **how):
+        tried.append(len(batch.tokens))
+        value, stats = plain(transformer, reference, batch, *arguments, **how)
+        if len(batch.tokens) > 3 and sum(tried) > 8:
+            value.backward()  # some of the gradient is there when it happens
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return value, stats
+
+    options |= {"groups": 4, "group_size": 4, "percentile": 50.0}
+    train(out=tmp_path / "whole", iterations=2, micro_batch=8, **options)
+    monkeypatch.setattr(speedrl.train, "micro_batch_loss", loss)
+    train(out=tmp_path / "run", iterations=2, micro_batch=8, **options)
+    assert tried == [8, 8, 4, *[2] * 8, *[2] * 8]
+    one, other = metrics(tmp_path / "run"), metrics(tmp_path / "whole")
+    assert all(row[k] == pytest.approx(o[k], rel=1e-4, abs=1e-6) for row, o in zip(one, other, strict=True) for k in o)
+    one, other = (load_file(tmp_path / name / "checkpoints/000001/tensors.safetensors") for name in ("run", "whole"))
+    assert all(torch.allclose(one[k], other[k], atol=1e-5) for k in one)
+
+
+def test_memory_for_not_even_one_sample_is_an_error():
+    sizes = []
+
+    def run(size):
+        sizes.append(size)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        fitting(run, 5, undo=lambda: None)
+    assert sizes == [5, 3, 2, 1]
+    with pytest.raises(torch.OutOfMemoryError):
+        fitting(run, 5, undo=lambda: None, halve=False)
+    assert sizes[4:] == [5]
+
+
+def test_the_average_of_the_weights_follows_them_is_what_is_saved_and_can_be_left_out(options, tmp_path):
+    average, weights = {"w": torch.tensor([0.0])}, {"w": torch.tensor([1.0])}
+    follow(average, weights, decay=0.5, updates=0)
+    assert average["w"].item() == pytest.approx(0.9)  # a tenth of where it started
+    follow(average, weights, decay=0.5, updates=100)
+    assert average["w"].item() == pytest.approx(0.95)
+    train(out=tmp_path / "run", iterations=3, ema=0.8, **options)
+    held = load_file(tmp_path / "run/checkpoints/000003/tensors.safetensors")
+    export(tmp_path / "run", out=tmp_path / "raw", raw=True)
+    saved, raw = (load_generator(tmp_path / name).transformer.state_dict() for name in ("run", "raw"))
+    assert all(torch.equal(saved[name], held[f"average.{name}"]) for name in saved)
+    assert all(torch.equal(raw[name], held[f"transformer.{name}"]) for name in raw)
+    assert not all(torch.equal(raw[name], saved[name]) for name in raw)
+
+
+def test_a_checkpoint_of_an_unfinished_run_is_exported_as_the_model_that_a_finished_one_saves(options, tmp_path):
+    options |= {"lora": 2, "lora_alpha": 4.0, "lora_targets": "to_q,to_v", "lr": 1e-2}
+    train(out=tmp_path / "run", iterations=2, **options)
+    found = export(tmp_path / "run/checkpoints/000002", out=tmp_path / "out")
+    assert found == tmp_path / "out/adapter" and same_tensors(found, tmp_path / "run/adapter")
+    config = json.loads((found / "adapter_config.json").read_text())
+    assert config == json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
+    assert config["lora_alpha"] == 4.0
+    assert {name.rpartition(".")[2] for name in config["target_modules"]} == {"to_q", "to_v"}
+    flip(tmp_path / "run/checkpoints/000002/tensors.safetensors")
+    with pytest.raises(ValueError, match="is damaged"):
+        export(tmp_path / "run/checkpoints/000002", out=tmp_path / "other")
+    with pytest.raises(ValueError, match="no linear layer is named 'nothing'"):
+        train(out=tmp_path / "next", iterations=1, **options | {"lora_targets": "to_q,nothing"})
+
+
+def test_prompts_are_drawn_without_repetition_until_all_had_their_turn():
+    generator = torch.Generator().manual_seed(0)
+    assert sorted(draw_prompts(3, 7, generator).tolist())[:] in [sorted([0, 1, 2] * 2 + [i]) for i in range(3)]
+    assert torch.equal(draw_prompts(50, 4, torch.Generator().manual_seed(1)),
+                       torch.randperm(50, generator=torch.Generator().manual_seed(1))[:4])  # fmt: skip
+
+
+def arguments(options, out, iterations, *more):
+    """The command line of these options."""
+    flags = options | {"iterations": iterations, "out": out}
+    del flags["compile"]
+    pairs = [(f"--{name.replace('_', '-')}", value) for name, value in flags.items()]
+    return ["train", "--no-compile", "--no-compare", *(x for pair in pairs for x in pair), *more]
+
+
+def wait_for(path, *, seconds=200):
+    for _ in range(seconds * 20):
+        if path.exists():
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{path} did not come")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_says_how_to_go_on_and_exits_as_schedulers_expect(options, tmp_path, number, status):
+    process = start(command, tmp_path / "log", *arguments(options, tmp_path / "run", 500))
+    wait_for(tmp_path / "run/checkpoints/000002")
+    os.kill(process.pid, number)
+    assert finish([process]) == [status]
+    done = len(metrics(tmp_path / "run"))
+    assert f"stopped after iteration {done}; go on with the same command and --resume" in (tmp_path / "log").read_text()
+    assert newest(tmp_path / "run") == (tmp_path / f"run/checkpoints/{done:06d}", [])
+    train(out=tmp_path / "run", iterations=done + 1, resume=True, **options)
+    train(out=tmp_path / "whole", iterations=done + 1, **options)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    assert same_tensors(tmp_path / "run/model", tmp_path / "whole/model")
+
+
+KILLS = int(os.environ.get("SPEEDRL_KILLS", "3"))  # 50 for the long test
+
+
+def test_killed_at_random_moments_a_run_ends_as_the_uninterrupted_one(options, tmp_path):
+    chance, iterations, done = random.Random(0), 3 + 6 * KILLS, 0
+    flags = arguments(options, tmp_path / "run", iterations, "--resume")
+    for _ in range(KILLS):
+        process = start(command, tmp_path / "log", *flags)
+        wait_for(tmp_path / f"run/checkpoints/{done + 1:06d}")
+        time.sleep(chance.random() * 0.2)
+        process.kill()
+        assert finish([process]) in ([-9], [0])
+        assert newest(tmp_path / "run")[1] == []
+        done = int(newest(tmp_path / "run")[0].name)
+        if done == iterations:
+            break
+    train(out=tmp_path / "run", iterations=iterations, resume=True, **options)
+    train(out=tmp_path / "whole", iterations=iterations, **options)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    assert same_tensors(tmp_path / "run/model", tmp_path / "whole/model")
+    assert not (tmp_path / f"run/checkpoints/.{iterations:06d}.partial").exists()
+
+
+def test_a_stop_whose_state_cannot_be_written_says_what_is_saved(options, tmp_path, monkeypatch):
+    full = Full(monkeypatch)
+    plain = speedrl.train.decode
+
+    def decode(*a):
+        if (tmp_path / "run/checkpoints/000002").exists():
+            full.now = True
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(*a)
+
+    monkeypatch.setattr(speedrl.train, "decode", decode)
+    with pytest.raises(Stopped, match="stopped after iteration 3, of which 2 are saved; go on") as stopped:
+        train(out=tmp_path / "run", iterations=9, **options)
+    assert stopped.value.status == 143
+
+
+def test_a_read_only_folder_is_one_line(options, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError):
+        train(out=tmp_path / "file/run", iterations=1, **options)
+
+
+def test_trackers_get_every_row_and_one_that_fails_stops_nothing(options, tmp_path, monkeypatch, capsys):
+    import speedrl.track
+
+    seen = []
+
+    def broken(out, settings):
+        def track(row):
+            seen.append(row["iteration"])
+            raise ConnectionError("offline")
+
+        return track
+
+    monkeypatch.setitem(speedrl.track.TRACKERS, "wandb", broken)
+    train(out=tmp_path / "run", iterations=2, trackers=["tensorboard", "wandb"], **options)
+    assert seen == [1] and capsys.readouterr().out.count("the tracker wandb fails and is left out (offline)") == 1
+    with pytest.raises(ValueError, match="unknown tracker 'paper'"):
+        train(out=tmp_path / "none", iterations=1, trackers=["paper"], **options)
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(tmp_path / "run/tensorboard"))
+    events.Reload()
+    written = [(e.step, e.value) for e in events.Scalars("reward")]
+    assert written == [(row["iteration"], pytest.approx(row["reward"])) for row in metrics(tmp_path / "run")]
