@@ -25,6 +25,8 @@ Negative = Annotated[str | None, Option(help="What guidance leads away from. [de
 MicroConds = Annotated[
     str | None, Option(help="Width, height, crop top, crop left, aesthetic score. [default: the size,0,0,6]")
 ]
+Schedule = Annotated[str | None, Option(help="Mask schedule: cosine, linear, square or arccos. [default: the model's]")]
+Order = Annotated[str | None, Option(help="Order of reveal: confidence, random or halton. [default: the model's]")]
 Precision = Annotated[str, Option(help="fp32, bf16 or fp16, of transformer and text encoder.")]
 
 app = typer.Typer(
@@ -120,6 +122,8 @@ def sample(
     temperature: Annotated[
         float | None, Option(help="Noise in the order of reveal, at the first step. [default: the model's]")
     ],
+    schedule: Schedule,
+    order: Order,
     text_encoder: TextEncoder = None,
     size: Size = None,
     negative_prompt: Negative = None,
@@ -139,7 +143,8 @@ def sample(
     quiet_allocator()
     generator = load_generator(model, device=device, **how)
     wanted = [prompt for prompt in prompts for _ in range(count)]
-    pictures = draw(generator, wanted, steps=steps, seed=seed, guidance=guidance, temperature=temperature)
+    options = {"guidance": guidance, "temperature": temperature, "schedule": schedule, "order": order}
+    pictures = draw(generator, wanted, steps=steps, seed=seed, **options)
     scale = max(1, 256 // generator.size[0])  # small pictures large enough to see
     if len(pictures) == 1:
         save_png(to_pil(pictures[0], scale=scale), out)
@@ -173,8 +178,8 @@ def train(
     temperature: Annotated[
         float | None, Option(help="Noise in the order of reveal, at the first step. [default: the model's]")
     ],
-    schedule: Annotated[str, Option(help="Mask schedule: cosine, linear, square or arccos.")],
-    order: Annotated[str, Option(help="Order of reveal: confidence or random.")],
+    schedule: Schedule,
+    order: Order,
     likelihood: Annotated[str, Option(help="token, sequence or exact.")],
     clip_range: Annotated[float, Option(help="Ratios are clipped to 1 +- this.")],
     kl: Annotated[str, Option(help="Divergence: ce, reverse, k1, k2, k3 or none.")],
@@ -239,6 +244,8 @@ def evaluate(
     steps: Annotated[str, Option(help="Step counts.")],
     guidance: Annotated[str | None, Option(help="Guidances, like 1,3. [default: the model's, and 1]")],
     temperature: Annotated[str | None, Option(help="Temperatures of the reveal. [default: the model's]")],
+    schedule: Annotated[str | None, Option(help="Mask schedules, like cosine,arccos. [default: the model's]")],
+    order: Annotated[str | None, Option(help="Orders of reveal, like confidence,halton. [default: the model's]")],
     prompts: Annotated[str | None, Option(help=PROMPTS)],
     held_out: Annotated[str | None, Option(help="Another, of prompts that no training saw.")],
     count: Annotated[int, Option(help="Pictures of each prompt and seed.")],
@@ -261,6 +268,7 @@ def evaluate(
     options["steps"] = numbers(steps, int, option="steps")
     options["guidance"] = numbers(guidance, float, option="guidance")
     options["temperature"] = numbers(temperature, float, option="temperature")
+    options |= {name: options[name] and tuple(options[name].split(",")) for name in ("schedule", "order")}
     from speedrl.evaluate import evaluate
     from speedrl.platform import quiet_allocator
 

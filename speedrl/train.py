@@ -36,9 +36,9 @@ from speedrl.models.lora import WithoutLora, add_lora, merge_lora, save_lora
 from speedrl.platform import bf16_autocast
 from speedrl.prompts import read_prompts
 from speedrl.reward import Moments, combine, disagreeing, load_qualities, mixture, observe, speed_reward
-from speedrl.rollout import Rollout, draw_noise, rollout, state
+from speedrl.rollout import ORDERS, Rollout, draw_noise, rollout, state
 from speedrl.sample import guided_policy
-from speedrl.schedule import temperatures, timesteps
+from speedrl.schedule import mask_ratio, temperatures, timesteps
 
 TREND = 20  # iterations over which rewards are watched for disagreement
 
@@ -134,6 +134,10 @@ def check(settings: dict, bounds: tuple[int, int]) -> None:
         raise ValueError(f"unknown divergence {settings['kl']!r}: choose ce, reverse, k1, k2, k3 or none")
     if settings["likelihood"] not in ("token", "sequence", "exact"):
         raise ValueError(f"unknown likelihood {settings['likelihood']!r}: choose token, sequence or exact")
+    if settings["order"] not in (None, *ORDERS):
+        raise ValueError(f"unknown reveal order {settings['order']!r}: choose confidence, random or halton")
+    if settings["schedule"] is not None:
+        mask_ratio(torch.zeros(()), kind=settings["schedule"])
     if not 0 <= settings["percentile"] <= 100:
         raise ValueError(f"percentile must be 0 to 100, got {settings['percentile']}")
     if settings["lora"] is not None and adapter_of(settings["model"]):
@@ -292,8 +296,8 @@ def train(
     lr: float = 3e-5,
     guidance: float = 1.0,
     temperature: float | None = None,
-    schedule: str = "cosine",
-    order: str = "confidence",
+    schedule: str | None = None,
+    order: str | None = None,
     likelihood: str = "token",
     clip_range: float = 0.2,
     kl: str = "ce",
@@ -325,6 +329,7 @@ def train(
     `checkpointing` computes each block again in the backward pass, for memory.
     `trained` steps of each rollout, all by default, enter the loss, scaled so that its gradient is that of all in
     expectation. `percentile` and `least_quality` filter groups and samples (`std_percentile`, `low_quality`).
+    `temperature`, the mask `schedule` and the reveal `order` None are the model's own.
     `loading` holds further options of `load_generator`, which the saved model keeps.
     OUT/metrics.jsonl gets a line an iteration; with `resume` the newest of OUT/checkpoint.pt goes on exactly. Returns
     the folder of the model or adapter. ValueError and FileNotFoundError for what cannot be used, before anything is
@@ -338,6 +343,7 @@ def train(
     if bounds[1] > length:
         raise ValueError(f"{bounds[1]} steps are more than the {length} tokens of a picture")
     temperature = generator.temperature if temperature is None else temperature
+    schedule, order = schedule or generator.schedule, order or generator.order
     texts = read_prompts(prompts) if prompts else training_prompts(model)
     scores, shares = load_qualities(quality, device=device, weights=reward_weights)
     start(out, settings, resume=resume)
@@ -375,7 +381,7 @@ def train(
             with autocast:
                 batch = rollout(
                     policy, counts, noise, length=length, mask_id=generator.mask_id, temperature=temperature,
-                    schedule=schedule, order=order, record=likelihood == "exact",
+                    schedule=schedule, order=order, grid=grid, record=likelihood == "exact",
                 )  # fmt: skip
 
             # REWARDS
@@ -443,7 +449,8 @@ def train(
         raise KeyboardInterrupt(f"stopped after iteration {done}; go on with the same command and --resume")
     # from here on the model is sampled as it was trained
     how = {"num_inference_steps": bounds[1], "guidance_scale": guidance, "temperature": temperature,
-           "negative_prompt": generator.negative, "micro_conds": generator.micro_conds}  # fmt: skip
+           "masking_schedule": schedule, "reveal_order": order, "negative_prompt": generator.negative,
+           "micro_conds": generator.micro_conds}  # fmt: skip
     if lora is not None:
         beside = {name: value for name, value in (loading or {}).items() if name in ("text_encoder", "size")}
         if "text_encoder" in beside:
