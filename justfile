@@ -12,6 +12,7 @@ test:
 train *options:
     .venv/bin/speedrl train --steps-reward 0.5 {{options}}
 
+# every ablation of the paper and its report; `just ablate kl --seeds 0,1,2,3,4`, `just ablate --quick`
 ablate *options:
     .venv/bin/speedrl ablate {{options}}
 

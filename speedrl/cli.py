@@ -280,25 +280,59 @@ def evaluate(
 @forwards("ablate.ablate")
 def ablate(
     *,
-    name: Annotated[str, Argument(help="Which ablation: speed-reward.")],
-    out: Annotated[Path, Option(help="Folder of the runs and the table; finished runs are kept.")],
+    name: Annotated[
+        str,
+        Argument(
+            help="speed-reward, kl, likelihood, percentile, low-quality, group-size, guidance, trained-steps, lr, "
+            "order or all."
+        ),
+    ],
+    out: Annotated[Path, Option(help="Folder of the runs and the report; finished runs are kept.")],
     seeds: Annotated[str, Option(help="Seeds to train from, like 0,1,2.")],
     model: Annotated[str, Option(help="embedded, a folder, a run's folder or a hub id.")],
+    device: Annotated[str, Option(help="cpu, cuda, or several for the jobs to share out, like cuda:0,cuda:1.")],
+    jobs: Annotated[int, Option(help="Runs at a time, each in a process of its own.")],
+    quick: Annotated[bool, Option(help="Only show that everything runs: one iteration of four pictures.")],
     iterations: Annotated[int | None, Option(help="Iterations of each training. [default: as train]")] = None,
     groups: Annotated[int | None, Option(help="Prompts of an iteration. [default: as train]")] = None,
     group_size: Annotated[int | None, Option(help="Pictures of each prompt. [default: as train]")] = None,
     lr: Annotated[float | None, Option(help="Learning rate. [default: as train]")] = None,
-    device: Annotated[str | None, Option(help="cpu, cuda, ... [default: as train]")] = None,
-    eval_steps: Annotated[str | None, Option(help="Step counts to measure. [default: as eval]")] = None,
-    eval_count: Annotated[int | None, Option(help="Pictures of each prompt and seed. [default: as eval]")] = None,
+    prompts: Annotated[str | None, Option(help=PROMPTS)] = None,
+    quality: Annotated[str | None, Option(help=QUALITY)] = None,
+    set: Annotated[
+        list[str], Option(metavar="OPTION=VALUE", help="Any other option of train, like lora=16; may be repeated.")
+    ] = (),
+    eval_steps: Annotated[str, Option(help="Step counts to measure.")],
+    eval_count: Annotated[int, Option(help="Pictures of each prompt and seed.")],
+    eval_seeds: Annotated[int, Option(help="Repetitions of each measurement.")],
+    eval_prompts: Annotated[str | None, Option(help="Prompts to measure. [default: the embedded model's]")] = None,
 ) -> None:
-    """Train and measure the variants of an ablation, and put them into one table."""
-    training = {"iterations": iterations, "groups": groups, "group_size": group_size, "lr": lr, "device": device}
-    evaluation = {"steps": numbers(eval_steps, int, option="eval-steps"), "count": eval_count, "device": device}
-    training, evaluation = ({k: v for k, v in options.items() if v is not None} for options in (training, evaluation))
+    """Train and measure the variants of an ablation, or of all, and put them into one report."""
+    training = {"iterations": iterations, "groups": groups, "group_size": group_size, "lr": lr, "prompts": prompts,
+                "quality": quality}  # fmt: skip
+    training = {name: value for name, value in training.items() if value is not None} | assignments(set, "train.train")
+    measuring = {"eval_steps": numbers(eval_steps, int, option="eval-steps"), "eval_count": eval_count,
+                 "eval_seeds": eval_seeds}  # fmt: skip
+    evaluation = {} if eval_prompts is None else {"prompts": eval_prompts}
+    seeds = numbers(seeds, int, option="seeds")
     from speedrl.ablate import ablate
     from speedrl.platform import quiet_allocator
 
     quiet_allocator()
-    seeds = numbers(seeds, int, option="seeds")
-    ablate(name, out=out, seeds=seeds, model=model, evaluation=evaluation, **training)
+    ablate(name, out=out, seeds=seeds, model=model, device=device, jobs=jobs, quick=quick, evaluation=evaluation,
+           **measuring, **training)  # fmt: skip
+
+
+def assignments(texts: list[str], target: str) -> dict[str, Any]:
+    """Reads "lora=16" as an option of "module.function" of this package. ValueError for what is none of its options."""
+    known, found = defaults(target), {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or name not in known:
+            raise ValueError(f"--set takes OPTION=VALUE with an option of {target.split('.')[-1]}, not {text!r}")
+        try:
+            found[name] = ast.literal_eval(value.strip().capitalize() if value.strip() in ("true", "false") else value)
+        except (ValueError, SyntaxError):
+            found[name] = value.strip()  # a word
+    return found

@@ -309,12 +309,12 @@ def metrics_of(rows: list[dict]) -> dict[str, str]:
     return {name: title for name, title in titles.items() if any(row.get(name) is not None for row in rows)}
 
 
-def columns_of(rows: list[dict], *, spreads: bool = True) -> tuple[list[str], list[list[str]]]:
-    """A header and a line of text for each row, ± the spread; metrics that no row has are left out."""
+def columns_of(rows: list[dict], *, spreads: bool = True, error: str = "spread") -> tuple[list[str], list[list[str]]]:
+    """A header and a line of text for each row, ± METRIC_`error`; metrics that no row has are left out."""
     shown = metrics_of(rows)
 
     def number(row: dict, name: str) -> str:
-        value, spread = row.get(name), row.get(f"{name}_spread")
+        value, spread = row.get(name), row.get(f"{name}_{error}")
         digits = 1 if name == "frechet" else 3
         text = "–" if value is None else f"{value:.{digits}f}"
         return text if spread is None or not spreads else f"{text} ±{spread:.{digits}f}"
@@ -346,9 +346,9 @@ def table(rows: list[dict], *, width: int = 160) -> Table:
     return shown
 
 
-def markdown(rows: list[dict]) -> str:
+def markdown(rows: list[dict], *, error: str = "spread") -> str:
     """Rows as a table in Markdown."""
-    header, lines = columns_of(rows)
+    header, lines = columns_of(rows, error=error)
     rule = ["---" if i < 2 else "--:" for i in range(len(header))]
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *lines)) + "\n"
 
