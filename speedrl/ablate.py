@@ -116,6 +116,7 @@ def ablate(
         "count": eval_count,
         "seeds": eval_seeds,
         "pictures": 0,
+        "figure": False,
         **(evaluation or {}),
     }
     if quick:

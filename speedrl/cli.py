@@ -253,6 +253,7 @@ def evaluate(
     quality: Annotated[str, Option(help=QUALITY)],
     reward_weights: Annotated[list[str], Option(help=REWARD_WEIGHTS)],
     pictures: Annotated[int, Option(help="Columns of the contact sheet, 0 for none.")],
+    figure: Annotated[bool, Option(help="Plot quality against network calls.")],
     batch: Annotated[int | None, Option(help="Pictures drawn at a time. [default: by their size]")],
     compile: Annotated[bool, Option(help="Use torch.compile.")],
     text_encoder: TextEncoder = None,

@@ -46,6 +46,7 @@ def evaluate(
     quality: str | None = "embedded",
     reward_weights: Sequence[str] = (),
     pictures: int = 10,
+    figure: bool = True,
     batch: int | None = None,
     compile: bool = False,
     device: str = "cpu",
@@ -58,7 +59,7 @@ def evaluate(
     `prompts` alone is evaluated alone, as "given", and `held_out` beside it as "given held-out". `count` pictures of
     each prompt for each of `seeds` seeds; picture i of a seed starts from the same noise whatever the model and the
     settings. `quality` None leaves the reward out. `pictures` is the number of columns of the contact sheet, 0 for
-    none. `compile` pays where there are many pictures.
+    none, `figure` whether quality is plotted against calls. `compile` pays where there are many pictures.
 
     A row: model, prompts (the set), steps, guidance, temperature, schedule, order, network_calls (one a step, two with
     guidance), seconds_per_image (median over seeds; text encoder and decoder included, in batches of `batch`, by
@@ -137,12 +138,14 @@ def evaluate(
                 done += cost
                 kept[identity(row)] = row
                 write_json(out / "results.json", list(kept.values()))
-    plot(rows, out / "quality_against_calls.png", real=judge.real if judge else None)
+    if figure:
+        plot(rows, out / "quality_against_calls.png", real=judge.real if judge else None)
     if sheet:
         scale = max(1, 128 // sheet[0].shape[-1])
         save_png(contact_sheet(sheet, labels=labels, titles=shown, scale=scale), out / "pictures.png")
     console.print(table(rows, width=console.width))
-    console.print(f"wrote results.json, quality_against_calls.png{' and pictures.png' * bool(sheet)} in {out}")
+    written = ["results.json", *["quality_against_calls.png"] * figure, *["pictures.png"] * bool(sheet)]
+    console.print(f"wrote {', '.join(written)} in {out}")
     return rows
 
 

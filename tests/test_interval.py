@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from speedrl.interval import caution, interval, paired, say
+from speedrl.interval import caution, half_width, interval, paired, say, welch
 
 
 def test_interval_is_scipys_and_covers_the_mean_as_often_as_it_says():
@@ -28,6 +28,20 @@ def test_paired_agrees_with_scipys_paired_t_test_at_the_border():
     assert found["outside"] == (other.pvalue < 0.05)
     level = 1 - other.pvalue
     assert paired(a, b, level=level - 0.001)["outside"] and not paired(a, b, level=level + 0.001)["outside"]
+
+
+def test_welch_agrees_with_scipys():
+    a, b = [0.61, 0.52, 0.70], [0.50, 0.42, 0.55, 0.41]
+    other = stats.ttest_ind(a, b, equal_var=False)
+    low, high = other.confidence_interval(0.95)
+    moments = [(np.mean(x), np.std(x, ddof=1), len(x)) for x in (a, b)]
+    found = welch(*moments[0], other=moments[1])
+    assert (found["difference"] - found["interval"], found["difference"] + found["interval"]) == pytest.approx(
+        (low, high)
+    )
+    assert found["outside"] == (other.pvalue < 0.05) and found["seeds"] == 3
+    assert welch(0.5, None, 1, other=moments[1])["outside"] is None
+    assert half_width(0.1, 1) is None and half_width(np.std(a, ddof=1), 3) == pytest.approx(interval(a)[1])
 
 
 def test_what_is_the_same_for_all_variants_of_a_seed_cancels():

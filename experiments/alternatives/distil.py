@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 
 import torch
+import typer
 from rich.progress import track
 from torch import Tensor
 
@@ -74,9 +75,9 @@ def one_step(student: Student, part: Prompts, noise: Noise, beginning: Noise, *,
 
 def distil(
     *,
-    out: str | Path,
+    out: Path,
     model: str = "embedded",
-    prompts: str | Path | None = None,
+    prompts: str | None = None,
     random_share: float = 0.4,
     guidance: float | None = None,
     beta: float = -0.2,
@@ -136,3 +137,7 @@ def distil(
         log(out, {"iteration": iteration + 1, "grad_norm": norm} | totals)
     budget = {"pictures_seen": iterations * pictures, "network_calls": calls}
     return save(student, out, settings=settings, budget=budget, num_inference_steps=1, random_share=random_share)
+
+
+if __name__ == "__main__":  # python -m experiments.alternatives.distil --out FOLDER
+    typer.run(distil)

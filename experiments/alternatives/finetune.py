@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import typer
 from rich.progress import track
 from torch import Tensor
 
@@ -61,9 +62,9 @@ def finetune_loss(
 
 def finetune(
     *,
-    out: str | Path,
+    out: Path,
     model: str = "embedded",
-    prompts: str | Path | None = None,
+    prompts: str | None = None,
     steps: str = "2-16",
     iterations: int = 30,
     pictures: int = 64,
@@ -112,3 +113,7 @@ def finetune(
         log(out, {"iteration": iteration + 1, "loss": loss, "grad_norm": norm})
     budget = {"pictures_seen": iterations * pictures, "network_calls": calls}
     return save(student, out, settings=settings, budget=budget, num_inference_steps=bounds[1])
+
+
+if __name__ == "__main__":  # python -m experiments.alternatives.finetune --out FOLDER
+    typer.run(finetune)

@@ -52,7 +52,7 @@ def optimiser(transformer: nn.Module, *, lr: float) -> torch.optim.Optimizer:
 
 
 def apply(transformer: nn.Module, optimizer: torch.optim.Optimizer, *, clip_grad: float) -> float:
-    """One update of the gradients that are there; their norm before it was clipped. One that is not finite is left out."""
+    """One update of the gradients that are there, none if they are not finite; their norm before it was clipped."""
     norm = nn.utils.clip_grad_norm_(transformer.parameters(), clip_grad)
     if torch.isfinite(norm):
         optimizer.step()
