@@ -16,6 +16,14 @@ train *options:
 ablate *options:
     .venv/bin/speedrl ablate {{options}}
 
+# reinforcement learning beside fine-tuning, distillation, other orders and the base at its best: hours
+study *options:
+    .venv/bin/python -m experiments.study {{options}}
+
+# variance of the gradient under each KL estimator and each likelihood: an hour
+gradients *options:
+    .venv/bin/python -m experiments.study.gradients {{options}}
+
 # quality and time of the embedded model over step counts
 bench *options:
     .venv/bin/speedrl eval --model embedded --out runs/bench {{options}}
