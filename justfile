@@ -20,7 +20,7 @@ ablate *options:
 study *options:
     .venv/bin/python -m experiments.study {{options}}
 
-# variance of the gradient under each KL estimator and each likelihood: an hour
+# variance of the gradient under each KL estimator and each likelihood
 gradients *options:
     .venv/bin/python -m experiments.study.gradients {{options}}
 

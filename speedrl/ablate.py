@@ -92,7 +92,7 @@ def ablate(
     `options` go to `train` for all variants; an ablation's own go before them, but one alone refuses them (ValueError).
     `evaluation` are further options of `evaluate`. The model they start from is evaluated too, as "start". `jobs` runs
     go at a time, each in a process of its own that writes to log.txt in its folder; `device` may be several with commas
-    between them, which the jobs share out. `quick` tries the machinery: one iteration of four pictures, two seeds.
+    between them, which the jobs share out. `quick` tries the machinery: one iteration of four pictures, one seed.
 
     A run lies in OUT/runs/OPTIONS/seed-N, so that ablations share what they have in common: a finished one is kept, an
     interrupted one goes on, one of other options is refused (ValueError). One that fails is reported, and the others go
@@ -120,7 +120,7 @@ def ablate(
         **(evaluation or {}),
     }
     if quick:
-        seeds, options = tuple(seeds)[:2], hurried(options)
+        seeds, options = tuple(seeds)[:1], hurried(options)
         prompts = next(iter(prompt_sets(evaluation.get("prompts"), None).values()))[:4]
         write_atomically(out / "prompts.txt", lambda partial: partial.write_text("\n".join(prompts) + "\n"))
         evaluation |= {"steps": (2,), "count": 2, "seeds": 1, "guidance": (1.0,), "prompts": str(out / "prompts.txt")}
