@@ -96,7 +96,8 @@ def ablate(
 
     A run lies in OUT/runs/OPTIONS/seed-N, so that ablations share what they have in common: a finished one is kept, an
     interrupted one goes on, one of other options is refused (ValueError). One that fails is reported, and the others go
-    on. OUT/report has index.html, and NAME.json, NAME.md and NAME.png and .svg (curves over iterations) for each.
+    on. OUT/report, or OUT/report-NAME of one alone, has index.html, and for each ablation NAME.json, NAME.md, and
+    NAME.png and .svg, the curves over iterations.
 
     A row is as in `evaluate`, with the variant as its model, each metric's mean over training seeds, METRIC_spread,
     their standard deviation (n - 1; None for one seed), not that over sampling seeds, and METRIC_interval, half the
@@ -129,15 +130,13 @@ def ablate(
     levels = {}
     if any(value in (MEDIAN, QUARTILE) for own in flat(chosen) for value in own.values()):
         levels = quality_levels(out / "start", shared, device=device.split(",")[0])
-    plan = {
-        (which, variant, seed): (
-            run_folder(out, difference(own, shared), seed),
-            shared | {key: levels.get(value, value) for key, value in own.items()} | {"seed": seed},
-        )
-        for which, own_of in chosen.items()
-        for variant, own in own_of.items()
-        for seed in seeds
-    }
+    plan = {}  # only what differs from the default, so that a run is the same whichever ablation asks for it
+    for which, own_of in chosen.items():
+        for variant, own in own_of.items():
+            apart = difference(own, shared)
+            options_of = shared | {key: levels.get(value, value) for key, value in apart.items()}
+            for seed in seeds:
+                plan[which, variant, seed] = run_folder(out, apart, seed), options_of | {"seed": seed}
     runs = dict(plan.values())
     for folder, own in runs.items():
         refuse_other(folder, own)
@@ -146,15 +145,16 @@ def ablate(
     beginning = evaluate([model], out=out / "start", device=device.split(",")[0], **evaluation)
     outcome = run_all(runs, evaluation=evaluation, devices=device.split(","), jobs=jobs, console=console)
     every, sections = [], []
+    report = out / ("report" if name == "all" else f"report-{name}")
     for which, own_of in chosen.items():
         of = {v: {seed: plan[which, v, seed][0] for seed in seeds} for v in own_of}
-        rows, part = conclude(which, of, outcome, beginning, out=out, evaluation=evaluation, runs=runs)
+        rows, part = conclude(which, of, outcome, beginning, report=report, evaluation=evaluation, runs=runs)
         console.print(table(rows, width=console.width))
         every += rows
         sections.append(part)
     minutes = (time.time() - began) / 60
     about = f"Seeds {', '.join(map(str, seeds))}. This call took {minutes:.0f} minutes; finished runs were kept."
-    write_page(out / "report" / "index.html", f"Ablations of {model}", [Section("What this is", [about]), *sections])
+    write_page(report / "index.html", f"Ablations of {model}", [Section("What this is", [about]), *sections])
     console.print(f"wrote {out / 'report' / 'index.html'}", soft_wrap=True, highlight=False)
     if failed := {folder: why for folder, why in outcome.items() if isinstance(why, str)}:
         console.print(f"{len(failed)} of {len(runs)} runs failed", highlight=False)
@@ -209,11 +209,11 @@ def conclude(
     outcome: Mapping[Path, list[dict] | str],
     beginning: list[dict],
     *,
-    out: Path,
+    report: Path,
     evaluation: dict,
     runs: Mapping[Path, dict],
 ) -> tuple[list[dict], Section]:
-    """One ablation's rows and its part of the report; writes its files there. `folders` by variant and seed."""
+    """One ablation's rows and its part of the page; writes its files to `report`. `folders` by variant and seed."""
     measured = {
         variant: {seed: outcome[folder] for seed, folder in by_seed.items() if not isinstance(outcome[folder], str)}
         for variant, by_seed in folders.items()
@@ -236,7 +236,7 @@ def conclude(
         line for by_seed in folders.values() for f in by_seed.values() for line in commands_of(f, runs[f], evaluation)
     ]
     commands = list(dict.fromkeys(commands))
-    report, complaints = out / "report", [f"Failed: {run}: {why}" for run, why in failed.items()]
+    complaints = [f"Failed: {run}: {why}" for run, why in failed.items()]
     write_json(
         report / f"{name}.json",
         {

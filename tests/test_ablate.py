@@ -51,15 +51,15 @@ def test_one_report_of_all_variants(calls, tmp_path, capsys):
     assert rows[0]["reward_spread"] is None and rows[1]["reward_spread"] == pytest.approx(0.5**0.5)
     assert rows[1]["reward_interval"] == pytest.approx(12.706 * 0.5, rel=1e-4)  # t of one degree of freedom
     assert len(calls) == 6 and all(options["iterations"] == 3 for _, _, options in calls)
-    written = json.loads((tmp_path / "report/likelihood.json").read_text())
+    written = json.loads((tmp_path / "report-likelihood/likelihood.json").read_text())
     assert [row["model"] for row in written["rows"]] == [row["model"] for row in rows]
     found = {d["variant"]: d for d in written["differences"]}
     assert found["sequence"]["difference"] == 3 and found["sequence"]["outside"] and found["exact"]["difference"] == 0
     assert "reward is 3.000 ± 0.000 higher, outside the noise" in " ".join(written["words"])
-    text = (tmp_path / "report/likelihood.md").read_text()
+    text = (tmp_path / "report-likelihood/likelihood.md").read_text()
     assert "| sequence |" in text and "speedrl train --out" in text and "--likelihood sequence" in text
     for name in ("index.html", "likelihood.png", "likelihood.svg"):
-        assert (tmp_path / "report" / name).stat().st_size > 1000
+        assert (tmp_path / "report-likelihood" / name).stat().st_size > 1000
     assert "sequence" in capsys.readouterr().out
 
 
@@ -70,6 +70,8 @@ def test_ablations_share_the_runs_that_they_have_in_common(calls, tmp_path):
     assert {row["ablation"] for row in rows} == set(ablations())
     folders = [out.parent.parent.name for out, _, _ in calls]
     assert folders.count("default") == 1 and len(set(folders)) == len(folders)
+    ablate("kl", out=tmp_path, seeds=(0,))
+    assert len(calls) == len(folders), "a run is the same whichever ablation asks for it"
     gates = [options["quality_gate"] for _, _, options in calls if options.get("quality_gate") is not None]
     assert gates == [0.25], "named levels become numbers"
     page = (tmp_path / "report/index.html").read_text()
@@ -105,10 +107,10 @@ def test_finished_runs_are_kept_interrupted_ones_go_on_and_others_are_refused(ca
 def test_a_failing_variant_stops_no_other(calls, tmp_path, capsys):
     rows = ablate("likelihood", out=tmp_path, seeds=(0,), lr=0.5)
     assert [row["model"] for row in rows] == ["start", "token", "exact"]
-    written = json.loads((tmp_path / "report/likelihood.json").read_text())
+    written = json.loads((tmp_path / "report-likelihood/likelihood.json").read_text())
     assert written["failed"] == {"sequence, seed 0": "it fell over badly"}
     assert "it fell over badly" in capsys.readouterr().out
-    assert "Failed: sequence, seed 0: it fell over badly" in (tmp_path / "report/index.html").read_text()
+    assert "Failed: sequence, seed 0: it fell over badly" in (tmp_path / "report-likelihood/index.html").read_text()
 
 
 def test_bad_input(calls, tmp_path):
