@@ -16,8 +16,17 @@ kill:
 train *options:
     .venv/bin/speedrl train --steps-reward 0.5 {{options}}
 
+# every ablation of the paper and its report; `just ablate kl --seeds 0,1,2,3,4`, `just ablate --quick`
 ablate *options:
     .venv/bin/speedrl ablate {{options}}
+
+# reinforcement learning beside fine-tuning, distillation, other orders and the base at its best: hours
+study *options:
+    .venv/bin/python -m experiments.study {{options}}
+
+# variance of the gradient under each KL estimator and each likelihood
+gradients *options:
+    .venv/bin/python -m experiments.study.gradients {{options}}
 
 # quality and time of the embedded model over step counts
 eval *options:

@@ -1,116 +1,317 @@
-"""Ablations: train variants that differ in one thing, evaluate each, and put them into one table."""
+"""Ablations: train variants that differ in one thing, evaluate each, and put them into one report."""
 
+import inspect
 import json
 import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from speedrl.evaluate import evaluate, markdown, metrics_of, over_seeds, table
+from speedrl.evaluate import METRICS, columns_of, evaluate, markdown, metrics_of, over_seeds, prompt_sets, table
 from speedrl.files import write_atomically, write_json
-from speedrl.state import checkpoints
-from speedrl.train import train
+from speedrl.interval import caution, interval, paired, say
+from speedrl.models.checkpoint import load_generator
+from speedrl.page import Section, write_page
+from speedrl.prompts import read_prompts
+from speedrl.report import plot_curves
+from speedrl.reward import load_qualities
+from speedrl.runs import commands_of, metrics_file, refuse_other, run_all, run_folder
+from speedrl.sample import sample
+from speedrl.train import step_range, train, training_prompts
+
+MEDIAN, QUARTILE = "median", "lower quartile"  # of the starting model's quality, in place of a number
+COMPARED = ("reward", "judge_r1", "diversity")  # what is said in words
+CURVES = {"quality": "quality of the rollouts", "kl": "divergence from the start, nats a token"}
+
+
+def ablations() -> dict[str, dict[str, dict]]:
+    """Every ablation by name: its variants, each with the options of `train` that it sets; the first is the baseline.
+
+    "median" and "lower quartile" stand for those of the quality of the starting model's own pictures, as a number that
+    fits one reward means nothing to another.
+
+    speed-reward: the paper's first question. Where step counts are fixed or drawn from a range, the policy does not
+    choose them, and the speed reward's expected gradient is 0 (see `speed_reward`): it can only shift the baselines.
+    With the gate it depends on the quality, and it has one.
+    group-size: always 64 pictures an iteration. guidance: in rollouts and in scoring alike.
+    """
+    speed = {
+        f"2-16 steps, speed {weight:g}": {"steps": "2-16", "steps_reward": weight} for weight in (0, 0.1, 0.25, 0.5, 1)
+    }
+    gated = {"2-16 steps, speed 0.5, gated": {"steps": "2-16", "steps_reward": 0.5, "quality_gate": MEDIAN}}
+    fixed = {f"8 steps, speed {weight:g}": {"steps": "8", "steps_reward": weight} for weight in (0, 0.5)}
+    weights = {f"ce, weight {weight:g}": {"kl": "ce", "kl_weight": weight} for weight in (0.02, 0.005, 0.1, 0.5)}
+    return {
+        "speed-reward": speed | gated | fixed,
+        "kl": weights
+        | {f"{kind}, weight 0.02": {"kl": kind, "kl_weight": 0.02} for kind in ("reverse", "k2", "k3")}
+        | {"none": {"kl": "none"}},
+        "likelihood": {level: {"likelihood": level} for level in ("token", "sequence", "exact")},
+        "percentile": {f"percentile {p:g}": {"percentile": p} for p in (0.0, 25.0, 50.0, 75.0)},
+        "low-quality": {
+            "all train": {"least_quality": None},
+            "not the lowest quarter": {"least_quality": QUARTILE},
+            "not the lower half": {"least_quality": MEDIAN},
+        },
+        "group-size": {f"{64 // n} groups of {n}": {"groups": 64 // n, "group_size": n} for n in (8, 4, 16, 32)},
+        "guidance": {f"guidance {g:g}": {"guidance": g} for g in (1.0, 1.5, 2.0, 4.0)},
+        "trained-steps": {f"{n or 'all'} steps train": {"trained": n} for n in (None, 4, 2, 1)},
+        "lr": {f"lr {lr:g}": {"lr": lr} for lr in (3e-5, 1e-5, 1e-4, 3e-4)},
+        "order": {"the model's order": {"order": None}, "random": {"order": "random"}, "halton": {"order": "halton"}},
+    }
 
 
 def variants(name: str) -> dict[str, dict]:
-    """The variants of a named ablation, each with the options of `train` that it sets. ValueError for no such name.
-
-    speed-reward: step counts drawn from 2 to 16, with the speed reward and without. As the policy does not choose
-    them, the speed reward's expected gradient is 0 (see `speed_reward`): it can only add noise to the advantages.
-    """
-    match name:
-        case "speed-reward":
-            return {
-                "without speed reward": {"steps": "2-16", "steps_reward": 0.0},
-                "with speed reward": {"steps": "2-16", "steps_reward": 0.5},
-            }
-    raise ValueError(f"unknown ablation {name!r}: choose speed-reward")
+    """The variants of a named ablation. ValueError for no such name."""
+    known = ablations()
+    if name not in known:
+        raise ValueError(f"unknown ablation {name!r}: choose {', '.join(known)} or all")
+    return known[name]
 
 
 def ablate(
-    name: str = "speed-reward",
+    name: str = "all",
     *,
     out: str | Path = "runs/ablate",
-    seeds: Sequence[int] = (0,),
+    seeds: Sequence[int] = (0, 1, 2),
     model: str = "embedded",
-    evaluation: dict | None = None,
+    device: str = "cpu",
+    jobs: int = 1,
+    quick: bool = False,
+    eval_steps: Sequence[int] = (4, 8, 16),
+    eval_count: int = 4,
+    eval_seeds: int = 1,
+    evaluation: Mapping[str, Any] | None = None,
     **options,
 ) -> list[dict]:
-    """Trains every variant of an ablation from every seed and evaluates it: one row each for variant and setting.
+    """Trains every variant of an ablation, or of all, from every seed and evaluates it: a row for variant and setting.
 
-    `options` go to `train` for all variants, but for what the ablation itself sets (ValueError); `evaluation` are
-    options of `evaluate`. The model they start from is evaluated too, as the variant "start". A run lies in
-    OUT/VARIANT/seed-N: a finished one is kept, an interrupted one goes on, one of other options is refused
-    (ValueError). A variant that fails is reported, and the others go on.
+    `options` go to `train` for all variants; an ablation's own go before them, but one alone refuses them (ValueError).
+    `evaluation` are further options of `evaluate`. The model they start from is evaluated too, as "start". `jobs` runs
+    go at a time, each in a process of its own that writes to log.txt in its folder; `device` may be several with commas
+    between them, which the jobs share out. `quick` tries the machinery: one iteration of four pictures, one seed.
 
-    A row is as in `evaluate`, with the variant as its model, each metric's mean over training seeds, and as its spread
-    their standard deviation (n - 1; None for one seed), not that over sampling seeds. Writes OUT/ablation.json and
-    OUT/ablation.md and prints the table. ValueError where no variant ran.
+    A run lies in OUT/runs/OPTIONS/seed-N, so that ablations share what they have in common: a finished one is kept, an
+    interrupted one goes on, one of other options is refused (ValueError). One that fails is reported, and the others go
+    on. OUT/report, or OUT/report-NAME of one alone, has index.html, and for each ablation NAME.json, NAME.md, and
+    NAME.png and .svg, the curves over iterations.
+
+    A row is as in `evaluate`, with the variant as its model, each metric's mean over training seeds, METRIC_spread,
+    their standard deviation (n - 1; None for one seed), not that over sampling seeds, and METRIC_interval, half the
+    width of the 95 % interval of the mean. ValueError where no variant ran.
     """
-    chosen, out, console = variants(name), Path(out), Console()
-    for variant, own in chosen.items():
-        if own.keys() & options.keys():
-            raise ValueError(f"the ablation {name} sets {', '.join(sorted(own.keys() & options.keys()))} itself")
-        for seed in seeds:
-            refuse_other(run_folder(out, variant, seed), options | own | {"model": model, "seed": seed})
+    out, console = Path(out), Console()
     if not seeds:
         raise ValueError("there is no seed to train from: give at least one")
+    if jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {jobs}")
+    chosen = {name: variants(name)} if name != "all" else ablations()
+    clash = {key for own in chosen[name].values() for key in own.keys() & options.keys()} if name != "all" else ()
+    if clash:
+        raise ValueError(f"the ablation {name} sets {', '.join(sorted(clash))} itself")
+    evaluation = {
+        "steps": tuple(eval_steps),
+        "count": eval_count,
+        "seeds": eval_seeds,
+        "pictures": 0,
+        "figure": False,
+        **(evaluation or {}),
+    }
+    if quick:
+        seeds, options = tuple(seeds)[:1], hurried(options)
+        prompts = next(iter(prompt_sets(evaluation.get("prompts"), None).values()))[:4]
+        write_atomically(out / "prompts.txt", lambda partial: partial.write_text("\n".join(prompts) + "\n"))
+        evaluation |= {"steps": (2,), "count": 2, "seeds": 1, "guidance": (1.0,), "prompts": str(out / "prompts.txt")}
+    evaluation = {key: options[key] for key in ("quality", "reward_weights") if key in options} | evaluation
+    shared = options | {"model": model}
+    levels = {}
+    if any(value in (MEDIAN, QUARTILE) for own in flat(chosen) for value in own.values()):
+        levels = quality_levels(out / "start", shared, device=device.split(",")[0])
+    plan = {}  # only what differs from the default, so that a run is the same whichever ablation asks for it
+    for which, own_of in chosen.items():
+        for variant, own in own_of.items():
+            apart = difference(own, shared)
+            options_of = shared | {key: levels.get(value, value) for key, value in apart.items()}
+            for seed in seeds:
+                plan[which, variant, seed] = run_folder(out, apart, seed), options_of | {"seed": seed}
+    runs = dict(plan.values())
+    for folder, own in runs.items():
+        refuse_other(folder, own)
 
-    measured, failed = {"start": [evaluate([model], out=out / "start", **(evaluation or {}))]}, {}
-    for variant, own in chosen.items():
-        for seed in seeds:
-            folder = run_folder(out, variant, seed)
-            try:
-                console.rule(f"{variant}, seed {seed}")
-                trained = trained_once(folder, options | own | {"model": model, "seed": seed})
-                rows = evaluate([str(trained)], out=folder / "eval", **(evaluation or {}))
-                measured.setdefault(variant, []).append(rows)
-            except KeyboardInterrupt:
-                raise KeyboardInterrupt(f"stopped at {variant}, seed {seed}; the same command goes on") from None
-            except Exception as error:  # whatever stops one variant is no reason to lose the others
-                failed[f"{variant}, seed {seed}"] = " ".join(str(error).split()) or type(error).__name__
-                console.print(f"{variant}, seed {seed} failed: {failed[f'{variant}, seed {seed}']}")
-    rows = [row for variant, runs in measured.items() for row in over_runs(variant, runs)]
-    write_json(out / "ablation.json", {"ablation": name, "seeds": list(seeds), "failed": failed, "rows": rows})
-    text = f"# {name}\n\n{markdown(rows)}" + "".join(f"\nFailed: {run}: {why}\n" for run, why in failed.items())
-    write_atomically(out / "ablation.md", lambda partial: partial.write_text(text))
-    console.print(table(rows, width=console.width))
-    console.print(f"wrote ablation.json and ablation.md in {out}")
-    if len(measured) == 1:
-        raise ValueError(f"no variant of {name} ran: {'; '.join(f'{run}: {why}' for run, why in failed.items())}")
-    return rows
+    began = time.time()
+    beginning = evaluate([model], out=out / "start", device=device.split(",")[0], **evaluation)
+    outcome = run_all(runs, evaluation=evaluation, devices=device.split(","), jobs=jobs, console=console)
+    every, sections = [], []
+    report = out / ("report" if name == "all" else f"report-{name}")
+    for which, own_of in chosen.items():
+        of = {v: {seed: plan[which, v, seed][0] for seed in seeds} for v in own_of}
+        rows, part = conclude(which, of, outcome, beginning, report=report, evaluation=evaluation, runs=runs)
+        console.print(table(rows, width=console.width))
+        every += rows
+        sections.append(part)
+    minutes = (time.time() - began) / 60
+    about = f"Seeds {', '.join(map(str, seeds))}. This call took {minutes:.0f} minutes; finished runs were kept."
+    write_page(report / "index.html", f"Ablations of {model}", [Section("What this is", [about]), *sections])
+    console.print(f"wrote {report / 'index.html'}", soft_wrap=True, highlight=False)
+    if failed := {folder: why for folder, why in outcome.items() if isinstance(why, str)}:
+        console.print(f"{len(failed)} of {len(runs)} runs failed", highlight=False)
+        if len(failed) == len(runs):
+            raise ValueError(f"no variant of {name} ran: {'; '.join(sorted(set(failed.values())))}")
+    return every
 
 
-def run_folder(out: Path, variant: str, seed: int) -> Path:
-    return out / variant.replace(" ", "-") / f"seed-{seed}"
+def hurried(options: dict) -> dict:
+    """Options of a training that shows only that it runs; what is given stays."""
+    return {"iterations": 1, "groups": 2, "group_size": 2, "compile": False} | options
 
 
-def refuse_other(folder: Path, options: dict) -> None:
-    """ValueError where a folder holds a run of other options."""
-    path = folder / "variant.json"
-    if path.exists() and json.loads(path.read_text()) != json.loads(json.dumps(options, default=str)):
-        raise ValueError(f"{folder} holds a run of other options: give another folder, or the same options")
+def flat(chosen: Mapping[str, Mapping[str, dict]]) -> list[dict]:
+    return [own for variants_of in chosen.values() for own in variants_of.values()]
 
 
-def trained_once(folder: Path, options: dict) -> Path:
-    """The model that `train` made in this folder of these options; trained now, or to the end, if it is not there."""
-    if (folder / "run" / "model").exists():
-        return folder / "run" / "model"
-    write_json(folder / "variant.json", json.loads(json.dumps(options, default=str)))
-    begun = bool(checkpoints(folder / "run"))
-    if not begun:
-        (folder / "run" / "metrics.jsonl").unlink(missing_ok=True)  # of a run stopped before its first checkpoint
-    return train(out=folder / "run", resume=begun, **options)
+def difference(own: dict, shared: dict) -> dict:
+    """The options of a variant that are not those of a run without it: {} for a baseline that is the default."""
+    default = {name: p.default for name, p in inspect.signature(train).parameters.items()} | shared
+    return {name: value for name, value in own.items() if name not in default or value != default[name]}
+
+
+def quality_levels(folder: Path, options: dict, *, device: str, pictures: int = 64) -> dict[str, float]:
+    """Median and lower quartile of the quality of pictures that the starting model draws of training prompts.
+
+    Measured once and kept in FOLDER/levels.json, as the variants' options must stay what they were. Of several
+    qualities, which training standardises, they are those of a normal distribution.
+    """
+    path = folder / "levels.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    defaults = {name: p.default for name, p in inspect.signature(train).parameters.items()} | options
+    scores, _ = load_qualities(defaults["quality"], device=device, weights=defaults["reward_weights"])
+    if len(scores) > 1:
+        found = {MEDIAN: 0.0, QUARTILE: round(statistics.NormalDist().inv_cdf(0.25), 4)}
+    else:
+        generator = load_generator(defaults["model"], device=device, **(defaults["loading"] or {}))
+        texts = read_prompts(defaults["prompts"]) if defaults["prompts"] else list(training_prompts(defaults["model"]))
+        texts = (texts * pictures)[:pictures]
+        steps = step_range(defaults["steps"])[1]
+        images = sample(generator, texts, steps=steps, guidance=defaults["guidance"])
+        quality = next(iter(scores.values()))(images, texts).float().cpu()
+        found = {MEDIAN: round(quality.median().item(), 4), QUARTILE: round(quality.quantile(0.25).item(), 4)}
+    write_json(path, found)
+    return found
+
+
+def conclude(
+    name: str,
+    folders: Mapping[str, Mapping[int, Path]],
+    outcome: Mapping[Path, list[dict] | str],
+    beginning: list[dict],
+    *,
+    report: Path,
+    evaluation: dict,
+    runs: Mapping[Path, dict],
+) -> tuple[list[dict], Section]:
+    """One ablation's rows and its part of the page; writes its files to `report`. `folders` by variant and seed."""
+    measured = {
+        variant: {seed: outcome[folder] for seed, folder in by_seed.items() if not isinstance(outcome[folder], str)}
+        for variant, by_seed in folders.items()
+    }
+    failed = {
+        f"{variant}, seed {seed}": outcome[folder]
+        for variant, by_seed in folders.items()
+        for seed, folder in by_seed.items()
+        if isinstance(outcome[folder], str)
+    }
+    rows = over_runs("start", [beginning])
+    rows += [row for variant, by_seed in measured.items() for row in over_runs(variant, list(by_seed.values()))]
+    baseline = next(iter(folders))
+    differences = [d for variant in measured if variant != baseline for d in compared(variant, baseline, measured)]
+    words = in_words(differences, baseline=baseline)
+    curves = {
+        variant: [metrics_file(folders[variant][seed]) for seed in by_seed] for variant, by_seed in measured.items()
+    }
+    commands = [
+        line for by_seed in folders.values() for f in by_seed.values() for line in commands_of(f, runs[f], evaluation)
+    ]
+    commands = list(dict.fromkeys(commands))
+    complaints = [f"Failed: {run}: {why}" for run, why in failed.items()]
+    write_json(
+        report / f"{name}.json",
+        {
+            "ablation": name,
+            "failed": failed,
+            "rows": rows,
+            "differences": differences,
+            "words": words,
+            "commands": commands,
+        },
+    )
+    paragraphs = "".join(f"\n{line}\n" for line in (*words, *complaints))
+    code = "".join(f"    {line}\n" for line in commands)
+    text = f"# {name}\n\n{markdown(rows, error='interval')}\n± is the 95 % interval over seeds.\n{paragraphs}\n{code}"
+    write_atomically(report / f"{name}.md", lambda partial: partial.write_text(text))
+    plot_curves(curves, report / name, metrics=CURVES, title=name)
+    caption = f"{name}: means over seeds, with the 95 % interval of the mean where there are several"
+    section = Section(
+        title=name,
+        words=[*words, *complaints],
+        pictures=[(f"{name}.png", caption)],
+        tables=[columns_of(rows, error="interval")],
+        commands=commands,
+        files=[f"{name}.json", f"{name}.md", f"{name}.svg"],
+    )
+    return [row | {"ablation": name} for row in rows], section
 
 
 def over_runs(variant: str, runs: list[list[dict]]) -> list[dict]:
-    """The rows of several trainings of one variant as one list: means, and spreads over the trainings."""
+    """The rows of several trainings of one variant as one list: means, spreads and intervals over the trainings."""
     rows = []
     for same in zip(*runs, strict=True):
         row = {key: value for key, value in same[0].items() if key not in ("weights", "settings")} | {"model": variant}
         metrics = metrics_of(list(same))
         row |= over_seeds([{name: one.get(name) for name in metrics} for one in same])
+        for metric in metrics:
+            known = [one[metric] for one in same if one.get(metric) is not None]
+            row[f"{metric}_interval"] = interval(known)[1] if known else None
         row["seconds_per_image"] = statistics.fmean(one["seconds_per_image"] for one in same)
         rows.append(row | {"runs": len(same)})
     return rows
+
+
+def cell(row: dict) -> tuple:
+    """What two rows must share to be compared: prompts and the cost of a picture."""
+    return row["prompts"], row["steps"], row["network_calls"]
+
+
+def compared(variant: str, baseline: str, measured: Mapping[str, Mapping[int, list[dict]]]) -> list[dict]:
+    """Differences of a variant from the baseline, paired by seed, for each of COMPARED at every common setting."""
+    found = []
+    for key in dict.fromkeys(cell(row) for rows in measured[variant].values() for row in rows):
+        for metric in COMPARED:
+            values, others = (
+                {s: row[metric] for s, rows in measured[which].items() for row in rows
+                 if cell(row) == key and row.get(metric) is not None}
+                for which in (variant, baseline)
+            )  # fmt: skip
+            if values.keys() & others.keys():
+                setting = dict(zip(("prompts", "steps", "network_calls"), key, strict=True))
+                found.append({"variant": variant, **setting, "metric": metric, **paired(values, others)})
+    return found
+
+
+def in_words(differences: list[dict], *, baseline: str) -> list[str]:
+    """A paragraph for each variant, and how far to trust them all."""
+    if not differences:
+        return []
+    paragraphs = []
+    for variant in dict.fromkeys(found["variant"] for found in differences):
+        own = [found for found in differences if found["variant"] == variant]
+        sentences = []
+        for key in dict.fromkeys((found["prompts"], found["steps"], found["network_calls"]) for found in own):
+            here = [f for f in own if (f["prompts"], f["steps"], f["network_calls"]) == key]
+            said = "; ".join(say(METRICS[found["metric"]], found) for found in here)
+            sentences.append(f"{key[0]} prompts, {key[1]} steps ({key[2]} calls): {said}")
+        paragraphs.append(f"{variant}, against {baseline}. {'. '.join(s[0].upper() + s[1:] for s in sentences)}.")
+    return [*paragraphs, caution(differences)]

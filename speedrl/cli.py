@@ -26,6 +26,8 @@ Negative = Annotated[str | None, Option(help="What guidance leads away from. [de
 MicroConds = Annotated[
     str | None, Option(help="Width, height, crop top, crop left, aesthetic score. [default: the size,0,0,6]")
 ]
+Schedule = Annotated[str | None, Option(help="Mask schedule: cosine, linear, square or arccos. [default: the model's]")]
+Order = Annotated[str | None, Option(help="Order of reveal: confidence, random or halton. [default: the model's]")]
 Precision = Annotated[str, Option(help="fp32, bf16 or fp16, of transformer and text encoder.")]
 
 app = typer.Typer(
@@ -122,6 +124,8 @@ def sample(
     temperature: Annotated[
         float | None, Option(help="Noise in the order of reveal, at the first step. [default: the model's]")
     ],
+    schedule: Schedule,
+    order: Order,
     text_encoder: TextEncoder = None,
     size: Size = None,
     negative_prompt: Negative = None,
@@ -141,7 +145,8 @@ def sample(
     quiet_allocator()
     generator = load_generator(model, device=device, **how)
     wanted = [prompt for prompt in prompts for _ in range(count)]
-    pictures = draw(generator, wanted, steps=steps, seed=seed, guidance=guidance, temperature=temperature)
+    options = {"guidance": guidance, "temperature": temperature, "schedule": schedule, "order": order}
+    pictures = draw(generator, wanted, steps=steps, seed=seed, **options)
     scale = max(1, 256 // generator.size[0])  # small pictures large enough to see
     if len(pictures) == 1:
         save_png(to_pil(pictures[0], scale=scale), out)
@@ -178,8 +183,8 @@ def train(
     temperature: Annotated[
         float | None, Option(help="Noise in the order of reveal, at the first step. [default: the model's]")
     ],
-    schedule: Annotated[str, Option(help="Mask schedule: cosine, linear, square or arccos.")],
-    order: Annotated[str, Option(help="Order of reveal: confidence or random.")],
+    schedule: Schedule,
+    order: Order,
     likelihood: Annotated[str, Option(help="token, sequence or exact.")],
     clip_range: Annotated[float, Option(help="Ratios are clipped to 1 +- this.")],
     kl: Annotated[str, Option(help="Divergence: ce, reverse, k1, k2, k3 or none.")],
@@ -275,6 +280,8 @@ def evaluate(
     steps: Annotated[str, Option(help="Step counts.")],
     guidance: Annotated[str | None, Option(help="Guidances, like 1,3. [default: the model's, and 1]")],
     temperature: Annotated[str | None, Option(help="Temperatures of the reveal. [default: the model's]")],
+    schedule: Annotated[str | None, Option(help="Mask schedules, like cosine,arccos. [default: the model's]")],
+    order: Annotated[str | None, Option(help="Orders of reveal, like confidence,halton. [default: the model's]")],
     prompts: Annotated[str | None, Option(help=PROMPTS)],
     held_out: Annotated[str | None, Option(help="Another, of prompts that no training saw.")],
     count: Annotated[int, Option(help="Pictures of each prompt and seed.")],
@@ -282,6 +289,7 @@ def evaluate(
     quality: Annotated[str, Option(help=QUALITY)],
     reward_weights: Annotated[list[str], Option(help=REWARD_WEIGHTS)],
     pictures: Annotated[int, Option(help="Columns of the contact sheet, 0 for none.")],
+    figure: Annotated[bool, Option(help="Plot quality against network calls.")],
     batch: Annotated[int | None, Option(help="Pictures drawn at a time. [default: by their size]")],
     compile: Annotated[bool, Option(help="Use torch.compile.")],
     text_encoder: TextEncoder = None,
@@ -297,6 +305,7 @@ def evaluate(
     options["steps"] = numbers(steps, int, option="steps")
     options["guidance"] = numbers(guidance, float, option="guidance")
     options["temperature"] = numbers(temperature, float, option="temperature")
+    options |= {name: options[name] and tuple(options[name].split(",")) for name in ("schedule", "order")}
     from speedrl.evaluate import evaluate
     from speedrl.platform import quiet_allocator
 
@@ -308,25 +317,59 @@ def evaluate(
 @forwards("ablate.ablate")
 def ablate(
     *,
-    name: Annotated[str, Argument(help="Which ablation: speed-reward.")],
-    out: Annotated[Path, Option(help="Folder of the runs and the table; finished runs are kept.")],
+    name: Annotated[
+        str,
+        Argument(
+            help="speed-reward, kl, likelihood, percentile, low-quality, group-size, guidance, trained-steps, lr, "
+            "order or all."
+        ),
+    ],
+    out: Annotated[Path, Option(help="Folder of the runs and the report; finished runs are kept.")],
     seeds: Annotated[str, Option(help="Seeds to train from, like 0,1,2.")],
     model: Annotated[str, Option(help="embedded, a folder, a run's folder or a hub id.")],
+    device: Annotated[str, Option(help="cpu, cuda, or several for the jobs to share out, like cuda:0,cuda:1.")],
+    jobs: Annotated[int, Option(help="Runs at a time, each in a process of its own.")],
+    quick: Annotated[bool, Option(help="Only show that everything runs: one iteration of four pictures.")],
     iterations: Annotated[int | None, Option(help="Iterations of each training. [default: as train]")] = None,
     groups: Annotated[int | None, Option(help="Prompts of an iteration. [default: as train]")] = None,
     group_size: Annotated[int | None, Option(help="Pictures of each prompt. [default: as train]")] = None,
     lr: Annotated[float | None, Option(help="Learning rate. [default: as train]")] = None,
-    device: Annotated[str | None, Option(help="cpu, cuda, ... [default: as train]")] = None,
-    eval_steps: Annotated[str | None, Option(help="Step counts to measure. [default: as eval]")] = None,
-    eval_count: Annotated[int | None, Option(help="Pictures of each prompt and seed. [default: as eval]")] = None,
+    prompts: Annotated[str | None, Option(help=PROMPTS)] = None,
+    quality: Annotated[str | None, Option(help=QUALITY)] = None,
+    set: Annotated[
+        list[str], Option(metavar="OPTION=VALUE", help="Any other option of train, like lora=16; may be repeated.")
+    ] = (),
+    eval_steps: Annotated[str, Option(help="Step counts to measure.")],
+    eval_count: Annotated[int, Option(help="Pictures of each prompt and seed.")],
+    eval_seeds: Annotated[int, Option(help="Repetitions of each measurement.")],
+    eval_prompts: Annotated[str | None, Option(help="Prompts to measure. [default: the embedded model's]")] = None,
 ) -> None:
-    """Train and measure the variants of an ablation, and put them into one table."""
-    training = {"iterations": iterations, "groups": groups, "group_size": group_size, "lr": lr, "device": device}
-    evaluation = {"steps": numbers(eval_steps, int, option="eval-steps"), "count": eval_count, "device": device}
-    training, evaluation = ({k: v for k, v in options.items() if v is not None} for options in (training, evaluation))
+    """Train and measure the variants of an ablation, or of all, and put them into one report."""
+    training = {"iterations": iterations, "groups": groups, "group_size": group_size, "lr": lr, "prompts": prompts,
+                "quality": quality}  # fmt: skip
+    training = {name: value for name, value in training.items() if value is not None} | assignments(set, "train.train")
+    measuring = {"eval_steps": numbers(eval_steps, int, option="eval-steps"), "eval_count": eval_count,
+                 "eval_seeds": eval_seeds}  # fmt: skip
+    evaluation = {} if eval_prompts is None else {"prompts": eval_prompts}
+    seeds = numbers(seeds, int, option="seeds")
     from speedrl.ablate import ablate
     from speedrl.platform import quiet_allocator
 
     quiet_allocator()
-    seeds = numbers(seeds, int, option="seeds")
-    ablate(name, out=out, seeds=seeds, model=model, evaluation=evaluation, **training)
+    ablate(name, out=out, seeds=seeds, model=model, device=device, jobs=jobs, quick=quick, evaluation=evaluation,
+           **measuring, **training)  # fmt: skip
+
+
+def assignments(texts: list[str], target: str) -> dict[str, Any]:
+    """Reads "lora=16" as an option of "module.function" of this package. ValueError for what is none of its options."""
+    known, found = defaults(target), {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or name not in known:
+            raise ValueError(f"--set takes OPTION=VALUE with an option of {target.split('.')[-1]}, not {text!r}")
+        try:
+            found[name] = ast.literal_eval(value.strip().capitalize() if value.strip() in ("true", "false") else value)
+        except (ValueError, SyntaxError):
+            found[name] = value.strip()  # a word
+    return found

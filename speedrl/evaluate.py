@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -19,7 +20,9 @@ from speedrl.judge import Judge, concepts_in, diversity, features, frechet, load
 from speedrl.models.checkpoint import Generator, fitting_batch, load_generator, parts_of
 from speedrl.prompts import read_prompts
 from speedrl.reward import EMBEDDED, Score, load_qualities
+from speedrl.rollout import ORDERS
 from speedrl.sample import contact_sheet, sample, save_png
+from speedrl.schedule import mask_ratio
 
 METRICS = {
     "reward": "reward", "judge_r1": "R@1", "judge_r5": "R@5", "frechet": "Fréchet", "diversity": "diversity",
@@ -34,6 +37,8 @@ def evaluate(
     steps: Sequence[int] = (1, 2, 4, 8, 16, 32),
     guidance: Sequence[float] | None = None,
     temperature: Sequence[float] | None = None,
+    schedule: Sequence[str] | None = None,
+    order: Sequence[str] | None = None,
     prompts: str | Path | Sequence[str] | None = None,
     held_out: str | Path | Sequence[str] | None = None,
     count: int = 4,
@@ -41,24 +46,25 @@ def evaluate(
     quality: str | None = "embedded",
     reward_weights: Sequence[str] = (),
     pictures: int = 10,
+    figure: bool = True,
     batch: int | None = None,
     compile: bool = False,
     device: str = "cpu",
     loading: Mapping[str, Any] | None = None,
 ) -> list[dict]:
-    """Evaluates every model at every step count, guidance and temperature, on each set of prompts: one row each.
+    """Evaluates every model at every step count and setting of the sampler, on each set of prompts: one row each.
 
-    guidance None is the model's own and 1 (none); temperature None is the model's own. Prompts are files of lines or
-    lists: without any, the sets "seen" and "held-out" are the embedded model's two lists; `prompts` alone is evaluated
-    alone, as "given", and `held_out` beside it as "given held-out". `count` pictures of each prompt for each of
-    `seeds` seeds; picture i of a seed starts from the same noise whatever the model and the settings. `quality` None
-    leaves the reward out. `pictures` is the number of columns of the contact sheet, 0 for none. `compile` pays where
-    there are many pictures.
+    guidance None is the model's own and 1 (none); temperature, mask schedule and reveal order None are its own.
+    Prompts are files of lines or lists: without any, the sets "seen" and "held-out" are the embedded model's two lists;
+    `prompts` alone is evaluated alone, as "given", and `held_out` beside it as "given held-out". `count` pictures of
+    each prompt for each of `seeds` seeds; picture i of a seed starts from the same noise whatever the model and the
+    settings. `quality` None leaves the reward out. `pictures` is the number of columns of the contact sheet, 0 for
+    none, `figure` whether quality is plotted against calls. `compile` pays where there are many pictures.
 
-    A row: model, prompts (the set), steps, guidance, temperature, network_calls (one a step, two with guidance),
-    seconds_per_image (median over seeds; text encoder and decoder included, in batches of `batch`, by default
-    `fitting_batch`), and each of METRICS with METRIC_spread, the standard deviation over seeds (n - 1); None where it
-    has no meaning.
+    A row: model, prompts (the set), steps, guidance, temperature, schedule, order, network_calls (one a step, two with
+    guidance), seconds_per_image (median over seeds; text encoder and decoder included, in batches of `batch`, by
+    default `fitting_batch`), and each of METRICS with METRIC_spread, the standard deviation over seeds (n - 1); None
+    where it has no meaning.
     Writes out/results.json after each row, quality_against_calls.png and pictures.png, and prints a table. Rows that
     results.json already has for the same weights, prompts, judge and settings are not computed again, and other rows
     stay in the file unless their model's weights have changed. ValueError or FileNotFoundError for bad input, before
@@ -71,6 +77,10 @@ def evaluate(
         raise ValueError(f"step counts must be at least 1, got {list(steps)}")
     if min(count, seeds, 1 if batch is None else batch) < 1:
         raise ValueError(f"count, seeds and batch must be at least 1, got {count}, {seeds} and {batch}")
+    for kind in schedule or ():
+        mask_ratio(torch.zeros(()), kind=kind)
+    if unknown := [kind for kind in order or () if kind not in ORDERS]:
+        raise ValueError(f"unknown reveal order {unknown[0]!r}: choose confidence, random or halton")
     sets = prompt_sets(prompts, held_out)
     weights = {model: fingerprint(*parts_of(model)) for model in models}
     kept = read_results(out / "results.json")
@@ -91,16 +101,22 @@ def evaluate(
             generator = load_generator(model, device=device, **(loading or {}))
             strengths = list(dict.fromkeys(guidance or (generator.guidance, 1.0)))
             heats = list(dict.fromkeys(temperature or (generator.temperature,)))
-            for s in dict.fromkeys(steps) if shown else ():
+            kinds, turns = schedule or (generator.schedule,), order or (generator.order,)
+            sampler = list(dict.fromkeys(itertools.product(kinds, turns)))
+            for (kind, turn), s in itertools.product(sampler, dict.fromkeys(steps)) if shown else ():
                 progress.update(task, description=f"{shorten(model)}: pictures")
-                sheet.append(sample(generator, shown, steps=s, guidance=strengths[0], temperature=heats[0]).cpu())
-                labels.append(f"{shorten(model)}, {s} step{'s' * (s > 1)}")
+                options = {"guidance": strengths[0], "temperature": heats[0], "schedule": kind, "order": turn}
+                sheet.append(sample(generator, shown, steps=s, **options).cpu())
+                which = f", {kind}, {turn}" if len(sampler) > 1 else ""
+                labels.append(f"{shorten(model)}, {s} step{'s' * (s > 1)}{which}")
             if compile:  # after the contact sheet, whose few pictures would not pay for it
                 generator.transformer.compile_blocks()
             todo = []
-            for which, g, t, s in itertools.product(sets, strengths, heats, dict.fromkeys(steps)):
+            every = itertools.product(sets, strengths, heats, sampler, dict.fromkeys(steps))
+            for which, g, t, (kind, turn), s in every:
                 row = {"model": model, "prompts": which, "steps": s, "guidance": float(g), "temperature": float(t),
-                       "network_calls": network_calls(s, g), "weights": weights[model]}  # fmt: skip
+                       "schedule": kind, "order": turn, "network_calls": network_calls(s, g),
+                       "weights": weights[model]}  # fmt: skip
                 settings = json.dumps([row, sets[which], count, seeds, quality, scored_by, judged_by, device, how])
                 row["settings"] = hashlib.sha256(settings.encode()).hexdigest()[:16]
                 old = kept.get(identity(row), {})
@@ -115,18 +131,21 @@ def evaluate(
                 progress.update(task, description=label)
                 row |= one_cell(
                     generator, judge, scores, sets[row["prompts"]], which=row["prompts"], steps=row["steps"],
-                    guidance=row["guidance"], temperature=row["temperature"], count=count, seeds=seeds, batch=batch,
+                    guidance=row["guidance"], temperature=row["temperature"], schedule=row["schedule"],
+                    order=row["order"], count=count, seeds=seeds, batch=batch,
                     after_seed=lambda cost=cost: progress.advance(task, cost / seeds),
                 )  # fmt: skip
                 done += cost
                 kept[identity(row)] = row
                 write_json(out / "results.json", list(kept.values()))
-    plot(rows, out / "quality_against_calls.png", real=judge.real if judge else None)
+    if figure:
+        plot(rows, out / "quality_against_calls.png", real=judge.real if judge else None)
     if sheet:
         scale = max(1, 128 // sheet[0].shape[-1])
         save_png(contact_sheet(sheet, labels=labels, titles=shown, scale=scale), out / "pictures.png")
     console.print(table(rows, width=console.width))
-    console.print(f"wrote results.json, quality_against_calls.png{' and pictures.png' * bool(sheet)} in {out}")
+    written = ["results.json", *["quality_against_calls.png"] * figure, *["pictures.png"] * bool(sheet)]
+    console.print(f"wrote {', '.join(written)} in {out}")
     return rows
 
 
@@ -144,18 +163,19 @@ def one_cell(
     seeds: int,
     batch: int | None,
     after_seed: Callable[[], object],
+    schedule: str | None = None,
+    order: str | None = None,
 ) -> dict[str, float | None]:
     """seconds_per_image, METRICS and their spread, of `count` pictures of each prompt for each seed 0 .. seeds - 1."""
     wanted = [prompt for prompt in prompts for _ in range(count)]
+    options = {"guidance": guidance, "temperature": temperature, "schedule": schedule, "order": order, "batch": batch}
     # compilation and first calls stay out of the clock
     some = wanted[: fitting_batch(generator) if batch is None else batch]
-    sample(generator, some, steps=1, guidance=guidance, temperature=temperature, batch=batch)
+    sample(generator, some, steps=1, **options)
     values, seconds = [], []
     for seed in range(seeds):
         began = time.perf_counter()
-        images = sample(
-            generator, wanted, steps=steps, guidance=guidance, temperature=temperature, seed=seed, batch=batch
-        ).cpu()
+        images = sample(generator, wanted, steps=steps, seed=seed, **options).cpu()
         seconds.append((time.perf_counter() - began) / len(wanted))
         values.append(measure(judge, scores, images.unflatten(0, (-1, count)), prompts, which=which))
         after_seed()
@@ -260,7 +280,12 @@ def dated(path: Path) -> tuple[int, int]:
 
 def identity(row: dict) -> tuple:
     """What a row of results.json is about: there is one for each."""
-    return tuple(row[name] for name in ("model", "prompts", "steps", "guidance", "temperature"))
+    return tuple(row[name] for name in ("model", "prompts", "steps", "guidance", "temperature")) + sampler_of(row)
+
+
+def sampler_of(row: dict) -> tuple[str, str]:
+    """Mask schedule and reveal order of a row; rows of before there was a choice have what there was."""
+    return row.get("schedule", "cosine"), row.get("order", "confidence")
 
 
 def read_results(path: Path) -> dict[tuple, dict]:
@@ -287,20 +312,23 @@ def metrics_of(rows: list[dict]) -> dict[str, str]:
     return {name: title for name, title in titles.items() if any(row.get(name) is not None for row in rows)}
 
 
-def columns_of(rows: list[dict], *, spreads: bool = True) -> tuple[list[str], list[list[str]]]:
-    """A header and a line of text for each row, ± the spread; metrics that no row has are left out."""
+def columns_of(rows: list[dict], *, spreads: bool = True, error: str = "spread") -> tuple[list[str], list[list[str]]]:
+    """A header and a line of text for each row, ± METRIC_`error`; metrics that no row has are left out."""
     shown = metrics_of(rows)
 
     def number(row: dict, name: str) -> str:
-        value, spread = row.get(name), row.get(f"{name}_spread")
+        value, spread = row.get(name), row.get(f"{name}_{error}")
         digits = 1 if name == "frechet" else 3
         text = "–" if value is None else f"{value:.{digits}f}"
         return text if spread is None or not spreads else f"{text} ±{spread:.{digits}f}"
 
-    header = ["model", "prompts", "steps", "guidance", "temperature", "calls", "s/image", *shown.values()]
+    usual = all(sampler_of(row) == ("cosine", "confidence") for row in rows)
+    sampler = [] if usual else ["schedule", "order"]
+    header = ["model", "prompts", "steps", "guidance", "temperature", *sampler, "calls", "s/image", *shown.values()]
     lines = [
         [shorten(row["model"]), row["prompts"], str(row["steps"]), f"{row['guidance']:g}", f"{row['temperature']:g}",
-         str(row["network_calls"]), f"{row['seconds_per_image']:.3f}", *(number(row, name) for name in shown)]
+         *(() if usual else sampler_of(row)), str(row["network_calls"]), f"{row['seconds_per_image']:.3f}",
+         *(number(row, name) for name in shown)]
         for row in rows
     ]  # fmt: skip
     return header, lines
@@ -321,9 +349,9 @@ def table(rows: list[dict], *, width: int = 160) -> Table:
     return shown
 
 
-def markdown(rows: list[dict]) -> str:
+def markdown(rows: list[dict], *, error: str = "spread") -> str:
     """Rows as a table in Markdown."""
-    header, lines = columns_of(rows)
+    header, lines = columns_of(rows, error=error)
     rule = ["---" if i < 2 else "--:" for i in range(len(header))]
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *lines)) + "\n"
 
@@ -331,7 +359,7 @@ def markdown(rows: list[dict]) -> str:
 def plot(rows: list[dict], path: Path, *, real: dict | None = None) -> None:
     """Quality against network calls into a PNG: a row of panels for each set of prompts, a column for each metric.
 
-    A curve for each model, guidance and temperature, told apart by marker and dash as well as by colour; bars are the
+    A curve for each model and setting of the sampler, told apart by marker and dash as well as by colour; bars are the
     spread over seeds. `real` is judge.real: a broad grey line where real pictures are.
     """
     from matplotlib.figure import Figure  # without pyplot: no global state, no window
@@ -341,24 +369,28 @@ def plot(rows: list[dict], path: Path, *, real: dict | None = None) -> None:
     metrics = [metric for metric in titles if metric != "judge_r5"]
     if not metrics:
         return
-    curves = list(dict.fromkeys((row["model"], row["guidance"], row["temperature"]) for row in rows))
-    heats = {temperature for _, _, temperature in curves}
+
+    def curve(row: dict) -> tuple:
+        return row["model"], row["guidance"], row["temperature"], *sampler_of(row)
+
+    curves = list(dict.fromkeys(map(curve, rows)))
+    heats, samplers = {key[2] for key in curves}, {key[3:] for key in curves}
     figure = Figure(figsize=(3.4 * len(metrics), 2.9 * len(sets) + 0.3 * len(curves)), layout="constrained", dpi=130)
     axes = figure.subplots(len(sets), len(metrics), squeeze=False)
     ticks = sorted({row["network_calls"] for row in rows})
     for (i, which), (j, metric) in ((a, b) for a in enumerate(sets) for b in enumerate(metrics)):
         panel = axes[i][j]
-        for k, (model, guidance, temperature) in enumerate(curves):
+        for k, key in enumerate(curves):
+            model, guidance, temperature, *sampler = key
             points = sorted(
                 (row["network_calls"], row[metric], row.get(f"{metric}_spread") or 0)
                 for row in rows
-                if (row["model"], row["guidance"], row["temperature"]) == (model, guidance, temperature)
-                and row["prompts"] == which
-                and row.get(metric) is not None
+                if curve(row) == key and row["prompts"] == which and row.get(metric) is not None
             )
             if points:
                 label = f"{shorten(model)}, guidance {guidance:g}"
                 label += f", temperature {temperature:g}" if len(heats) > 1 else ""
+                label += f", {' '.join(sampler)}" if len(samplers) > 1 else ""
                 calls, values, spreads = zip(*points, strict=True)
                 panel.errorbar(
                     calls, values, yerr=spreads, label=label,

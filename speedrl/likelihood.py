@@ -90,15 +90,17 @@ def exact_log_prob(
     order "confidence": the sum of log p over all masked positions, plus the Plackett-Luce order of log p / T. That
     order has probability 1 where the step reveals all that is masked, and where T = 0 makes it deterministic.
     order "random": the sum of log p over the revealed positions minus log C(n, k), k of n masked; what was drawn and
-    discarded plays no part. A step that finds nothing masked (a finished sample) gives 0 and 0 terms.
-    ValueError for another order.
+    discarded plays no part. order "halton": that sum alone, as a fixed order has probability 1. A step that finds
+    nothing masked (a finished sample) gives 0 and 0 terms. ValueError for another order.
     """
     n, k = masked.sum(-1), revealed.sum(-1)
     if order == "random":
         subsets = torch.lgamma(n + 1.0) - torch.lgamma(k + 1.0) - torch.lgamma(n - k + 1.0)
         return torch.where(revealed, log_probs, 0).sum(-1) - subsets, k
+    if order == "halton":
+        return torch.where(revealed, log_probs, 0).sum(-1), k
     if order != "confidence":
-        raise ValueError(f"unknown reveal order {order!r}: choose confidence or random")
+        raise ValueError(f"unknown reveal order {order!r}: choose confidence, random or halton")
     chosen = (k < n) & (temperature > 0)
     scores = log_probs / torch.where(chosen, temperature, 1)[..., None]
     choice = torch.where(chosen, plackett_luce(scores, rank, masked, revealed), 0)

@@ -1,17 +1,24 @@
-"""What a training run ends with: the trained model beside its base, in pictures and in numbers."""
+"""What a run or a study ends with: a trained model beside its base, curves over iterations, and Pareto figures."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import track
 
-from speedrl.evaluate import judge_if_there, network_calls, one_cell, prompt_sets, table
-from speedrl.files import write_json
+from speedrl.evaluate import METRICS, judge_if_there, network_calls, one_cell, prompt_sets, table
+from speedrl.files import write_atomically, write_json
+from speedrl.interval import interval
 from speedrl.models.checkpoint import load_generator
 from speedrl.reward import load_qualities
 from speedrl.sample import contact_sheet, sample, save_png
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MARKERS = "osD^vPX*<>"
+DASHES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
 
 
 def report(
@@ -66,3 +73,112 @@ def report(
     console.print(table(rows, width=console.width))
     console.print(f"wrote {out / 'before_after.png'} and {out / 'comparison.json'}", soft_wrap=True)
     return rows
+
+
+def look(k: int) -> dict[str, Any]:
+    """Colour, marker and dash of line k: of up to 50 lines no two share marker and dash, so no colour is needed."""
+    return {
+        "color": f"C{k % 10}",
+        "marker": MARKERS[k % 10],
+        "linestyle": DASHES[(k + k // 10) % len(DASHES)],
+    }
+
+
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Writes PATH.png and PATH.svg; the same figure gives the same files."""
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.hashsalt": "speedrl"}):
+        write_atomically(path.with_name(f"{path.name}.png"), lambda to: figure.savefig(to, format="png"))
+        write_atomically(
+            path.with_name(f"{path.name}.svg"), lambda to: figure.savefig(to, format="svg", metadata={"Date": None})
+        )
+
+
+def over_iterations(runs: Sequence[Sequence[dict]], metric: str) -> tuple[list[int], list[float], list[float | None]]:
+    """Iterations, means and half-widths of 95 % intervals over runs of a metric of their metrics.jsonl.
+
+    Up to the last iteration that every run has reached; no interval from one run. Iterations without a value, as of a
+    metric that some run did not log, are left out.
+    """
+    by_iteration = [{row["iteration"]: row[metric] for row in run if row.get(metric) is not None} for run in runs]
+    common = sorted(set.intersection(*map(set, by_iteration))) if by_iteration else []
+    found = [interval([run[iteration] for run in by_iteration]) for iteration in common]
+    return common, [mean for mean, _ in found], [width for _, width in found]
+
+
+def plot_curves(
+    variants: Mapping[str, Sequence[Sequence[dict]]], path: Path, *, metrics: Mapping[str, str], title: str = ""
+) -> None:
+    """Metrics over iterations into PATH.png and PATH.svg: a panel for each, a line for each variant.
+
+    `variants` are runs by name, each the rows of a metrics.jsonl; `metrics` are titles by name. A line is the mean over
+    runs, the band around it the 95 % interval of that mean (Student's t).
+    """
+    from matplotlib.figure import Figure  # without pyplot: no global state, no window
+
+    figure = Figure(figsize=(5 * len(metrics), 3.2 + 0.2 * len(variants)), layout="constrained", dpi=130)
+    panels = figure.subplots(1, len(metrics), squeeze=False)[0]
+    for panel, (metric, label) in zip(panels, metrics.items(), strict=True):
+        for k, (name, runs) in enumerate(variants.items()):
+            iterations, means, widths = over_iterations(runs, metric)
+            if not iterations:
+                continue
+            style = look(k)
+            panel.plot(iterations, means, label=name, markevery=max(1, len(iterations) // 8), markersize=5, **style)
+            if None not in widths:
+                low, high = ([m + sign * w for m, w in zip(means, widths, strict=True)] for sign in (-1, 1))
+                panel.fill_between(iterations, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        panel.set_title(label, fontsize=10)
+        panel.set_xlabel("iteration")
+        panel.grid(alpha=0.3)
+    figure.suptitle(title)
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
+    save_figure(figure, path)
+
+
+def plot_pareto(
+    methods: Mapping[str, Sequence[dict]],
+    path: Path,
+    *,
+    quality: str = "judge_r1",
+    titles: Mapping[str, str] | None = None,
+    real: Mapping[str, float] | None = None,
+) -> None:
+    """Quality and diversity against network calls and seconds a picture, into PATH.png and PATH.svg.
+
+    `methods` are rows as of `evaluate` by the method's name: a line each, bars the rows' METRIC_interval. Above the
+    quality, below the diversity; left against network calls, right against seconds. `real` is what real pictures have.
+    """
+    from matplotlib.figure import Figure
+
+    titles = {quality: METRICS.get(quality, quality), "diversity": "diversity"} | dict(titles or {})
+    figure = Figure(figsize=(10, 7 + 0.2 * len(methods)), layout="constrained", dpi=130)
+    panels = figure.subplots(2, 2, squeeze=False)
+    ticks = sorted({row["network_calls"] for rows in methods.values() for row in rows})
+    for (i, metric), (j, cost) in (
+        (a, b) for a in enumerate((quality, "diversity")) for b in enumerate(("network_calls", "seconds_per_image"))
+    ):
+        panel = panels[i][j]
+        for k, (name, rows) in enumerate(methods.items()):
+            points = sorted(
+                (row[cost], row[metric], row.get(f"{metric}_interval") or 0.0)
+                for row in rows
+                if row.get(metric) is not None
+            )
+            if points:
+                costs, values, widths = zip(*points, strict=True)
+                panel.errorbar(costs, values, yerr=widths, label=name, markersize=6, capsize=2, **look(k))
+        if real and real.get(metric) is not None:
+            panel.axhline(real[metric], color="0.75", linewidth=4, zorder=0, label="real pictures")
+        panel.set_xscale("log", base=2 if cost == "network_calls" else 10)
+        if cost == "network_calls":
+            panel.set_xticks(ticks, [str(tick) for tick in ticks])
+        panel.set_ylabel(titles[metric])
+        panel.set_xlabel({"network_calls": "network calls a picture", "seconds_per_image": "seconds a picture"}[cost])
+        panel.grid(alpha=0.3)
+    pairs = [pair for panel in panels.flat for pair in zip(*panel.get_legend_handles_labels(), strict=True)]
+    known = {label: handle for handle, label in pairs}
+    figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+    save_figure(figure, path)

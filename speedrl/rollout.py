@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from speedrl.likelihood import exact_log_prob, sample_tokens
-from speedrl.schedule import masked_counts, temperatures, timesteps
+from speedrl.schedule import halton_order, masked_counts, temperatures, timesteps
+
+ORDERS = ("confidence", "random", "halton")
 
 
 class Rollout(NamedTuple):
@@ -68,17 +70,22 @@ def step(
     *,
     mask_id: int,
     order: str = "confidence",
+    turns: Tensor | None = None,
 ) -> Step:
     """One step of parallel decoding: draw a token at every masked position, reveal some, forget the others.
 
     logits [B, L, V] (guided, over the codes only), tokens int64 [B, L] with mask_id where masked, masked_after int64
     [B], temperature float32 [B], uniform and gumbel float32 [B, L]. All but masked_after positions are revealed,
-    those with the highest log p(drawn) + T gumbel, or the highest gumbel with order "random". Static shapes, no host
-    synchronisation, float32: fit for torch.compile. (MaskGIT, arXiv 2202.04200, section 3.2.)
+    those with the highest log p(drawn) + T gumbel, or the highest gumbel with order "random", or those whose turn
+    comes first in a fixed order, with `turns` int64 [L] or [B, L]. Static shapes, no host synchronisation, float32:
+    fit for torch.compile. (MaskGIT, arXiv 2202.04200, section 3.2.)
     """
     masked = tokens == mask_id
     drawn, log_p = sample_tokens(logits, uniform)
-    score = gumbel if order == "random" else log_p + temperature[:, None] * gumbel
+    if turns is not None:
+        score = -turns.float().expand_as(gumbel)
+    else:
+        score = gumbel if order == "random" else log_p + temperature[:, None] * gumbel
     score = score.masked_fill(~masked, -torch.inf)
     # places, not thresholds: ties cannot reveal too many
     by_score = score.argsort(dim=-1, descending=True, stable=True)
@@ -108,6 +115,7 @@ def rollout(
     temperature: float = 2.0,
     schedule: str = "cosine",
     order: str = "confidence",
+    grid: tuple[int, int] | None = None,
     record: bool = False,
     sparse: bool = False,
     step: Callable[..., Step] = step,
@@ -119,16 +127,20 @@ def rollout(
     policy(tokens [n, L], timestep [n], samples int64 [n], places int64 [n, K]) -> logits [n, K, V], on the samples that
     are not finished, at K places that hold all that are masked: no work goes where nothing is drawn. V must not exceed
     mask_id. `noise` is [B, S or more, L]. `temperature` is that of the confidence noise at the first step; it
-    falls linearly to 0 at the last. order "confidence" reveals the likeliest tokens first, "random" any. N = 1 draws
-    every token at once. `record` keeps the draws and the order that `exact_log_prob` needs, and its values: then all
-    samples and places are asked for. `step` may be a compiled `speedrl.rollout.step`. The host waits for the device
-    once, at the start. ValueError for shapes that do not fit and for another order.
+    falls linearly to 0 at the last. order "confidence" reveals the likeliest tokens first, "random" any, "halton" those
+    of `halton_order` on the `grid` of rows and columns. N = 1 draws every token at once. `record` keeps the draws and
+    the order that `exact_log_prob` needs, and its values: then all samples and places are asked for. `step` may be a
+    compiled `speedrl.rollout.step`. The host waits for the device once, at the start. ValueError for shapes that do not
+    fit and for another order.
 
     Under torch.inference_mode the results are inference tensors, which autograd refuses: clone them before training.
     """
-    if order not in ("confidence", "random"):
-        raise ValueError(f"unknown reveal order {order!r}: choose confidence or random")
+    if order not in ORDERS:
+        raise ValueError(f"unknown reveal order {order!r}: choose confidence, random or halton")
+    if order == "halton" and (grid is None or grid[0] * grid[1] != length):
+        raise ValueError(f"the order halton needs a grid of {length} tokens, got {grid}")
     device, on_host = steps.device, steps.cpu()
+    turns = halton_order(*grid).to(device) if order == "halton" else None
     masked_after = masked_counts(on_host, length=length, kind=schedule)
     batch, most = masked_after.shape
     if noise.uniform.shape[0] != batch or noise.uniform.shape[1] < most or noise.uniform.shape[2] != length:
@@ -164,6 +176,7 @@ def rollout(
             noise.gumbel[samples, s].gather(1, places),
             mask_id=mask_id,
             order=order,
+            turns=None if turns is None else turns[places],
         )
         if record:
             exact = exact_log_prob(done.log_probs, done.rank, seen == mask_id, done.revealed, heat[:, s], order=order)

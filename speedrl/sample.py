@@ -21,7 +21,7 @@ from speedrl.models.checkpoint import (
     repeat,
     take,
 )
-from speedrl.rollout import draw_noise, rollout
+from speedrl.rollout import Noise, draw_noise, rollout
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -50,6 +50,26 @@ def guided_policy(
     return policy
 
 
+def from_random(
+    policy: Callable[..., Tensor], noise: Noise, *, share: float, mask_id: int, codes: int
+) -> Callable[..., Tensor]:
+    """A policy that sees a `share` of random tokens in the place of masks where all is masked; `noise` of [B, L] each.
+
+    So one-step generators are distilled (Di[M]O, arXiv 2503.15457): without it, all that could tell the pictures of a
+    prompt apart is which token each position draws, and they draw independently.
+    """
+    few = round(share * noise.gumbel.shape[-1])
+    random = noise.gumbel.argsort(-1).argsort(-1) < few
+    beginning = torch.where(random, (noise.uniform * codes).long(), mask_id)
+
+    def started(tokens: Tensor, timestep: Tensor, *part: Tensor) -> Tensor:
+        nothing_known = (tokens == mask_id).all(-1, keepdim=True)
+        seen = torch.where(nothing_known, beginning[part[0]] if part else beginning, tokens)
+        return policy(seen, timestep, *part)
+
+    return started
+
+
 @torch.inference_mode()
 def generate(
     generator: Generator,
@@ -59,21 +79,22 @@ def generate(
     guidance: float | None = None,
     temperature: float | None = None,
     seed: int = 0,
-    schedule: str = "cosine",
-    order: str = "confidence",
+    schedule: str | None = None,
+    order: str | None = None,
     batch: int | None = None,
 ) -> Tensor:
     """Tokens int64 [B, L] of B prompts, `batch` at a time, by default `fitting_batch`.
 
-    Guidance and temperature None are the generator's own, and guidance leads away from its negative prompt.
-
-    The noise of sample i depends on (seed, i) alone. ValueError for no prompts and for steps outside 1 .. L.
+    Guidance, temperature, mask schedule and reveal order None are the generator's own, and guidance leads away from
+    its negative prompt. The noise of sample i depends on (seed, i) alone. ValueError for no prompts, for steps outside
+    1 .. L and for an unknown schedule or order.
     """
     length = generator.grid[0] * generator.grid[1]
     if not 1 <= steps <= length:
         raise ValueError(f"the number of steps must be 1 to {length}, got {steps}")
     guidance = generator.guidance if guidance is None else guidance
     temperature = generator.temperature if temperature is None else temperature
+    schedule, order = schedule or generator.schedule, order or generator.order
     batch = fitting_batch(generator) if batch is None else batch
     encoded, empty = encode_prompts(generator, prompts), encode_prompts(generator, [generator.negative])
     device = encoded.text.device
@@ -82,7 +103,11 @@ def generate(
         part = take(encoded, torch.arange(first, min(first + batch, len(prompts)), device=device))
         size = len(part.text)
         policy = guided_policy(generator.transformer, part, empty, guidance=guidance, grid=generator.grid)
-        noise = draw_noise(size, steps, length, seed=seed, first=first, device=device)
+        noise = draw_noise(size, steps + bool(generator.random_share), length, seed=seed, first=first, device=device)
+        if generator.random_share:
+            beyond = Noise(noise.uniform[:, steps], noise.gumbel[:, steps])  # what no step uses
+            policy = from_random(policy, beyond, share=generator.random_share, mask_id=generator.mask_id,
+                                 codes=generator.codes)  # fmt: skip
         finished = rollout(
             policy,
             torch.full((size,), steps, device=device),
@@ -92,6 +117,7 @@ def generate(
             temperature=temperature,
             schedule=schedule,
             order=order,
+            grid=generator.grid,
             sparse=True,
         )
         tokens.append(finished.tokens)

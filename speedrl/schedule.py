@@ -1,5 +1,7 @@
-"""Mask schedules: how many tokens stay masked, at which timestep and temperature, for per-sample step counts."""
+"""Mask schedules: how many tokens stay masked, at which timestep and temperature, for per-sample step counts; and
+fixed orders, in which positions take their turn."""
 
+import functools
 import math
 
 import torch
@@ -59,3 +61,34 @@ def temperatures(steps: Tensor, *, start: float = 2.0) -> Tensor:
     """
     s = torch.arange(int(steps.max()), device=steps.device)
     return start * (1 - s / (steps[:, None] - 1).clamp(min=1)).clamp(min=0)
+
+
+@functools.cache
+def halton_order(rows: int, columns: int) -> Tensor:
+    """The turn of each position of a grid of tokens in its Halton order: int64 [rows * columns], 0 for the first.
+
+    Positions in the order in which the two-dimensional Halton sequence, base 2 down the rows and base 3 along the
+    columns, first falls into them: neighbours in time are far apart in the picture, so that tokens drawn in one step
+    depend little on each other (Besnier et al., arXiv 2503.17076). ValueError for a grid without positions.
+    """
+    if min(rows, columns) < 1:
+        raise ValueError(f"a grid needs at least one row and one column, got {rows} and {columns}")
+    points, first = rows * columns, torch.zeros(1)
+    while first.numel() != rows * columns or first.max() == points:  # until the sequence has been everywhere
+        points *= 2
+        index = torch.arange(1, points + 1)  # the sequence's point 0 is the corner, and is left out
+        cell = radical_inverse(index, base=2, cells=rows) * columns + radical_inverse(index, base=3, cells=columns)
+        first = torch.full((rows * columns,), points).scatter_reduce(0, cell, index - 1, "amin")
+    return first.argsort().argsort()
+
+
+def radical_inverse(index: Tensor, *, base: int, cells: int) -> Tensor:
+    """Which of `cells` equal parts of [0, 1) van der Corput's sequence hits: index int64 [N] -> int64 [N].
+
+    Point i is its digits mirrored at the point: in base 2, 6 = 110 is 0.011. In whole numbers, so that no rounding
+    puts a point into the part beside its own.
+    """
+    mirrored, scale = torch.zeros_like(index), 1
+    while index.any():
+        mirrored, scale, index = mirrored * base + index % base, scale * base, index // base
+    return mirrored * cells // scale

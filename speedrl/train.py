@@ -49,8 +49,9 @@ from speedrl.reward import (
     rate,
     speed_reward,
 )
-from speedrl.rollout import Rollout, draw_noise, rollout
+from speedrl.rollout import ORDERS, Rollout, draw_noise, rollout
 from speedrl.sample import guided_policy
+from speedrl.schedule import mask_ratio
 from speedrl.state import checkpoints, newest, random_states, read_tensors, restore, save, stored, tensors
 from speedrl.track import TRACKERS, open_trackers
 from speedrl.update import micro_batch_loss, rows, token_weights, trained_steps
@@ -96,6 +97,10 @@ def check(settings: dict, bounds: tuple[int, int]) -> None:
         raise ValueError(f"unknown divergence {settings['kl']!r}: choose ce, reverse, k1, k2, k3 or none")
     if settings["likelihood"] not in ("token", "sequence", "exact"):
         raise ValueError(f"unknown likelihood {settings['likelihood']!r}: choose token, sequence or exact")
+    if settings["order"] not in (None, *ORDERS):
+        raise ValueError(f"unknown reveal order {settings['order']!r}: choose confidence, random or halton")
+    if settings["schedule"] is not None:
+        mask_ratio(torch.zeros(()), kind=settings["schedule"])
     if not 0 <= settings["percentile"] <= 100:
         raise ValueError(f"percentile must be 0 to 100, got {settings['percentile']}")
     if settings["lora"] is not None and adapter_of(settings["model"]):
@@ -127,9 +132,6 @@ def check_numbers(settings: Mapping[str, Any]) -> None:
         raise ValueError(f"seed must fit in 64 bits, got {settings['seed']}")
     if settings["groups"] * settings["group_size"] >= 2**31:
         raise ValueError(f"groups {settings['groups']} times group-size {settings['group_size']} are too many pictures")
-    for name, choices in (("order", ("confidence", "random")), ("schedule", ("cosine", "linear", "square", "arccos"))):
-        if settings[name] not in choices:
-            raise ValueError(f"unknown {name} {settings[name]!r}: choose {', '.join(choices)}")
 
 
 def training_prompts(model: str) -> Sequence[str]:
@@ -351,7 +353,9 @@ def sampled_as(generator: Generator, settings: Mapping[str, Any]) -> dict[str, A
     heat = settings["temperature"]
     return {"num_inference_steps": step_range(settings["steps"])[1], "guidance_scale": settings["guidance"],
             "temperature": generator.temperature if heat is None else heat,
-            "negative_prompt": generator.negative, "micro_conds": generator.micro_conds}  # fmt: skip
+            "masking_schedule": settings["schedule"] or generator.schedule,
+            "reveal_order": settings["order"] or generator.order, "negative_prompt": generator.negative,
+            "micro_conds": generator.micro_conds}  # fmt: skip
 
 
 def train(
@@ -372,8 +376,8 @@ def train(
     guidance: float = 1.0,
     reference_guidance: float | None = None,
     temperature: float | None = None,
-    schedule: str = "cosine",
-    order: str = "confidence",
+    schedule: str | None = None,
+    order: str | None = None,
     likelihood: str = "token",
     clip_range: float = 0.2,
     kl: str = "ce",
@@ -417,6 +421,7 @@ def train(
     runs out. `trained` steps of each rollout, all by default, enter the loss, scaled so that its gradient is that of
     all in expectation. `percentile` and `least_quality` filter groups and samples (`std_percentile`, `low_quality`).
     An update whose gradient is not finite is skipped; `max_skipped` in a row end the training.
+    `temperature`, the mask `schedule` and the reveal `order` None are the model's own.
     `loading` holds further options of `load_generator`, which the saved model keeps.
 
     Under torchrun, groups are shared by its ranks: with `parallel` "ddp" each has the whole model, with "fsdp" a part
@@ -441,6 +446,7 @@ def train(
         raise ValueError(f"{bounds[1]} steps are more than the {length} tokens of a picture")
     temperature = generator.temperature if temperature is None else temperature
     reference_guidance = generator.guidance if reference_guidance is None else reference_guidance
+    schedule, order = schedule or generator.schedule, order or generator.order
     scores, shares = load_qualities(quality, device=device, weights=reward_weights)
 
     empty = encode_prompts(generator, [generator.negative])
@@ -488,7 +494,7 @@ def train(
             with autocast, distributed.gathered_weights(transformer, sharded=sharded):
                 batch = rollout(
                     policy, counts[mine], noise, length=length, mask_id=generator.mask_id, temperature=temperature,
-                    schedule=schedule, order=order, record=likelihood == "exact", sparse=True,
+                    schedule=schedule, order=order, grid=grid, record=likelihood == "exact", sparse=True,
                 )  # fmt: skip
 
             # REWARDS, of all ranks' samples on every rank

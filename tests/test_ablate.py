@@ -1,78 +1,204 @@
-"""The machinery of ablations, with training and evaluation replaced by records of their calls."""
+"""The machinery of ablations, with training and evaluation replaced by records of their calls, and once for real."""
 
+import inspect
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 import speedrl.ablate
-from speedrl.ablate import ablate, variants
+import speedrl.runs
+from speedrl.ablate import ablate, ablations, compared, difference, in_words, over_runs, variants
 from speedrl.evaluate import METRICS
+from speedrl.runs import command, commands_of, run_folder, side_by_side
+from speedrl.train import train
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What was trained; a run writes its model's folder, and its reward is that of its options."""
+    """What was trained; a run writes its model's folder and metrics, and its reward is that of its options."""
     trained = []
 
     def train(*, out, resume, **options):
         trained.append((out, resume, options))
-        if options["steps_reward"] == options.get("lr"):
+        if options.get("likelihood") == "sequence" and options.get("lr") == 0.5:
             raise RuntimeError("it fell over\nbadly")
         (out / "model").mkdir(parents=True)
-        (out / "model" / "reward").write_text(str(options["steps_reward"] + options["seed"]))
+        reward = len(options.get("likelihood", "token")) + options["seed"]
+        (out / "model" / "reward").write_text(str(reward))
+        lines = [{"iteration": i + 1, "quality": reward + i, "kl": 0.1} for i in range(3)]
+        (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         return out / "model"
 
     def evaluate(models, *, out, **options):
         (model,) = models
         reward = float((Path(model) / "reward").read_text()) if model != "embedded" else -1.0
-        row = {"model": model, "prompts": "seen", "steps": 1, "guidance": 1.0, "temperature": 1.0, "network_calls": 1,
-               "seconds_per_image": 0.5, "weights": "w", "settings": "s"}  # fmt: skip
-        return [row | dict.fromkeys(METRICS) | {"reward": reward, **options}]
+        row = {"model": model, "prompts": "seen", "steps": options["steps"][0], "guidance": 1.0, "temperature": 1.0,
+               "network_calls": 1, "seconds_per_image": 0.5, "weights": "w", "settings": "s"}  # fmt: skip
+        return [row | dict.fromkeys(METRICS) | {"reward": reward}]
 
-    monkeypatch.setattr(speedrl.ablate, "train", train)
-    monkeypatch.setattr(speedrl.ablate, "evaluate", evaluate)
+    for module in (speedrl.ablate, speedrl.runs):
+        monkeypatch.setattr(module, "evaluate", evaluate)
+    monkeypatch.setattr(speedrl.runs, "train", train)
     return trained
 
 
-def test_one_table_of_all_variants(calls, tmp_path, capsys):
-    rows = ablate(out=tmp_path, seeds=(0, 1), iterations=3, evaluation={"steps": 2})
-    assert [row["model"] for row in rows] == ["start", "without speed reward", "with speed reward"]
-    assert [row["reward"] for row in rows] == [-1.0, 0.5, 1.0] and all(row["steps"] == 2 for row in rows)
+def test_one_report_of_all_variants(calls, tmp_path, capsys):
+    rows = ablate("likelihood", out=tmp_path, seeds=(0, 1), iterations=3, eval_steps=(2,))
+    assert [row["model"] for row in rows] == ["start", "token", "sequence", "exact"]
+    assert [row["reward"] for row in rows] == [-1.0, 5.5, 8.5, 5.5] and all(row["steps"] == 2 for row in rows)
     assert rows[0]["reward_spread"] is None and rows[1]["reward_spread"] == pytest.approx(0.5**0.5)
-    assert len(calls) == 4 and all(options["iterations"] == 3 for _, _, options in calls)
-    assert {options["seed"] for _, _, options in calls} == {0, 1}
-    assert json.loads((tmp_path / "ablation.json").read_text())["rows"] == rows
-    assert "| with speed reward |" in (tmp_path / "ablation.md").read_text()
-    assert "with speed reward" in capsys.readouterr().out
+    assert rows[1]["reward_interval"] == pytest.approx(12.706 * 0.5, rel=1e-4)  # t of one degree of freedom
+    assert len(calls) == 6 and all(options["iterations"] == 3 for _, _, options in calls)
+    written = json.loads((tmp_path / "report-likelihood/likelihood.json").read_text())
+    assert [row["model"] for row in written["rows"]] == [row["model"] for row in rows]
+    found = {d["variant"]: d for d in written["differences"]}
+    assert found["sequence"]["difference"] == 3 and found["sequence"]["outside"] and found["exact"]["difference"] == 0
+    assert "reward is 3.000 ± 0.000 higher, outside the noise" in " ".join(written["words"])
+    text = (tmp_path / "report-likelihood/likelihood.md").read_text()
+    assert "| sequence |" in text and "speedrl train --out" in text and "--likelihood sequence" in text
+    for name in ("index.html", "likelihood.png", "likelihood.svg"):
+        assert (tmp_path / "report-likelihood" / name).stat().st_size > 1000
+    assert "sequence" in capsys.readouterr().out
+
+
+def test_ablations_share_the_runs_that_they_have_in_common(calls, tmp_path):
+    (tmp_path / "start").mkdir()
+    (tmp_path / "start/levels.json").write_text('{"median": 0.25, "lower quartile": 0.125}')
+    rows = ablate(out=tmp_path, seeds=(0,))
+    assert {row["ablation"] for row in rows} == set(ablations())
+    folders = [out.parent.parent.name for out, _, _ in calls]
+    assert folders.count("default") == 1 and len(set(folders)) == len(folders)
+    ablate("kl", out=tmp_path, seeds=(0,))
+    assert len(calls) == len(folders), "a run is the same whichever ablation asks for it"
+    gates = [options["quality_gate"] for _, _, options in calls if options.get("quality_gate") is not None]
+    assert gates == [0.25], "named levels become numbers"
+    page = (tmp_path / "report/index.html").read_text()
+    assert all(f"<h2>{name}</h2>" in page for name in ablations())
+
+
+def test_every_variant_sets_options_that_train_has_and_the_first_is_the_default():
+    known = inspect.signature(train).parameters
+    for name, variants_of in ablations().items():
+        assert len(variants_of) >= 3
+        assert all(own.keys() <= known.keys() and own for own in variants_of.values())
+        if name != "speed-reward":  # which compares within a range of steps
+            assert difference(next(iter(variants_of.values())), {}) == {}, name
+    assert difference({"lr": 1e-4, "kl": "ce"}, {"lr": 1e-4}) == {}
+    assert run_folder(Path("x"), {"kl_weight": 0.1, "steps": "2-16"}, 3) == Path(
+        "x/runs/kl-weight-0.1_steps-2-16/seed-3"
+    )
 
 
 def test_finished_runs_are_kept_interrupted_ones_go_on_and_others_are_refused(calls, tmp_path):
-    ablate(out=tmp_path, iterations=3)
-    run = tmp_path / "with-speed-reward" / "seed-0" / "run"
-    (run / "model" / "reward").unlink()
-    (run / "model").rmdir()
-    (run / "checkpoints" / "000002").mkdir(parents=True)
-    ablate(out=tmp_path, iterations=3)
-    assert [(out, resume) for out, resume, _ in calls[2:]] == [(run, True)]
+    ablate("likelihood", out=tmp_path, seeds=(0,), iterations=3)
+    folder = tmp_path / "runs/likelihood-exact/seed-0"
+    (folder / "done").unlink()
+    (folder / "run/model/reward").unlink()
+    (folder / "run/model").rmdir()
+    (folder / "run/checkpoints/000002").mkdir(parents=True)
+    ablate("likelihood", out=tmp_path, seeds=(0,), iterations=3)
+    assert [(out, resume) for out, resume, _ in calls[3:]] == [(folder / "run", True)]
     with pytest.raises(ValueError, match="other options"):
-        ablate(out=tmp_path, iterations=4)
+        ablate("likelihood", out=tmp_path, seeds=(0,), iterations=4)
 
 
 def test_a_failing_variant_stops_no_other(calls, tmp_path, capsys):
-    rows = ablate(out=tmp_path, lr=0.0)
-    assert [row["model"] for row in rows] == ["start", "with speed reward"]
-    written = json.loads((tmp_path / "ablation.json").read_text())
-    assert written["failed"] == {"without speed reward, seed 0": "it fell over badly"}
+    rows = ablate("likelihood", out=tmp_path, seeds=(0,), lr=0.5)
+    assert [row["model"] for row in rows] == ["start", "token", "exact"]
+    written = json.loads((tmp_path / "report-likelihood/likelihood.json").read_text())
+    assert written["failed"] == {"sequence, seed 0": "it fell over badly"}
     assert "it fell over badly" in capsys.readouterr().out
+    assert "Failed: sequence, seed 0: it fell over badly" in (tmp_path / "report-likelihood/index.html").read_text()
 
 
 def test_bad_input(calls, tmp_path):
-    with pytest.raises(ValueError, match="unknown ablation"):
+    with pytest.raises(ValueError, match="unknown ablation 'nothing': choose speed-reward"):
         ablate("nothing", out=tmp_path)
-    with pytest.raises(ValueError, match="sets steps_reward itself"):
-        ablate(out=tmp_path, steps_reward=0.3)
+    with pytest.raises(ValueError, match="sets likelihood itself"):
+        ablate("likelihood", out=tmp_path, likelihood="exact")
     with pytest.raises(ValueError, match="no seed"):
-        ablate(out=tmp_path, seeds=())
-    assert all({"steps", "steps_reward"} == options.keys() for options in variants("speed-reward").values())
-    assert not calls
+        ablate("kl", out=tmp_path, seeds=())
+    with pytest.raises(ValueError, match="jobs"):
+        ablate("kl", out=tmp_path, jobs=0)
+    assert not calls and not any(tmp_path.iterdir())
+
+
+def test_differences_are_paired_by_seed_at_equal_settings():
+    def row(steps, calls, value):
+        return {"prompts": "seen", "steps": steps, "network_calls": calls, "judge_r1": value}
+
+    measured = {
+        "a": {0: [row(4, 4, 0.5)], 1: [row(4, 4, 0.7)], 2: [row(4, 4, 0.9)]},
+        "b": {0: [row(4, 8, 9.0), row(4, 4, 0.6)], 1: [row(4, 8, 9.0), row(4, 4, 0.79)]},
+    }
+    (found,) = compared("b", "a", measured)
+    assert found["seeds"] == 2 and found["difference"] == pytest.approx(0.095) and found["network_calls"] == 4
+    assert found["interval"] == pytest.approx(12.706 * 0.005, rel=1e-4) and found["outside"]
+    words = in_words([found], baseline="a")
+    says = "b, against a. Seen prompts, 4 steps (4 calls): R@1 is 0.095 ± 0.064 higher, outside the noise."
+    assert words[0] == says and words[1].startswith("1 of 1 differences are outside the noise; 0.1 would be by chance")
+
+
+def test_a_metric_that_no_run_has_has_no_interval():
+    row = {"model": "m", "prompts": "given", "steps": 1, "guidance": 1.0, "temperature": 1.0, "network_calls": 1,
+           "seconds_per_image": 1.0, "reward": 0.5, "judge_r1": None}  # fmt: skip
+    (found,) = over_runs("v", [[row], [row | {"reward": 0.7}]])
+    assert found["reward"] == pytest.approx(0.6) and found["runs"] == 2 and "judge_r1_interval" not in found
+
+
+def test_the_command_of_a_run_is_one_that_the_command_line_takes():
+    from typer.main import get_command
+
+    from speedrl.cli import app
+
+    options = {"kl": "k3", "trained": None, "compile": False, "model": "embedded", "seed": 2, "lr": 1e-4}
+    lines = commands_of(Path("runs/a b"), options, {"steps": (4, 8), "count": 2, "seeds": 1, "pictures": 0})
+    assert lines[0].startswith("speedrl train --out 'runs/a b/run' --kl k3 --no-compile")
+    import shlex
+
+    for line in lines:
+        _, name, *flags = shlex.split(line)
+        get_command(app).commands[name].make_context(name, flags)
+    assert (
+        command("train", {"reward_weights": ["a=1", "b=2"]})
+        == "speedrl train --reward-weights a=1 --reward-weights b=2"
+    )
+
+
+@pytest.fixture
+def tiny(tiny_generator_folder, tmp_path, monkeypatch):
+    """Options of a real training of the tiny generator, its own reward and no judge."""
+    (tmp_path / "prompts.txt").write_text("a b\nc d\n")
+    (tmp_path / "brightness.py").write_text("def score(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return {"model": str(tiny_generator_folder), "prompts": str(tmp_path / "prompts.txt"), "iterations": 1, "groups": 1,
+            "group_size": 2, "steps": "2", "quality": "brightness:score", "compile": False, "seed": 0}  # fmt: skip
+
+
+def test_processes_side_by_side_do_their_runs_and_one_that_fails_stops_no_other(tiny, tmp_path):
+    from rich.console import Console
+
+    runs = {tmp_path / "good/seed-0": tiny, tmp_path / "bad/seed-0": tiny | {"lr": -1.0}}
+    evaluation = {"steps": (1,), "count": 1, "seeds": 1, "pictures": 0, "guidance": (1.0,), "prompts": tiny["prompts"],
+                  "quality": tiny["quality"]}  # fmt: skip
+    found = side_by_side(runs, evaluation=evaluation, devices=["cpu"], jobs=2, console=Console())
+    (row,) = found[tmp_path / "good/seed-0"]
+    assert row["steps"] == 1 and row["reward"] > 0
+    assert found[tmp_path / "bad/seed-0"] == "lr must be positive, got -1.0"
+    assert "Traceback" in (tmp_path / "bad/seed-0/log.txt").read_text()
+    assert (tmp_path / "good/seed-0/run/model/transformer").exists()
+
+
+def test_a_process_that_dies_is_reported(tmp_path, monkeypatch):
+    from rich.console import Console
+
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    found = side_by_side({tmp_path / "x/seed-0": {}}, evaluation={}, devices=["cpu"], jobs=2, console=Console())
+    assert "ended with status 1" in found[tmp_path / "x/seed-0"]
+
+
+def test_variants_are_named():
+    assert variants("kl")["k3, weight 0.02"] == {"kl": "k3", "kl_weight": 0.02}

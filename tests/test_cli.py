@@ -135,11 +135,16 @@ def test_eval_forwards_lists_of_numbers(monkeypatch):
 def test_ablate_forwards_what_is_given_and_nothing_else(monkeypatch):
     seen = {}
     monkeypatch.setattr("speedrl.ablate.ablate", lambda name, **options: seen.update(options, name=name))
-    assert run("ablate", "--seeds", "0,1", "--iterations", "3", "--eval-steps", "2,8").exit_code == 0
+    options = ["--seeds", "0,1", "--iterations", 3, "--eval-steps", "2,8", "--set", "lora=16", "--set", "merge=true"]
+    assert run("ablate", "kl", *options).exit_code == 0
     assert seen.pop("out") == Path("runs/ablate")
     assert seen == {
-        "name": "speed-reward", "seeds": (0, 1), "model": "embedded", "iterations": 3, "evaluation": {"steps": (2, 8)},
+        "name": "kl", "seeds": (0, 1), "model": "embedded", "device": "cpu", "jobs": 1, "quick": False, "iterations": 3,
+        "lora": 16, "merge": True, "eval_steps": (2, 8), "eval_count": 4, "eval_seeds": 1, "evaluation": {},
     }  # fmt: skip
+    assert run("ablate").exit_code == 0 and seen["name"] == "all"
+    assert "option of train" in one_line(run("ablate", "--set", "lora:16"))
+    assert "option of train" in one_line(run("ablate", "--set", "loras=16"))
 
 
 @pytest.mark.parametrize("program", [["cli.py"], ["-m", "speedrl"]])

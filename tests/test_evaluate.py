@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import speedrl.evaluate
-from speedrl.evaluate import columns_of, evaluate, markdown, measure, network_calls, plot, prompt_sets
+from speedrl.evaluate import columns_of, evaluate, markdown, measure, network_calls, plot, prompt_sets, sampler_of
 from speedrl.judge import Judge
 
 PROMPTS = ["a dog", "a cat", "nothing of note"]
@@ -90,6 +90,22 @@ def test_what_is_there_is_kept_and_the_rest_computed(judge, tiny_generator_folde
     config.write_text(config.read_text() + " ")  # another model under the same name
     evaluate([folder], steps=(2,), **options)
     assert measured[5:] == [(2, 1.5)] and len(json.loads((tmp_path / "out" / "results.json").read_text())) == 1
+
+
+def test_orders_and_schedules_are_rows_of_their_own(judge, tiny_generator_folder, tmp_path, capsys):
+    options = dict(out=tmp_path, steps=(3,), prompts=PROMPTS, count=1, seeds=1, pictures=0, guidance=(1.0,))
+    rows = evaluate([tiny_generator_folder], schedule=("cosine", "square"), order=("random", "halton"), **options)
+    assert [sampler_of(row) for row in rows] == [
+        ("cosine", "random"), ("cosine", "halton"), ("square", "random"), ("square", "halton")
+    ]  # fmt: skip
+    assert len({row["reward"] for row in rows}) == 4
+    (own,) = evaluate([tiny_generator_folder], **options)
+    assert sampler_of(own) == ("cosine", "confidence")
+    assert len(json.loads((tmp_path / "results.json").read_text())) == 5
+    assert "| halton |" in markdown(rows) and "| confidence |" not in markdown([own])
+    for wrong, says in (({"order": ("best",)}, "'best'"), ({"schedule": ("cubic",)}, "'cubic'")):
+        with pytest.raises(ValueError, match=says):
+            evaluate([tiny_generator_folder], **options, **wrong)
 
 
 def test_same_seed_same_row(judge, tiny_generator_folder, tmp_path):

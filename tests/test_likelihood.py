@@ -9,7 +9,7 @@ import torch
 
 from speedrl.likelihood import exact_log_prob, guided, log_probs, log_ratio, plackett_luce, sample_tokens
 from speedrl.rollout import draw_noise, rollout, state
-from speedrl.schedule import masked_counts, temperatures, timesteps
+from speedrl.schedule import halton_order, masked_counts, temperatures, timesteps
 
 LENGTH, CODES, MASK = 3, 2, 2
 
@@ -38,12 +38,14 @@ def outcomes(weights: torch.Tensor, steps: int, *, schedule: str, order: str) ->
             masked = torch.tensor([[t == MASK for t in tokens]])
             if order == "random":  # an outcome is a set of positions and its tokens
                 chosen_orders = itertools.combinations(positions, reveals)
+            elif order == "halton":  # the positions are always the same
+                chosen_orders = [tuple(sorted(positions, key=halton_order(1, LENGTH).tolist().__getitem__)[:reveals])]
             elif reveals == len(positions):  # the order within a last step is no part of the event
                 chosen_orders = [tuple(positions)]
             else:
                 chosen_orders = itertools.permutations(positions, reveals)
             for chosen in chosen_orders:
-                drawn_at = chosen if order == "random" else positions
+                drawn_at = positions if order == "confidence" else chosen
                 for values in itertools.product(range(CODES), repeat=len(drawn_at)):
                     draw = {**dict.fromkeys(range(LENGTH), 0), **dict(zip(drawn_at, values, strict=True))}
                     log_p = log_probs(logits, torch.tensor([[draw[i] for i in range(LENGTH)]]))
@@ -64,7 +66,10 @@ def outcomes(weights: torch.Tensor, steps: int, *, schedule: str, order: str) ->
     return partial
 
 
-CASES = [(2, "cosine", "confidence"), (2, "linear", "confidence"), (1, "cosine", "confidence"), (2, "linear", "random")]
+CASES = [
+    (2, "cosine", "confidence"), (2, "linear", "confidence"), (2, "arccos", "confidence"), (1, "cosine", "confidence"),
+    (2, "linear", "random"), (2, "square", "random"), (2, "linear", "halton"), (3, "arccos", "halton"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("steps", "schedule", "order"), CASES)
@@ -76,7 +81,10 @@ def test_exact_probabilities_sum_to_one_and_their_score_has_mean_zero(steps, sch
     torch.testing.assert_close(score, torch.zeros_like(score), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("steps", "schedule", "order"), [(2, "linear", "confidence"), (2, "cosine", "random")])
+@pytest.mark.parametrize(
+    ("steps", "schedule", "order"),
+    [(2, "linear", "confidence"), (2, "square", "confidence"), (2, "cosine", "random"), (3, "linear", "halton")],
+)
 def test_rollouts_have_the_enumerated_distribution(steps, schedule, order):
     weights, count = parameters(), 20000
     expected = Counter()
@@ -90,6 +98,7 @@ def test_rollouts_have_the_enumerated_distribution(steps, schedule, order):
         mask_id=MASK,
         schedule=schedule,
         order=order,
+        grid=(1, LENGTH),
     )
     found = Counter(map(tuple, torch.cat([result.tokens, result.reveal_step], 1).tolist()))
     assert set(found) <= set(expected)
@@ -107,7 +116,7 @@ def test_surrogate_sums_to_the_number_of_position_choices(schedule):
     assert total > 1.5
 
 
-@pytest.mark.parametrize("order", ["confidence", "random"])
+@pytest.mark.parametrize("order", ["confidence", "random", "halton"])
 def test_gradient_of_the_expected_reward_agrees_with_finite_differences(order):
     def expected_reward(weights, *, score):
         found = outcomes(weights, 2, schedule="linear", order=order)

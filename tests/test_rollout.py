@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from speedrl.likelihood import log_probs
-from speedrl.rollout import draw_noise, rollout, state, step
-from speedrl.schedule import masked_counts, timesteps
+from speedrl.rollout import ORDERS, draw_noise, rollout, state, step
+from speedrl.schedule import halton_order, masked_counts, timesteps
 
 LENGTH, CODES = 6, 4
 WEIGHTS = torch.randn(LENGTH * (CODES + 1), LENGTH * CODES, generator=torch.Generator().manual_seed(0))
@@ -23,10 +23,10 @@ def policy(tokens: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
 def sample(steps: list[int], *, seed: int = 0, first: int = 0, **kwargs):
     steps = torch.tensor(steps)
     noise = draw_noise(len(steps), int(steps.max()), LENGTH, seed=seed, first=first)
-    return rollout(policy, steps, noise, length=LENGTH, mask_id=CODES, **kwargs)
+    return rollout(policy, steps, noise, length=LENGTH, mask_id=CODES, grid=(2, 3), **kwargs)
 
 
-@pytest.mark.parametrize("order", ["confidence", "random"])
+@pytest.mark.parametrize("order", ORDERS)
 def test_replayed_states_are_those_seen_while_sampling(order):
     seen = []
 
@@ -35,7 +35,9 @@ def test_replayed_states_are_those_seen_while_sampling(order):
         return policy(tokens, timestep)
 
     steps = torch.tensor([1, 2, 3, 6])
-    result = rollout(watched, steps, draw_noise(4, 6, LENGTH, seed=1), length=LENGTH, mask_id=CODES, order=order)
+    result = rollout(
+        watched, steps, draw_noise(4, 6, LENGTH, seed=1), length=LENGTH, mask_id=CODES, order=order, grid=(2, 3)
+    )
     assert len(seen) == 6
     for s, (tokens, timestep) in enumerate(seen):
         assert torch.equal(state(result, s, mask_id=CODES), tokens)
@@ -45,7 +47,7 @@ def test_replayed_states_are_those_seen_while_sampling(order):
     assert torch.equal(state(result, per_sample, mask_id=CODES), expected)
 
 
-@pytest.mark.parametrize("order", ["confidence", "random"])
+@pytest.mark.parametrize("order", ORDERS)
 def test_reveals_follow_the_schedule_and_cover_every_token_once(order):
     steps = torch.tensor([1, 2, 3, 4, 6])
     result = sample(steps.tolist(), order=order)
@@ -54,7 +56,7 @@ def test_reveals_follow_the_schedule_and_cover_every_token_once(order):
     assert (result.tokens < CODES).all() and (result.reveal_step < steps[:, None]).all()
 
 
-@pytest.mark.parametrize("order", ["confidence", "random"])
+@pytest.mark.parametrize("order", ORDERS)
 def test_scoring_the_replayed_states_gives_ratio_one_exactly(order):
     steps = torch.tensor([1, 2, 3, 6])
     result = sample(steps.tolist(), order=order)
@@ -123,6 +125,15 @@ def test_revealed_tokens_never_change_and_confidence_order_reveals_the_likeliest
     assert gumbel[random.revealed].min() >= gumbel[masked & ~random.revealed].max()
 
 
+def test_halton_order_reveals_the_same_positions_for_every_sample_and_seed():
+    turns = halton_order(2, 3)
+    for seed in (0, 1):
+        result = sample([3] * 5, seed=seed, order="halton")
+        left = masked_counts(torch.tensor([3]), length=LENGTH)[0]
+        expected = torch.stack([turns >= LENGTH - count for count in left]).sum(0)
+        assert torch.equal(result.reveal_step, expected.expand(5, -1))
+
+
 def test_one_step_is_one_plain_sample():
     count = 4000
     noise = draw_noise(count, 1, LENGTH, seed=0)
@@ -175,6 +186,8 @@ def test_inference_mode_gives_the_same():
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="'best'"):
         sample([2], order="best")
+    with pytest.raises(ValueError, match="grid of 6 tokens"):
+        rollout(policy, torch.tensor([1]), draw_noise(1, 1, 6, seed=0), length=6, mask_id=4, order="halton")
     with pytest.raises(ValueError, match="noise of shape"):
         rollout(policy, torch.tensor([3]), draw_noise(1, 2, LENGTH, seed=0), length=LENGTH, mask_id=CODES)
     with pytest.raises(ValueError, match="mask token"):

@@ -5,7 +5,8 @@ import torch
 from PIL import Image
 
 from speedrl.models.checkpoint import decode, encode_prompts, load_generator, logits
-from speedrl.sample import contact_sheet, generate, guided_policy, sample, save_png, to_pil
+from speedrl.rollout import Noise
+from speedrl.sample import contact_sheet, from_random, generate, guided_policy, sample, save_png, to_pil
 
 PROMPTS = ["an owl", "a fox", "an elk", "a cat", "an owl"]
 
@@ -54,7 +55,10 @@ def test_pictures_are_reproducible_by_seed(tiny_generator):
     assert not torch.equal(one[0], one[4])  # the same prompt with the noise of another index
 
 
-@pytest.mark.parametrize("options", [{}, {"order": "random", "schedule": "linear", "guidance": 1.0}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"order": "random", "schedule": "linear", "guidance": 1.0}, {"order": "halton", "schedule": "arccos"}],
+)
 def test_pictures_do_not_depend_on_the_batch(tiny_generator, options):
     whole = generate(tiny_generator, PROMPTS, steps=3, **options)
     assert torch.equal(whole, generate(tiny_generator, PROMPTS, steps=3, batch=2, **options))
@@ -66,6 +70,34 @@ def test_the_models_own_guidance_and_temperature_are_the_defaults(tiny_generator
     assert torch.equal(tokens, generate(tiny_generator, PROMPTS, steps=4, guidance=3.0, temperature=1.5))
     assert not torch.equal(tokens, generate(tiny_generator, PROMPTS, steps=4, guidance=1.0))
     assert not torch.equal(tokens, generate(tiny_generator, PROMPTS, steps=4, temperature=40.0))
+
+
+def test_the_models_own_schedule_and_order_are_the_defaults(tiny_generator):
+    own = tiny_generator._replace(schedule="arccos", order="halton")
+    tokens = generate(own, PROMPTS, steps=4)
+    assert torch.equal(tokens, generate(tiny_generator, PROMPTS, steps=4, schedule="arccos", order="halton"))
+    assert not torch.equal(tokens, generate(tiny_generator, PROMPTS, steps=4, order="halton"))
+    assert not torch.equal(tokens, generate(tiny_generator, PROMPTS, steps=4, schedule="arccos"))
+
+
+def test_a_generator_that_starts_from_random_tokens_sees_its_share_of_them(tiny_generator):
+    seen = []
+
+    def policy(tokens, timestep):
+        seen.append(tokens)
+        return torch.zeros(len(tokens), 16, 32)
+
+    noise = Noise(torch.rand(3, 16), torch.rand(3, 16))
+    started = from_random(policy, noise, share=0.4, mask_id=39, codes=32)
+    half = torch.arange(16).expand(3, -1).where(torch.arange(16) < 8, 39)
+    started(torch.full((3, 16), 39), torch.zeros(3))
+    started(half, torch.zeros(3))
+    assert ((seen[0] < 32).sum(1) == 6).all() and ((seen[0] == 39).sum(1) == 10).all()
+    assert torch.equal(seen[1], half), "once tokens are known, they are what it sees"
+    distilled = tiny_generator._replace(random_share=0.4)
+    tokens = generate(distilled, PROMPTS, steps=1)
+    assert not torch.equal(tokens, generate(tiny_generator, PROMPTS, steps=1))
+    assert torch.equal(tokens, generate(distilled, PROMPTS, steps=1, batch=2))
 
 
 @pytest.mark.parametrize("steps", [1, 16])

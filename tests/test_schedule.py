@@ -1,9 +1,11 @@
 """Mask schedules against the published counts, and their invariants."""
 
+from fractions import Fraction
+
 import pytest
 import torch
 
-from speedrl.schedule import mask_ratio, masked_counts, temperatures, timesteps
+from speedrl.schedule import halton_order, mask_ratio, masked_counts, radical_inverse, temperatures, timesteps
 
 KINDS = ["cosine", "linear", "square", "arccos"]
 
@@ -71,3 +73,34 @@ def test_bad_input_is_named():
         masked_counts(torch.tensor([4, 0]), length=16)
     with pytest.raises(ValueError, match="'cubic'"):
         masked_counts(torch.tensor([4]), length=16, kind="cubic")
+
+
+@pytest.mark.parametrize(("base", "cells"), [(2, 16), (3, 16), (3, 9), (5, 7)])
+def test_radical_inverse_by_digits(base, cells):
+    for index, found in enumerate(radical_inverse(torch.arange(200), base=base, cells=cells).tolist()):
+        digits, left = [], index
+        while left:
+            digits.append(left % base)
+            left //= base
+        point = sum(Fraction(digit, base ** (place + 1)) for place, digit in enumerate(digits))
+        assert found == int(point * cells)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (4, 4), (16, 16), (8, 32), (9, 27), (64, 64)])
+def test_halton_order_visits_cells_as_scipys_sequence_does(rows, columns):
+    from scipy.stats import qmc
+
+    points = qmc.Halton(d=2, scramble=False).random(60 * rows * columns)[1:]
+    cells = [(int(x * rows + 1e-9), int(y * columns + 1e-9)) for x, y in points]  # 1/3 of 9 is 3, not 2.9999
+    visited = list(dict.fromkeys(cells))[: rows * columns]
+    turns = halton_order(rows, columns)
+    assert sorted(turns.tolist()) == list(range(rows * columns))
+    assert [divmod(place, columns) for place in turns.argsort().tolist()] == visited
+
+
+def test_the_first_of_the_halton_order_are_spread_over_the_whole_grid():
+    first = (halton_order(16, 16) < 36).view(16, 16)
+    quarters = first.unflatten(0, (4, 4)).unflatten(2, (4, 4)).sum((1, 3))
+    assert quarters.min() >= 1 and quarters.max() <= 4
+    with pytest.raises(ValueError, match="at least one row"):
+        halton_order(0, 4)

@@ -58,6 +58,15 @@ def test_a_policy_without_guidance_is_drawn_to_the_guided_reference(options, tmp
     assert sum(row["kl"] for row in rows[-3:]) < sum(row["kl"] for row in rows[:3]) / 2
 
 
+def test_a_model_keeps_the_schedule_and_the_order_that_it_was_trained_with(options, tmp_path):
+    trained = train(
+        out=tmp_path / "run", iterations=1, likelihood="exact", order="halton", schedule="arccos", **options
+    )
+    (row,) = metrics(tmp_path / "run")
+    assert row["ratio_max"] == pytest.approx(1, abs=1e-5) and row["grad_norm"] > 0
+    assert (load_generator(trained).order, load_generator(trained).schedule) == ("halton", "arccos")
+
+
 def test_micro_batches_do_not_change_the_update(options, tmp_path):
     for size in (3, 8):
         train(out=tmp_path / str(size), iterations=1, micro_batch=size, percentile=50.0,
@@ -99,7 +108,7 @@ def test_a_run_is_not_overwritten_and_a_damaged_checkpoint_is_named(options, tmp
     ("change", "message"),
     [({"steps": "0"}, "at least 1"), ({"steps": "many"}, "number or a range"), ({"steps": "99"}, "more than the 16"),
      ({"group_size": 1}, "group-size"), ({"lr": 0.0}, "lr"), ({"kl": "k9"}, "divergence"), ({"trained": 9}, "trained"),
-     ({"iterations": 0}, "iterations")],
+     ({"iterations": 0}, "iterations"), ({"order": "best"}, "'best'"), ({"schedule": "cubic"}, "'cubic'")],
 )  # fmt: skip
 def test_settings_that_cannot_work_are_named_before_anything_is_written(options, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):

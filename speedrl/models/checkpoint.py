@@ -49,6 +49,9 @@ class Generator(NamedTuple):
     negative: str  # the prompt that guidance leads away from, "" for the empty one
     micro_conds: tuple[float, ...]  # width, height, top and left of the crop, aesthetic score
     index: dict | None = None  # model_index.json, by which a diffusers pipeline loads the folder
+    schedule: str = "cosine"  # how many tokens stay masked, and which are revealed first
+    order: str = "confidence"
+    random_share: float = 0.0  # of the tokens that a distilled one-step generator starts from in place of masks
 
 
 class Prompts(NamedTuple):
@@ -180,6 +183,9 @@ def load_folder(
         negative=scheduler.get("negative_prompt", "" if amused else NEGATIVE) if negative is None else negative,
         micro_conds=tuple(micro_conds or scheduler.get("micro_conds", (width, height, 0.0, 0.0, 6.0))),
         index=index,
+        schedule=scheduler.get("masking_schedule", "cosine"),
+        order=scheduler.get("reveal_order", "confidence"),
+        random_share=scheduler.get("random_share", 0.0),
     )
 
 

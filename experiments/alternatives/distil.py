@@ -1,0 +1,143 @@
+"""One-step distillation in the manner of Di[M]O (Zhu et al., arXiv 2503.15457).
+
+The student draws a whole picture in one call, from a start in which a share of the tokens is random. Its picture is
+masked again; at the masked places the guided teacher and an auxiliary model, which is trained to predict the student's
+own pictures, say what they expect there. Where they differ, the student's logits are pushed along the difference.
+"""
+
+import copy
+import math
+from pathlib import Path
+
+import torch
+import typer
+from rich.progress import track
+from torch import Tensor
+
+from experiments.alternatives.shared import Student, apply, log, optimiser, save, start
+from speedrl.likelihood import sample_tokens
+from speedrl.models.checkpoint import Prompts, take
+from speedrl.rollout import Noise, draw_noise
+from speedrl.sample import from_random, guided_policy
+
+
+def divergence_gradient(teacher_logits: Tensor, auxiliary_logits: Tensor, *, beta: float = -0.2) -> Tensor:
+    """Gradient of (1 - beta) KL(teacher || auxiliary) + beta KL(auxiliary || teacher) in the auxiliary's logits.
+
+    logits [..., V] twice -> float32 [..., V], of sum 0 over V. Di[M]O's generalised Jeffreys divergence, with its value
+    of beta: that under 0 keeps the student diverse.
+    """
+    log_p, log_q = teacher_logits.float().log_softmax(-1), auxiliary_logits.float().log_softmax(-1)
+    p, q = log_p.exp(), log_q.exp()
+    ratio = log_q - log_p
+    reverse = q * (ratio - (q * ratio).sum(-1, keepdim=True))
+    return (1 - beta) * (q - p) + beta * reverse
+
+
+def student_loss(logits: Tensor, gradient: Tensor, masked: Tensor) -> Tensor:
+    """A scalar whose gradient in `logits` [B, L, V] is `gradient` at the masked places, a masked token on average."""
+    return (logits.float() * gradient.detach() * masked[..., None]).sum() / masked.sum()
+
+
+def auxiliary_loss(logits: Tensor, student_logits: Tensor, masked: Tensor) -> Tensor:
+    """Cross-entropy in nats of the auxiliary's logits with the student's distribution, a masked token on average.
+
+    That distribution in place of the tokens drawn from it has the same expected gradient with less noise.
+    """
+    target = student_logits.detach().float().softmax(-1)
+    return -((target * logits.float().log_softmax(-1)).sum(-1) * masked).sum() / masked.sum()
+
+
+def mask_again(tokens: Tensor, steps: int, random: torch.Generator, *, mask_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """States that a teacher of `steps` steps sees: int64 [B, L] -> (masked tokens, masked bool [B, L], timestep [B]).
+
+    A cosine-distributed share is masked, at random places, with the countdown of the step that has such a share.
+    """
+    batch, length = tokens.shape
+    progress = torch.rand(batch, generator=random)
+    count = (torch.cos(progress * math.pi / 2) * length).ceil().clamp(1, length)
+    masked = torch.rand(batch, length, generator=random).argsort(-1).argsort(-1) < count[:, None]
+    timestep = (steps - 1 - (progress * steps).floor()).long()
+    masked, timestep = masked.to(tokens.device), timestep.to(tokens.device)
+    return torch.where(masked, mask_id, tokens), masked, timestep
+
+
+def one_step(student: Student, part: Prompts, noise: Noise, beginning: Noise, *, random_share: float) -> tuple:
+    """The student's logits [B, L, V] from its random start, and the tokens int64 [B, L] that it draws."""
+    teacher, size = student.teacher, len(part.text)
+    policy = guided_policy(student.transformer, part, student.empty, guidance=1, grid=teacher.grid)
+    policy = from_random(policy, beginning, share=random_share, mask_id=teacher.mask_id, codes=teacher.codes)
+    nothing = torch.full((size, student.length), teacher.mask_id, device=part.text.device)
+    logits = policy(nothing, torch.zeros(size, device=nothing.device))
+    tokens, _ = sample_tokens(logits.detach(), noise.uniform[:, 0])
+    return logits, tokens
+
+
+def distil(
+    *,
+    out: Path,
+    model: str = "embedded",
+    prompts: str | None = None,
+    random_share: float = 0.4,
+    guidance: float | None = None,
+    beta: float = -0.2,
+    iterations: int = 30,
+    pictures: int = 64,
+    micro_batch: int = 16,
+    lr: float = 3e-5,
+    clip_grad: float = 1.0,
+    seed: int = 0,
+    device: str = "cpu",
+) -> Path:
+    """Distils `model` into a generator of one step.
+
+    Each iteration the student draws `pictures` and makes one update, and so does the auxiliary model on the same
+    pictures, masked anew. `guidance` is the teacher's, by default its own. `random_share` of the tokens of a start are
+    random, the others masked. -> OUT/model, which is sampled in one step without guidance.
+    """
+    settings, out = dict(locals()), Path(out)
+    student = start(model, prompts, device=device)
+    teacher, auxiliary = student.teacher, copy.deepcopy(student.transformer)
+    optimizer, own = optimiser(student.transformer, lr=lr), optimiser(auxiliary, lr=lr)
+    guidance = teacher.guidance if guidance is None else guidance
+    random = torch.Generator().manual_seed(seed)
+    calls = 0
+    (out / "metrics.jsonl").unlink(missing_ok=True)
+    for iteration in track(range(iterations), f"distilling, seed {seed}, lr {lr:g}"):
+        encoded, _ = student.draw(pictures, random)
+        first = 1_000_000 + iteration * pictures  # past the noise that evaluation draws
+        noise = draw_noise(pictures, 2, student.length, seed=seed, first=first, device=device)
+        totals = {"gradient": 0.0, "auxiliary_loss": 0.0}
+        for index in torch.arange(pictures, device=device).split(micro_batch):
+            part, share = take(encoded, index), len(index) / pictures
+            beginning = Noise(noise.uniform[index, 1], noise.gumbel[index, 1])
+            now = Noise(noise.uniform[index], noise.gumbel[index])
+            logits, tokens = one_step(student, part, now, beginning, random_share=random_share)
+
+            # the student follows the teacher away from what the auxiliary model knows of it
+            state, masked, timestep = mask_again(tokens, teacher.steps, random, mask_id=teacher.mask_id)
+            with torch.no_grad():
+                wanted = guided_policy(
+                    teacher.transformer, part, student.empty, guidance=guidance, grid=teacher.grid
+                )(state, timestep)  # fmt: skip
+                known = guided_policy(auxiliary, part, student.empty, guidance=1, grid=teacher.grid)(state, timestep)
+            away = divergence_gradient(wanted, known, beta=beta)
+            (student_loss(logits, away, masked) * share).backward()
+            totals["gradient"] += (away.norm(dim=-1) * masked).sum().item() / masked.sum().item() * share
+
+            # the auxiliary model follows the student
+            state, masked, timestep = mask_again(tokens, teacher.steps, random, mask_id=teacher.mask_id)
+            found = guided_policy(auxiliary, part, student.empty, guidance=1, grid=teacher.grid)(state, timestep)
+            loss = auxiliary_loss(found, logits, masked) * share
+            loss.backward()
+            totals["auxiliary_loss"] += loss.item()
+        calls += pictures * (3 + (1 if guidance == 1 else 2))
+        norm = apply(student.transformer, optimizer, clip_grad=clip_grad)
+        apply(auxiliary, own, clip_grad=clip_grad)
+        log(out, {"iteration": iteration + 1, "grad_norm": norm} | totals)
+    budget = {"pictures_seen": iterations * pictures, "network_calls": calls}
+    return save(student, out, settings=settings, budget=budget, num_inference_steps=1, random_share=random_share)
+
+
+if __name__ == "__main__":  # python -m experiments.alternatives.distil --out FOLDER
+    typer.run(distil)

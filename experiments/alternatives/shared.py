@@ -1,0 +1,76 @@
+"""What fine-tuning and distillation share: the student, its prompts, and how it is saved."""
+
+import copy
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from speedrl.files import write_json
+from speedrl.models.checkpoint import Generator, Prompts, encode_prompts, load_generator, save_generator, take
+from speedrl.prompts import read_prompts
+from speedrl.train import training_prompts
+
+
+class Student(NamedTuple):
+    """A copy of the teacher that trains, and all prompts encoded."""
+
+    teacher: Generator  # frozen
+    transformer: nn.Module  # the student's
+    prompts: Prompts  # of all texts
+    texts: list[str]
+    empty: Prompts  # of one, what guidance leads away from
+
+    @property
+    def length(self) -> int:
+        return self.teacher.grid[0] * self.teacher.grid[1]
+
+    def draw(self, count: int, random: torch.Generator) -> tuple[Prompts, list[str]]:
+        """`count` prompts at random, no two the same where there are as many: encoded, and their texts."""
+        rounds = -(-count // len(self.texts))
+        chosen = torch.cat([torch.randperm(len(self.texts), generator=random) for _ in range(rounds)])[:count]
+        device = self.prompts.text.device
+        return take(self.prompts, chosen.to(device)), [self.texts[i] for i in chosen]
+
+
+def start(model: str, prompts: str | Path | None, *, device: str) -> Student:
+    """The teacher `model` and a student that starts as its copy. `prompts` None are the embedded model's."""
+    teacher = load_generator(model, device=device)
+    transformer = copy.deepcopy(teacher.transformer)
+    teacher.transformer.requires_grad_(False)
+    texts = read_prompts(prompts) if prompts else list(training_prompts(model))
+    return Student(
+        teacher, transformer, encode_prompts(teacher, texts), texts, encode_prompts(teacher, [teacher.negative])
+    )
+
+
+def optimiser(transformer: nn.Module, *, lr: float) -> torch.optim.Optimizer:
+    """That of `speedrl.train`, so that methods differ in their loss alone."""
+    return torch.optim.AdamW(transformer.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+
+
+def apply(transformer: nn.Module, optimizer: torch.optim.Optimizer, *, clip_grad: float) -> float:
+    """One update of the gradients that are there, none if they are not finite; their norm before it was clipped."""
+    norm = nn.utils.clip_grad_norm_(transformer.parameters(), clip_grad)
+    if torch.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm.item()
+
+
+def log(out: Path, row: dict) -> None:
+    """Appends a line to OUT/metrics.jsonl."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def save(student: Student, out: Path, *, settings: dict, budget: dict, **how: float | int) -> Path:
+    """Writes OUT/model, sampled without guidance and as `how` says, and OUT/budget.json: what it was trained with."""
+    scheduler = student.teacher.scheduler | {"guidance_scale": 1.0} | how
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+    write_json(out / "budget.json", plain | budget)
+    save_generator(student.teacher._replace(transformer=student.transformer, scheduler=scheduler), out / "model")
+    return out / "model"

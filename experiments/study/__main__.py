@@ -1,0 +1,367 @@
+"""Reinforcement learning beside its alternatives: `python -m experiments.study`.
+
+Every method starts from the same model, sees the same number of pictures of the same prompts, and has its learning rate
+chosen from the same grid; every choice (learning rates, the base's temperature and guidance) is made by the reward on
+prompts of training, never by the judge or on the prompts that are measured. All are measured by `speedrl.evaluate`.
+What is finished is kept: run it again after an interruption. OUT/report/index.html has the results.
+"""
+
+import itertools
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NamedTuple
+
+import typer
+from rich.console import Console
+from typer import Option
+
+from experiments.alternatives.distil import distil
+from experiments.alternatives.finetune import finetune
+from speedrl.ablate import over_runs
+from speedrl.errors import one_line
+from speedrl.evaluate import METRICS, columns_of, evaluate, markdown, prompt_sets
+from speedrl.files import write_atomically, write_json
+from speedrl.interval import caution, half_width, say, welch
+from speedrl.judge import load_judge
+from speedrl.models.checkpoint import load_generator
+from speedrl.page import Section, write_page
+from speedrl.platform import quiet_allocator
+from speedrl.prompts import read_prompts
+from speedrl.report import plot_pareto
+from speedrl.runs import command, trained_once
+from speedrl.sample import contact_sheet, sample, save_png
+from speedrl.train import training_prompts
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+TEMPERATURES = (0.0, 0.5, 1.0, 2.0, 4.0)
+SCHEDULES = ("linear", "arccos", "square")  # beside cosine, which is the base's
+Train = Callable[..., Path]
+
+
+class Method(NamedTuple):
+    """A line of the figure: what is measured, at which settings, and how it was made."""
+
+    models: tuple[str, ...]  # one for each training seed
+    settings: tuple[dict, ...]  # options of `evaluate`, each for one or more step counts
+    made: tuple[str, ...] = ()  # the commands that trained it
+    note: str = ""
+
+
+class Trainer(NamedTuple):
+    """A method that trains: its function takes out, lr, seed and iterations and gives the model's folder."""
+
+    train: Train
+    command: Callable[..., str]  # what does the same by hand, of the same options
+    steps: int | None = None  # what it is sampled with, where it has no choice
+
+
+def trainers(
+    base: str, *, steps: str, prompts: str | None, pictures: int, quality: str, device: str, compile: bool
+) -> dict[str, Trainer]:
+    """The methods that train, by name: the same pictures an iteration, of the same prompts."""
+    shared = {"model": base, "prompts": prompts}
+    groups = max(1, pictures // 8)
+    own = {"steps": steps, "groups": groups, "group_size": pictures // groups, "quality": quality, "compile": compile}
+    few = shared | {"steps": steps, "pictures": pictures, "device": device}
+    one = shared | {"pictures": pictures, "device": device}
+
+    def module(name: str, options: dict) -> str:
+        return command(name, options).replace("speedrl ", "python -m experiments.alternatives.", 1)
+
+    return {
+        "reinforcement learning": Trainer(
+            lambda out, **options: trained_once(out, shared | own | options, device=device),
+            lambda out, **o: command("train", {"out": out / "run"} | shared | own | o | {"device": device}),
+        ),
+        "fine-tuning": Trainer(
+            lambda out, **options: finetune(out=out, **few, **options),
+            lambda out, **options: module("finetune", {"out": out} | few | options),
+        ),
+        "one-step distillation": Trainer(
+            lambda out, **options: distil(out=out, **one, **options),
+            lambda out, **options: module("distil", {"out": out} | one | options),
+            steps=1,
+        ),
+    }
+
+
+def run_folder(folder: Path, *, lr: float, seed: int) -> Path:
+    return folder / f"lr-{lr:g}" / f"seed-{seed}"
+
+
+def trained(method: Trainer, folder: Path, *, lr: float, seed: int, iterations: int) -> Path:
+    """The model of one training, kept in `run_folder`; ValueError where it was of other options."""
+    out = run_folder(folder, lr=lr, seed=seed)
+    options = {"lr": lr, "seed": seed, "iterations": iterations}
+    if (out / "done.json").exists():
+        kept = json.loads((out / "done.json").read_text())
+        if kept["options"] != options:
+            raise ValueError(f"{out} holds a run of other options: give another folder, or the same options")
+        return Path(kept["model"])
+    model = method.train(out, **options)
+    write_json(out / "done.json", {"options": options, "model": str(model)})
+    return model
+
+
+def chosen_lr(
+    method: Trainer, folder: Path, lrs: Sequence[float], *, iterations: int, selection: dict, steps: int
+) -> tuple[float, dict[str, float]]:
+    """The learning rate of the grid with the best reward on the selection prompts, and the rewards of all."""
+    rewards = {}
+    for lr in lrs:
+        model = trained(method, folder, lr=lr, seed=0, iterations=iterations)
+        (row,) = evaluate([str(model)], out=folder / "selection", steps=(steps,), guidance=(1.0,), **selection)
+        rewards[lr] = row["reward"]
+    return max(rewards, key=rewards.get), {f"{lr:g}": reward for lr, reward in rewards.items()}
+
+
+def best_settings(
+    base: str, folder: Path, budgets: Sequence[int], *, guidances: Sequence[float], selection: dict
+) -> tuple[dict, ...]:
+    """The base's temperature and guidance with the best reward on the selection prompts, for each budget of calls."""
+    rows = []
+    for guidance in guidances:
+        steps = [budget if guidance == 1 else budget // 2 for budget in budgets]
+        steps = tuple(s for s in steps if s >= 1)
+        if steps:
+            rows += evaluate([base], out=folder, steps=steps, guidance=(guidance,), temperature=TEMPERATURES,
+                             **selection)  # fmt: skip
+    best = []
+    for budget in budgets:
+        row = max((row for row in rows if row["network_calls"] == budget), key=lambda row: row["reward"])
+        best.append({"steps": (row["steps"],), "guidance": (row["guidance"],), "temperature": (row["temperature"],)})
+    return tuple(best)
+
+
+def measured(name: str, method: Method, *, out: Path, measuring: dict, seeds: int) -> list[dict]:
+    """The rows of a method, with METRIC_interval: over its trainings, or over sampling seeds where it has but one."""
+    runs = []
+    for model in method.models:
+        every = (evaluate([model], out=out, seeds=seeds, **settings, **measuring) for settings in method.settings)
+        runs.append(list(itertools.chain.from_iterable(every)))
+    rows = over_runs(name, runs)
+    if len(runs) == 1:
+        for row, one in zip(rows, runs[0], strict=True):
+            spreads = {key: value for key, value in one.items() if key.endswith("_spread")}
+            intervals = {f"{key.removesuffix('spread')}interval": half_width(v, seeds) for key, v in spreads.items()}
+            row |= spreads | intervals
+    return rows
+
+
+def commands_of(method: Method, *, out: Path, measuring: dict, seeds: int) -> list[str]:
+    """What made a method's rows."""
+    every = itertools.product(method.models, method.settings)
+    options = {"out": out, "seeds": seeds} | measuring
+    return [*method.made, *(command("eval", {"model": model} | options | settings) for model, settings in every)]
+
+
+def against(name: str, rows: Mapping[str, list[dict]], *, seeds: int) -> list[str]:
+    """How a method differs from every other at equal network calls, in words: Welch's intervals.
+
+    Those of a method that trains are over its trainings, of another over sampling seeds.
+    """
+
+    def sample_of(row: dict, metric: str) -> tuple[float, float | None, int]:
+        return row[metric], row[f"{metric}_spread"], row["runs"] if row["runs"] > 1 else seeds
+
+    words, every = [], []
+    for other, theirs in rows.items():
+        said = []
+        for row, one in itertools.product(rows[name], theirs if other != name else ()):
+            if any(row[key] != one[key] for key in ("prompts", "network_calls")):
+                continue
+            for metric in ("judge_r1", "reward", "diversity"):
+                if row.get(metric) is not None and one.get(metric) is not None:
+                    every.append(welch(*sample_of(row, metric), other=sample_of(one, metric)))
+                    where = f"{row['prompts']} prompts, {row['network_calls']} calls"
+                    said.append(f"{where}: {say(METRICS[metric], every[-1])}")
+        if said:
+            words.append(f"{name}, against {other}. {'. '.join(line[0].upper() + line[1:] for line in said)}.")
+    return [*words, caution(every, kind="Welch's t-intervals")] if every else []
+
+
+def equal_calls(methods: Mapping[str, Method], calls: int, prompts: list[str], *, base: str, device: str) -> "Image":
+    """A contact sheet: the base in its own steps, then a row for each method, at no more than `calls` network calls."""
+    generator = load_generator(base, device=device)
+    own = f"base, {generator.steps} steps, guidance {generator.guidance:g}"
+    rows, labels = [sample(generator, prompts).cpu()], [own]
+    for name, method in methods.items():
+        fitting = [
+            (steps * (1 if settings["guidance"][0] == 1 else 2), steps, settings)
+            for settings in method.settings for steps in settings["steps"]
+        ]  # fmt: skip
+        fitting = [cost for cost in fitting if cost[0] <= calls]
+        if not fitting:
+            continue
+        cost, steps, settings = max(fitting, key=lambda found: found[0])
+        options = {key: settings[key][0] for key in ("guidance", "temperature", "schedule", "order") if key in settings}
+        generator = load_generator(method.models[0], device=device)
+        rows.append(sample(generator, prompts, steps=steps, **options).cpu())
+        labels.append(f"{name}, {cost} call{'s' * (cost > 1)}")
+    return contact_sheet(rows, labels=labels, titles=prompts, scale=max(1, 96 // rows[0].shape[-1]))
+
+
+def main(
+    *,
+    base: Annotated[str, Option(help="The model that all start from.")] = "embedded",
+    out: Annotated[Path, Option(help="Trainings, measurements and the report; what is finished is kept.")] = Path(
+        "runs/study"
+    ),
+    seeds: Annotated[int, Option(help="Trainings of each method, and repetitions of each measurement.")] = 3,
+    iterations: Annotated[int, Option(help="Iterations of each training.")] = 100,
+    pictures: Annotated[int, Option(help="Pictures of an iteration.")] = 64,
+    steps: Annotated[str, Option(help="Steps that training draws from.")] = "2-16",
+    lrs: Annotated[str, Option(help="Learning rates to choose from.")] = "1e-5,3e-5,1e-4,3e-4",
+    budgets: Annotated[str, Option(help="Network calls of a picture to measure at.")] = "1,2,4,8,16,32",
+    calls: Annotated[int, Option(help="Network calls of the contact sheet.")] = 4,
+    count: Annotated[int, Option(help="Pictures of each prompt and seed.")] = 4,
+    prompts: Annotated[str | None, Option(help="Prompts to train on. [default: the embedded model's]")] = None,
+    eval_prompts: Annotated[
+        str | None, Option(help="Prompts to measure. [default: the embedded model's two sets]")
+    ] = None,
+    quality: Annotated[str, Option(help="The reward, as of speedrl train.")] = "embedded",
+    quick: Annotated[bool, Option(help="Only show that everything runs.")] = False,
+    device: Annotated[str, Option(help="cpu, cuda, ...")] = "cpu",
+) -> None:
+    """Compare reinforcement learning with what else makes few steps good."""
+    quiet_allocator()
+    began, console = time.time(), Console()
+    grid, costs = [float(lr) for lr in lrs.split(",")], sorted({int(budget) for budget in budgets.split(",")})
+    if quick:
+        seeds, iterations, pictures, grid, costs, count, calls = 2, 1, 8, grid[:2], [1, 4], 2, 4
+    training = read_prompts(prompts) if prompts else list(training_prompts(base))
+    texts = {"selection": training[-4 if quick else -48 :]}
+    for name, lines in prompt_sets(eval_prompts, None).items():
+        texts[name] = lines[:4] if quick else lines
+    for name, lines in texts.items():
+        write_atomically(out / f"{name}.txt", lambda to, lines=lines: to.write_text("\n".join(lines) + "\n"))
+    shared = {"quality": quality, "device": device, "pictures": 0, "figure": False}
+    # the embedded model's own two sets keep their names, which the judge knows
+    own = {} if eval_prompts is None and not quick else {"prompts": str(out / f"{[*texts][1]}.txt")}
+    measuring = shared | own | {"count": count}
+    selection = shared | {"prompts": str(out / "selection.txt"), "count": 2, "seeds": 1}
+
+    methods: dict[str, Method] = {}
+    guided = sorted({1.0, load_generator(base).guidance, 3.0})
+    plain = {"steps": tuple(costs), "guidance": (1.0,)}
+    methods["base"] = Method((base,), (plain,))
+    best = best_settings(base, out / "base-selection", costs, guidances=guided, selection=selection)
+    methods["base, best settings"] = Method((base,), best, note="temperature and guidance chosen for each budget")
+    for order in ("random", "halton"):
+        methods[f"base, {order}"] = Method((base,), (plain | {"order": (order,)},))
+    for schedule in SCHEDULES:
+        methods[f"base, {schedule}"] = Method((base,), (plain | {"schedule": (schedule,)},))
+    failed, picked = {}, {}
+    makers = trainers(base, steps=steps, prompts=prompts, pictures=pictures, quality=quality, device=device,
+                      compile=not quick)  # fmt: skip
+    for name, method in makers.items():
+        folder = out / name.replace(" ", "-")
+        console.rule(name)
+        try:
+            lr, rewards = chosen_lr(method, folder, grid, iterations=iterations, selection=selection,
+                                    steps=method.steps or calls)  # fmt: skip
+            console.print(f"learning rate {lr:g} of {rewards}", highlight=False)
+            models = [trained(method, folder, lr=lr, seed=seed, iterations=iterations) for seed in range(seeds)]
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"stopped in {folder}; the same command goes on") from None
+        except Exception as error:  # one method that fails is no reason to lose the others
+            failed[name] = one_line(error)
+            console.print(f"{name} failed: {failed[name]}", highlight=False)
+            continue
+        picked[name] = {"lr": lr, "rewards": rewards}
+        made = [
+            method.command(run_folder(folder, lr=lr, seed=seed), lr=lr, seed=seed, iterations=iterations)
+            for seed in range(seeds)
+        ]
+        settings = plain | ({"steps": (method.steps,)} if method.steps else {})
+        methods[name] = Method(tuple(map(str, models)), (settings,), tuple(made), f"learning rate {lr:g}")
+
+    console.rule("measuring")
+    rows = {
+        name: measured(name, method, out=out / "eval", measuring=measuring, seeds=seeds)
+        for name, method in methods.items()
+    }
+    conclude(
+        rows,
+        methods,
+        out=out,
+        failed=failed,
+        picked=picked,
+        measuring=measuring,
+        seeds=seeds,
+        minutes=(time.time() - began) / 60,
+        settings={"iterations": iterations, "pictures": pictures, "steps": steps},
+    )
+    shown = next(lines for name, lines in texts.items() if name != "selection")[:10]
+    save_png(equal_calls(methods, calls, shown, base=base, device=device), out / "report" / "equal_calls.png")
+    console.print(f"wrote {out / 'report' / 'index.html'}", soft_wrap=True, highlight=False)
+
+
+def conclude(
+    rows: dict[str, list[dict]],
+    methods: dict[str, Method],
+    *,
+    out: Path,
+    failed: dict[str, str],
+    picked: dict,
+    measuring: dict,
+    seeds: int,
+    minutes: float,
+    settings: dict,
+) -> None:
+    """Writes OUT/report: index.html, study.json, study.md and a Pareto figure for each set of prompts."""
+    report, every = out / "report", [row for of in rows.values() for row in of]
+    try:
+        real = load_judge().real
+    except FileNotFoundError:
+        real = {}
+    pictures = []
+    for which in dict.fromkeys(row["prompts"] for row in every):
+        of = {name: [row for row in found if row["prompts"] == which] for name, found in rows.items()}
+        name = f"pareto-{which.replace(' ', '-')}"
+        quality = "judge_r1" if any(row.get("judge_r1") is not None for row in every) else "reward"
+        plot_pareto(of, report / name, quality=quality, real=real.get(which))
+        pictures.append((f"{name}.png", f"{which} prompts: quality and diversity against network calls and seconds"))
+    budgets = {
+        name: json.loads((Path(method.models[0]).parent / "budget.json").read_text())
+        for name, method in methods.items()
+        if (Path(method.models[0]).parent / "budget.json").exists()
+    }
+    about = [
+        f"Trained: {settings['iterations']} iterations of {settings['pictures']} pictures, {settings['steps']} steps, "
+        f"{seeds} seeds, the learning rate of each method chosen on prompts of training.",
+        *(
+            f"{name}: {found['network_calls']} network calls for its training data and losses."
+            for name, found in budgets.items()
+        ),
+        *(f"{name}: {method.note}." for name, method in methods.items() if method.note),
+        "± is half the width of the 95 % interval of the mean: over trainings where a method trains, else over "
+        f"sampling seeds. The last call took {minutes:.0f} minutes.",
+        *(f"Failed: {name}: {why}" for name, why in failed.items()),
+    ]
+    words = against("reinforcement learning", rows, seeds=seeds) if "reinforcement learning" in rows else []
+    commands = {name: commands_of(m, out=out / "eval", measuring=measuring, seeds=seeds) for name, m in methods.items()}
+    again = shlex.join(["python", "-m", "experiments.study", *sys.argv[1:]])
+    write_json(report / "study.json", {"command": again, "rows": every, "failed": failed, "picked": picked,
+                                       "words": words, "budgets": budgets, "commands": commands})  # fmt: skip
+    text = "# Reinforcement learning and its alternatives\n\n" + "\n\n".join((*about, *words))
+    text += f"\n\n{markdown(every, error='interval')}\n    {again}\n"
+    write_atomically(report / "study.md", lambda partial: partial.write_text(text))
+    sections = [
+        Section("Results", about, pictures, [columns_of(every, error="interval")], files=["study.json", "study.md"]),
+        Section("In words", words),
+        Section("At equal network calls", pictures=[("equal_calls.png", "one row a method, same prompts and seeds")]),
+        *(Section(name, commands=lines) for name, lines in commands.items()),
+        Section("All of it", commands=[again]),
+    ]
+    write_page(report / "index.html", "Reinforcement learning and its alternatives", sections)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,277 @@
+"""How noisy the gradient is under each KL estimator and each likelihood: `python -m experiments.study.gradients`.
+
+Curves of training are noisy themselves; this measures at one parameter vector, over many batches of rollouts. Every
+estimator sees the same rollouts. The reference of each is the mean gradient of the estimator that is exact given the
+state, over batches of its own:
+
+    ce, k3                   gradient of KL(reference policy || policy)    reference: ce
+    reverse, k2, k1          gradient of KL(policy || reference policy)    reference: reverse; k1's expectation is 0
+    token, sequence, exact   gradient of the clipped surrogate             reference: exact
+
+What is said of k1, k2 and k3 holds for tokens drawn from the policy. Those that are revealed by confidence are chosen
+among the drawn, which adds a bias that ce and reverse do not have: compare `--order random`, where there is none.
+Where the policy that trains is the one that sampled, every ratio is 1 and token and sequence have the same gradient:
+`--stale` lets an older policy sample. References are always on-policy: that of exact is the gradient of the reward.
+"""
+
+import copy
+import json
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+from typer import Option
+
+from speedrl.advantage import group_advantages
+from speedrl.files import write_atomically, write_json
+from speedrl.loss import normalise
+from speedrl.models.checkpoint import Generator, Prompts, decode, encode_prompts, load_generator, repeat, take
+from speedrl.page import Section, write_page
+from speedrl.prompts import read_prompts
+from speedrl.reward import Score, load_quality
+from speedrl.rollout import Rollout, draw_noise, rollout
+from speedrl.sample import guided_policy
+from speedrl.train import step_range, training_prompts
+from speedrl.update import micro_batch_loss, rows
+
+REFERENCE = {
+    "ce": "ce", "k3": "ce", "reverse": "reverse", "k2": "reverse", "k1": "reverse",
+    "token": "exact", "sequence": "exact", "exact": "exact",
+}  # fmt: skip
+LIKELIHOODS = ("token", "sequence", "exact")
+
+
+class Batch(NamedTuple):
+    """Rollouts of G groups of n, and what their loss needs."""
+
+    rollout: Rollout
+    prompts: Prompts
+    advantages: Tensor  # [G * n]
+
+
+class Tally(NamedTuple):
+    """Sums over the gradients of one estimator, P parameters."""
+
+    total: Tensor  # [P]
+    squares: float  # sum of squared norms
+    cosines: list[float]  # of each with the reference
+
+    def add(self, gradient: Tensor, reference: Tensor | None) -> "Tally":
+        cosine = [] if reference is None else [torch.cosine_similarity(gradient, reference, dim=0).item()]
+        return Tally(self.total + gradient, self.squares + gradient.square().sum().item(), self.cosines + cosine)
+
+
+@torch.no_grad()
+def draw(
+    generator: Generator, texts: list[str], score: Score, *, steps: str, groups: int, group_size: int, guidance: float,
+    temperature: float, order: str, seed: int, number: int,
+) -> Batch:  # fmt: skip
+    """Batch `number` of a seed: rollouts of the generator, rewarded by `score`."""
+    random = torch.Generator().manual_seed(seed * 1_000_003 + number)
+    bounds, size = step_range(steps), groups * group_size
+    device = next(generator.transformer.parameters()).device
+    chosen = torch.randperm(len(texts), generator=random)[:groups].repeat_interleave(group_size)
+    counts = torch.randint(bounds[0], bounds[1] + 1, (size,), generator=random).to(device)
+    length = generator.grid[0] * generator.grid[1]
+    noise = draw_noise(size, bounds[1], length, seed=seed, first=number * size, device=device)
+    wanted = [texts[i] for i in chosen]
+    prompts, empty = encode_prompts(generator, wanted), encode_prompts(generator, [generator.negative])
+    policy = guided_policy(generator.transformer, prompts, empty, guidance=guidance, grid=generator.grid)
+    done = rollout(
+        policy, counts, noise, length=length, mask_id=generator.mask_id, temperature=temperature, order=order,
+        grid=generator.grid, record=True,
+    )  # fmt: skip
+    rewards = score(decode(generator, done.tokens), wanted).to(device)
+    return Batch(done, prompts, group_advantages(rewards.view(groups, -1)).flatten())
+
+
+def gradient(
+    generator: Generator, reference: nn.Module, batch: Batch, name: str, *, guidance: float, temperature: float,
+    order: str, micro_batch: int = 16,
+) -> Tensor:  # fmt: skip
+    """Gradient of one estimator's loss at the generator's parameters, a token on average: float32 [P].
+
+    A KL estimator alone, without the surrogate; or the surrogate with a likelihood, without KL.
+    """
+    transformer, (done, prompts, advantages) = generator.transformer, batch
+    of_kl = name not in LIKELIHOODS
+    learned = [p for p in transformer.parameters() if p.requires_grad]
+    empty = encode_prompts(generator, [generator.negative])
+    weights = torch.ones_like(done.log_probs)
+    every = torch.arange(int(done.steps.max()), device=done.steps.device) < done.steps[:, None]  # bool [B, S]
+    found = torch.zeros(sum(p.numel() for p in learned), device=weights.device)
+    for index in torch.arange(len(advantages), device=weights.device).split(micro_batch):
+        part = Rollout(*(None if field is None else field[index] for field in done))
+        states = rows(part, every[index], mask_id=generator.mask_id, every_place=name == "exact")
+        loss, _ = micro_batch_loss(
+            transformer, reference if of_kl else None, part, states, take(prompts, index[states.sample]),
+            repeat(empty, len(states.sample)), advantages[index] * (not of_kl), weights[index], grid=generator.grid,
+            guidance=guidance, reference_guidance=guidance, temperature=temperature, order=order,
+            likelihood="token" if of_kl else name, clip_range=0.2, kl=name if of_kl else "none", kl_weight=1.0,
+        )  # fmt: skip
+        parts = torch.autograd.grad(normalise(loss, weights.sum()), learned, allow_unused=True)
+        zeros = (torch.zeros_like(p) if g is None else g for p, g in zip(learned, parts, strict=True))
+        found += torch.cat([g.flatten() for g in zeros])
+    return found
+
+
+def summary(tally: Tally, reference: Tensor, count: int) -> dict[str, float]:
+    """What `count` gradients say of their estimator.
+
+    variance: the trace of the covariance of one batch's gradient. signal: squared norm of its mean, with the part that
+    is variance taken off (so it may be under 0 where there is none). noise_to_signal: their ratio, None where the
+    signal is not above 0. cosine: of one batch's gradient with the reference, and its spread. cosine_of_mean: of the
+    mean over batches: what is left below 1 is bias, and noise of both means.
+    """
+    variance = (tally.squares - tally.total.square().sum().item() / count) / (count - 1)
+    signal = (tally.total / count).square().sum().item() - variance / count
+    cosines = torch.tensor(tally.cosines)
+    return {
+        "variance": variance,
+        "signal": signal,
+        "noise_to_signal": variance / signal if signal > 0 else None,
+        "cosine": cosines.mean().item(),
+        "cosine_spread": cosines.std().item(),
+        "cosine_of_mean": torch.cosine_similarity(tally.total, reference, dim=0).item(),
+    }
+
+
+def perturbed(transformer: nn.Module, *, away: float, seed: int) -> None:
+    """Moves every weight matrix by noise of `away` times its own root mean square, in place: a policy off its start."""
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in transformer.parameters():
+            noise = torch.randn(p.shape, generator=random).to(p)
+            p += away * p.square().mean().sqrt() * noise
+
+
+def study(
+    generator: Generator,
+    reference: nn.Module,
+    texts: list[str],
+    score: Score,
+    *,
+    names: tuple[str, ...] = tuple(REFERENCE),
+    batches: int = 64,
+    reference_batches: int = 128,
+    groups: int = 8,
+    group_size: int = 8,
+    steps: str = "8",
+    guidance: float = 1.0,
+    order: str = "confidence",
+    behaviour: Generator | None = None,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """A row for each estimator: `summary`, and cosine_of_reference, that of the two halves of its reference.
+
+    `behaviour` samples the batches that are compared in place of `generator`, which samples those of the reference.
+    ValueError for fewer than two batches of either kind.
+    """
+    if min(batches, reference_batches) < 2:
+        raise ValueError("a variance needs at least 2 batches, and a reference 2")
+    settings = {"guidance": guidance, "temperature": generator.temperature, "order": order}
+    drawn = {"steps": steps, "groups": groups, "group_size": group_size, "seed": seed}
+    size = sum(p.numel() for p in generator.transformer.parameters() if p.requires_grad)
+
+    def nothing(which: set[str]) -> dict[str, Tensor]:
+        return {name: torch.zeros(size, device=next(generator.transformer.parameters()).device) for name in which}
+
+    exact = {REFERENCE[name] for name in names}
+    halves = nothing(exact), nothing(exact)
+    for number in track(range(reference_batches), "reference"):
+        batch = draw(generator, texts, score, number=batches + number, **drawn, **settings)
+        for name in exact:
+            halves[number % 2][name] += gradient(generator, reference, batch, name, **settings)
+    tallies = {name: Tally(total, 0.0, []) for name, total in nothing(set(names)).items()}
+    means = {name: halves[0][name] + halves[1][name] for name in exact}
+    for number in track(range(batches), "gradients"):
+        batch = draw(behaviour or generator, texts, score, number=number, **drawn, **settings)
+        for name in names:
+            found = gradient(generator, reference, batch, name, **settings)
+            tallies[name] = tallies[name].add(found, means[REFERENCE[name]])
+    return [
+        {"estimator": name, "reference": REFERENCE[name], **summary(tallies[name], means[REFERENCE[name]], batches),
+         "cosine_of_reference": torch.cosine_similarity(*(half[REFERENCE[name]] for half in halves), dim=0).item()}
+        for name in names
+    ]  # fmt: skip
+
+
+def in_words(found: list[dict[str, Any]]) -> list[str]:
+    """Each estimator beside its reference, in numbers."""
+    by_name, words = {row["estimator"]: row for row in found}, []
+    for row in found:
+        other = by_name.get(row["reference"])
+        if other is None or row is other:
+            continue
+        if row["estimator"] == "k1":
+            words.append(f"k1: cosine {row['cosine_of_mean']:.2f} of its mean with that of reverse.")
+            continue
+        times, whole = row["variance"] / other["variance"], other["estimator"]
+        words.append(
+            f"{row['estimator']}: {times:.3g} times the variance of {whole}; one batch has cosine {row['cosine']:.2f} "
+            f"with the reference ({whole} {other['cosine']:.2f}), the mean {row['cosine_of_mean']:.2f} ({whole} "
+            f"{other['cosine_of_mean']:.2f})."
+        )
+    return words
+
+
+def main(
+    *,
+    model: Annotated[
+        str, Option(help="The policy: a run, off its base; or the base itself, moved by --away.")
+    ] = "embedded",
+    base: Annotated[str, Option(help="The reference policy.")] = "embedded",
+    out: Annotated[Path, Option(help="Where the results go.")] = Path("runs/gradients"),
+    away: Annotated[float, Option(help="Noise on the weights, relative, where model and base are the same.")] = 0.02,
+    stale: Annotated[float, Option(help="Noise on the weights of the policy that samples; 0 is on-policy.")] = 0.0,
+    prompts: Annotated[str | None, Option(help="File of prompts. [default: the embedded model's]")] = None,
+    quality: Annotated[str, Option(help="As of speedrl train.")] = "embedded",
+    steps: Annotated[str, Option(help="Steps of the rollouts: 8, or 2-16.")] = "8",
+    guidance: Annotated[float, Option(help="Guidance of the rollouts.")] = 1.0,
+    order: Annotated[str, Option(help="Reveal order of the rollouts: confidence, random or halton.")] = "confidence",
+    batches: Annotated[int, Option(help="Batches whose gradients are compared.")] = 64,
+    reference_batches: Annotated[int, Option(help="Batches of the reference.")] = 128,
+    groups: Annotated[int, Option(help="Prompts of a batch.")] = 8,
+    group_size: Annotated[int, Option(help="Pictures of a prompt.")] = 8,
+    seed: Annotated[int, Option(help="Of prompts, noise and --away.")] = 0,
+    device: Annotated[str, Option(help="cpu, cuda, ...")] = "cpu",
+) -> None:
+    """Measure the variance of the gradient under each KL estimator and each likelihood."""
+    generator = load_generator(model, device=device)
+    reference = copy.deepcopy(load_generator(base, device=device).transformer).requires_grad_(False)
+    if model == base:
+        perturbed(generator.transformer, away=away, seed=seed)
+    behaviour = generator._replace(transformer=copy.deepcopy(generator.transformer)) if stale else None
+    if behaviour:
+        perturbed(behaviour.transformer, away=stale, seed=seed + 1)
+    texts = read_prompts(prompts) if prompts else list(training_prompts(base))
+    found = study(
+        generator, reference, texts, load_quality(quality, device=device), batches=batches, groups=groups,
+        reference_batches=reference_batches, group_size=group_size, steps=steps, guidance=guidance, order=order,
+        behaviour=behaviour, seed=seed,
+    )  # fmt: skip
+    header = [name.replace("_", " ") for name in found[0]]
+    lines = [
+        [f"{v:.4g}" if isinstance(v, float) else "–" if v is None else str(v) for v in row.values()] for row in found
+    ]
+    words = in_words(found)
+    table = "\n".join(
+        "| " + " | ".join(line) + " |" for line in (header, ["---"] * 2 + ["--:"] * (len(header) - 2), *lines)
+    )
+    text = "# Noise of the gradient\n\n" + table + "\n\n" + "\n\n".join(words) + "\n"
+    write_json(
+        out / "gradients.json",
+        {"model": model, "base": base, "order": order, "stale": stale, "away": away, "seed": seed, "rows": found},
+    )
+    write_atomically(out / "gradients.md", lambda partial: partial.write_text(text))
+    write_page(out / "index.html", "Noise of the gradient", [Section(model, words, tables=[(header, lines)])])
+    Console().print(text, soft_wrap=True, highlight=False)
+    print(json.dumps({"wrote": str(out / "index.html")}))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,192 @@
+"""Many trainings: each in a folder of its own, resumable, one after another or several at a time."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from speedrl.errors import one_line
+from speedrl.evaluate import evaluate
+from speedrl.files import write_atomically, write_json
+from speedrl.state import checkpoints
+from speedrl.train import train
+
+
+def run_folder(out: Path, own: dict, seed: int) -> Path:
+    """OUT/runs/OPTIONS/seed-N, named after the options in which a variant differs from the default."""
+    name = "_".join(f"{key.replace('_', '-')}-{value}" for key, value in sorted(own.items())) or "default"
+    return out / "runs" / re.sub(r"[^\w.+-]", "-", name) / f"seed-{seed}"
+
+
+def refuse_other(folder: Path, options: dict) -> None:
+    """ValueError where a folder holds a run of other options."""
+    path = folder / "variant.json"
+    if path.exists() and json.loads(path.read_text()) != json.loads(json.dumps(options, default=str)):
+        raise ValueError(f"{folder} holds a run of other options: give another folder, or the same options")
+
+
+def trained_once(folder: Path, options: dict, *, device: str) -> Path:
+    """The model that `train` made in this folder of these options; trained now, or to the end, if it is not there."""
+    if not (folder / "done").exists():
+        write_json(folder / "variant.json", json.loads(json.dumps(options, default=str)))
+        begun = bool(checkpoints(folder / "run"))
+        if not begun:
+            (folder / "run" / "metrics.jsonl").unlink(missing_ok=True)  # of a run stopped before its first checkpoint
+        model = train(out=folder / "run", resume=begun, device=device, **options)
+        write_atomically(folder / "done", lambda partial: partial.write_text(model.name))
+    return folder / "run" / (folder / "done").read_text()
+
+
+def one_run(folder: Path, options: dict, evaluation: dict, *, device: str) -> list[dict]:
+    """Trains and evaluates what a folder is for: the rows of `evaluate`."""
+    model = trained_once(folder, options, device=device)
+    return evaluate([str(model)], out=folder / "eval", device=device, **evaluation)
+
+
+def run_all(
+    runs: Mapping[Path, dict], *, evaluation: dict, devices: Sequence[str], jobs: int, console: Console
+) -> dict[Path, list[dict] | str]:
+    """The rows of every run, or in one line why it failed. KeyboardInterrupt with what to do, once all have stopped."""
+    if jobs > 1:
+        return side_by_side(runs, evaluation=evaluation, devices=devices, jobs=jobs, console=console)
+    outcome, began = {}, time.time()
+    for number, (folder, options) in enumerate(runs.items()):
+        left = (time.time() - began) / max(number, 1) * (len(runs) - number)
+        about = f", about {left / 60:.0f} minutes left" if number else ""
+        console.rule(f"{folder.parent.name}, {folder.name}: {number + 1} of {len(runs)}{about}")
+        try:
+            outcome[folder] = one_run(folder, options, evaluation, device=devices[0])
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"stopped in {folder}; the same command goes on") from None
+        except Exception as error:  # whatever stops one variant is no reason to lose the others
+            outcome[folder] = one_line(error)
+            console.print(f"{folder} failed: {outcome[folder]}", soft_wrap=True, highlight=False)
+    return outcome
+
+
+def side_by_side(
+    runs: Mapping[Path, dict], *, evaluation: dict, devices: Sequence[str], jobs: int, console: Console
+) -> dict[Path, list[dict] | str]:
+    """As `run_all`, `jobs` processes at a time: one that dies takes no other with it."""
+    waiting, outcome = list(runs), {}
+    running: dict[int, tuple[Path, subprocess.Popen]] = {}  # by place, which decides the device
+    length = {folder: options.get("iterations", train.__kwdefaults__["iterations"]) for folder, options in runs.items()}
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    with Progress(TextColumn("{task.description}"), *columns, console=console) as progress:
+        task = progress.add_task("iterations", total=sum(length.values()), completed=sum(map(iterations_of, runs)))
+        try:
+            while waiting or running:
+                for place in range(jobs):
+                    if place not in running and waiting:
+                        folder = waiting.pop(0)
+                        job = {
+                            "options": runs[folder],
+                            "evaluation": evaluation,
+                            "device": devices[place % len(devices)],
+                        }
+                        running[place] = (
+                            folder,
+                            start_process(folder, job, threads=max(1, (os.cpu_count() or 1) // jobs)),
+                        )
+                for place, (folder, process) in list(running.items()):
+                    if process.poll() is not None:
+                        outcome[folder] = outcome_of(folder, process.returncode)
+                        del running[place]
+                        if isinstance(outcome[folder], str):
+                            progress.console.print(
+                                f"{folder} failed: {outcome[folder]}", soft_wrap=True, highlight=False
+                            )
+                progress.update(task, completed=sum(map(iterations_of, runs)),
+                                description=f"{len(outcome)} of {len(runs)} runs, iterations")  # fmt: skip
+                time.sleep(0.2)
+        except KeyboardInterrupt:  # the processes had it too: their trainings end with a checkpoint
+            for _, process in running.values():
+                process.send_signal(signal.SIGINT)
+                process.wait()
+            raise KeyboardInterrupt(f"stopped after {len(outcome)} of {len(runs)}; the same command goes on") from None
+    return outcome
+
+
+def iterations_of(folder: Path) -> int:
+    """How many iterations a run has done."""
+    path = folder / "run" / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def start_process(folder: Path, job: dict, *, threads: int) -> subprocess.Popen:
+    """A Python process that does `one_run` of a folder and leaves outcome.json and log.txt in it."""
+    (folder / "outcome.json").unlink(missing_ok=True)
+    write_json(folder / "job.json", json.loads(json.dumps(job, default=str)))
+    paths = [str(Path(__file__).resolve().parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(threads)}
+    with (folder / "log.txt").open("a") as log:
+        command = [sys.executable, "-m", "speedrl.runs", str(folder)]
+        return subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment)
+
+
+def outcome_of(folder: Path, status: int) -> list[dict] | str:
+    """What a process of `start_process` left: rows, or why there are none."""
+    path = folder / "outcome.json"
+    if not path.exists():
+        return f"its process ended with status {status}, see {folder / 'log.txt'}"
+    found = json.loads(path.read_text())
+    return found.get("failed") or found["rows"]
+
+
+def child(folder: Path) -> None:
+    """The other side of `start_process`."""
+    job = json.loads((folder / "job.json").read_text())
+    try:
+        found = {"rows": one_run(folder, job["options"], job["evaluation"], device=job["device"])}
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        import traceback
+
+        traceback.print_exc()  # into log.txt
+        found = {"failed": one_line(error)}
+    write_json(folder / "outcome.json", found)
+
+
+def metrics_file(folder: Path) -> list[dict]:
+    """The rows of a run's metrics.jsonl."""
+    path = folder / "run" / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def commands_of(folder: Path, options: dict, evaluation: dict) -> list[str]:
+    """The two commands that do by hand what a run did."""
+    trained = {"out": folder / "run"} | options | {"compare": False}
+    return [command("train", trained), command("eval", {"model": folder / "run", "out": folder / "eval"} | evaluation)]
+
+
+def command(name: str, options: Mapping[str, Any]) -> str:
+    """`speedrl NAME` with these options as flags; None is left out."""
+    words = ["speedrl", name]
+    for key, value in options.items():
+        flag = key.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, list | tuple) and key == "reward_weights":
+            words += [word for one in value for word in (f"--{flag}", str(one))]
+        elif value is not None:
+            text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            words += [f"--{flag}", text]
+    return shlex.join(words)
+
+
+if __name__ == "__main__":
+    from speedrl.platform import quiet_allocator
+
+    quiet_allocator()
+    child(Path(sys.argv[1]))

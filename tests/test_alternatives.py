@@ -1,0 +1,130 @@
+"""Fine-tuning and distillation: their losses by autograd and enumeration, and that they learn on a tiny generator."""
+
+import json
+
+import pytest
+import torch
+
+from experiments.alternatives.distil import auxiliary_loss, distil, divergence_gradient, mask_again, student_loss
+from experiments.alternatives.finetune import finetune, finetune_loss, forced_reveals
+from speedrl.models.checkpoint import load_generator
+from speedrl.rollout import draw_noise, rollout
+from speedrl.schedule import masked_counts
+from tests.test_rollout import CODES, LENGTH, policy
+
+
+def random_logits(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0, -0.2])
+def test_divergence_gradient_is_that_of_autograd(beta):
+    teacher, auxiliary = random_logits(3, 5, seed=0), random_logits(3, 5, seed=1).requires_grad_()
+    p, q = (torch.distributions.Categorical(logits=logits) for logits in (teacher, auxiliary))
+    kl = torch.distributions.kl_divergence
+    (expected,) = torch.autograd.grad(((1 - beta) * kl(p, q) + beta * kl(q, p)).sum(), auxiliary)
+    found = divergence_gradient(teacher, auxiliary.detach(), beta=beta)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found.sum(-1), torch.zeros(3), atol=1e-6, rtol=0)
+    assert divergence_gradient(teacher, teacher, beta=beta).abs().max() < 1e-6
+
+
+def test_student_loss_has_the_given_gradient_at_masked_places_only():
+    logits, gradient = random_logits(2, 3, 4, seed=0).requires_grad_(), random_logits(2, 3, 4, seed=1)
+    masked = torch.tensor([[True, False, True], [False, False, True]])
+    (found,) = torch.autograd.grad(student_loss(logits, gradient, masked), logits)
+    torch.testing.assert_close(found, gradient * masked[..., None] / 3)
+
+
+def test_auxiliary_loss_is_the_expected_cross_entropy_of_the_drawn_tokens():
+    logits, student = random_logits(1, 2, 3, seed=0), random_logits(1, 2, 3, seed=1)
+    masked, p, log_q = torch.tensor([[True, False]]), student.softmax(-1), logits.log_softmax(-1)
+    expected = -sum(p[0, 0, x] * log_q[0, 0, x] for x in range(3))
+    torch.testing.assert_close(auxiliary_loss(logits, student, masked), expected)
+
+
+def test_pictures_are_masked_again_as_the_teachers_steps_would():
+    tokens = torch.arange(64).expand(500, -1)
+    state, masked, timestep = mask_again(tokens, 8, torch.Generator().manual_seed(0), mask_id=99)
+    assert torch.equal(state == 99, masked) and torch.equal(state[~masked], tokens[~masked])
+    assert masked.sum(1).min() >= 1 and masked.float().mean() == pytest.approx(2 / torch.pi, abs=0.03)
+    assert set(timestep.tolist()) == set(range(8))
+    first = masked[timestep == 7].float().mean()
+    assert first > 0.97 and masked[timestep == 0].float().mean() < 0.25, "the countdown is high where much is masked"
+
+
+def test_forced_reveals_of_what_a_rollout_drew_last_are_those_of_the_rollout():
+    """Where every step would draw the same tokens, the forced order is the rollout's own."""
+    sure = torch.full((LENGTH, CODES), -30.0)
+    sure[torch.arange(LENGTH), torch.tensor([0, 1, 2, 3, 0, 1])] = torch.linspace(0, 1, LENGTH)
+
+    def certain(tokens, timestep):
+        return sure.expand(len(tokens), -1, -1)
+
+    steps, noise = torch.tensor([2, 3, 6, 4]), draw_noise(4, 6, LENGTH, seed=0)
+    done = rollout(certain, steps, noise, length=LENGTH, mask_id=CODES)
+    found = forced_reveals(certain, done.tokens, steps, noise, mask_id=CODES, temperature=2.0)
+    assert torch.equal(found, done.reveal_step)
+
+
+def test_forced_reveals_follow_the_schedule_for_any_targets():
+    steps, noise = torch.tensor([1, 2, 3, 6]), draw_noise(4, 6, LENGTH, seed=0)
+    targets = torch.randint(CODES, (4, LENGTH), generator=torch.Generator().manual_seed(0))
+    found = forced_reveals(policy, targets, steps, noise, mask_id=CODES, temperature=1.0)
+    left = torch.stack([(found > s).sum(1) for s in range(6)], 1)
+    assert torch.equal(left, masked_counts(steps, length=LENGTH))
+
+
+def test_finetune_loss_is_the_cross_entropy_at_what_is_still_masked():
+    targets, reveal_step = torch.tensor([[0, 1, 2, 3, 0, 1]]), torch.tensor([[0, 0, 1, 1, 2, 2]])
+    found = finetune_loss(policy, targets, reveal_step, torch.tensor([1]), torch.tensor([3]), mask_id=CODES)
+    seen = torch.tensor([[0, 1, CODES, CODES, CODES, CODES]])
+    logits = policy(seen, torch.tensor([1]))[0, 2:]
+    torch.testing.assert_close(found, torch.nn.functional.cross_entropy(logits, targets[0, 2:]))
+
+
+@pytest.fixture
+def options(tiny_generator_folder, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a b\nc d\n")
+    return dict(model=str(tiny_generator_folder), prompts=str(tmp_path / "prompts.txt"), pictures=8, lr=3e-3)
+
+
+def rows(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_fine_tuning_learns_the_teachers_pictures_and_saves_a_model_of_few_steps(options, tmp_path):
+    model = finetune(out=tmp_path / "a", steps="2-3", iterations=12, **options)
+    losses = [row["loss"] for row in rows(tmp_path / "a")]
+    assert len(losses) == 12 and sum(losses[-4:]) < sum(losses[:4])
+    found = load_generator(model)
+    assert (found.steps, found.guidance) == (3, 1.0)
+    budget = json.loads((tmp_path / "a/budget.json").read_text())
+    assert budget["pictures_seen"] == 96 and budget["network_calls"] >= 96 * (12 + 2 + 1)
+
+
+def test_distillation_saves_a_model_of_one_step_that_follows_its_teacher(options, tmp_path):
+    model = distil(out=tmp_path / "a", iterations=15, **options)
+    found = load_generator(model)
+    assert (found.steps, found.guidance, found.random_share) == (1, 1.0, 0.4)
+    assert all(torch.isfinite(torch.tensor(list(row.values()))).all() for row in rows(tmp_path / "a"))
+    assert json.loads((tmp_path / "a/budget.json").read_text())["pictures_seen"] == 120
+
+
+@pytest.mark.parametrize("beta", [0.0, -0.2])
+def test_a_student_that_follows_the_gradients_ends_at_its_teacher(beta):
+    """Positions that depend on nothing: there the auxiliary model can know the student exactly."""
+    teacher = random_logits(1, 2, 4, seed=0) * 2
+    student, auxiliary = (random_logits(1, 2, 4, seed=s).requires_grad_() for s in (1, 2))
+    optimizer = torch.optim.Adam([student], lr=0.02)
+    own = torch.optim.Adam([auxiliary], lr=0.1)
+    masked = torch.ones(1, 2, dtype=torch.bool)
+    for _ in range(1000):
+        for loss, which in (
+            (auxiliary_loss(auxiliary, student, masked), own),
+            (student_loss(student, divergence_gradient(teacher, auxiliary, beta=beta), masked), optimizer),
+        ):
+            which.zero_grad()
+            loss.backward()
+            which.step()
+    torch.testing.assert_close(student.softmax(-1), teacher.softmax(-1), atol=0.02, rtol=0)
