@@ -43,11 +43,11 @@ def ablations() -> dict[str, dict[str, dict]]:
     }
     gated = {"2-16 steps, speed 0.5, gated": {"steps": "2-16", "steps_reward": 0.5, "quality_gate": MEDIAN}}
     fixed = {f"8 steps, speed {weight:g}": {"steps": "8", "steps_reward": weight} for weight in (0, 0.5)}
-    weights = {f"ce, weight {weight:g}": {"kl": "ce", "kl_weight": weight} for weight in (0.02, 0.005, 0.1, 0.5)}
+    weights = {f"ce, weight {weight:g}": {"kl": "ce", "kl_weight": weight} for weight in (1, 0.02, 0.1, 0.3, 3)}
     return {
         "speed-reward": speed | gated | fixed,
         "kl": weights
-        | {f"{kind}, weight 0.02": {"kl": kind, "kl_weight": 0.02} for kind in ("reverse", "k2", "k3")}
+        | {f"{kind}, weight 1": {"kl": kind, "kl_weight": 1} for kind in ("reverse", "k2", "k3")}
         | {"none": {"kl": "none"}},
         "likelihood": {level: {"likelihood": level} for level in ("token", "sequence", "exact")},
         "percentile": {f"percentile {p:g}": {"percentile": p} for p in (0.0, 25.0, 50.0, 75.0)},
@@ -59,7 +59,7 @@ def ablations() -> dict[str, dict[str, dict]]:
         "group-size": {f"{64 // n} groups of {n}": {"groups": 64 // n, "group_size": n} for n in (8, 4, 16, 32)},
         "guidance": {f"guidance {g:g}": {"guidance": g} for g in (1.0, 1.5, 2.0, 4.0)},
         "trained-steps": {f"{n or 'all'} steps train": {"trained": n} for n in (None, 4, 2, 1)},
-        "lr": {f"lr {lr:g}": {"lr": lr} for lr in (3e-5, 1e-5, 1e-4, 3e-4)},
+        "lr": {f"lr {lr:g}": {"lr": lr} for lr in (2e-4, 3e-5, 1e-4, 5e-4)},
         "order": {"the model's order": {"order": None}, "random": {"order": "random"}, "halton": {"order": "halton"}},
     }
 

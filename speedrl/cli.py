@@ -176,6 +176,7 @@ def train(
     groups: Annotated[int, Option(help="Prompts of an iteration.")],
     group_size: Annotated[int, Option(help="Pictures of each prompt.")],
     lr: Annotated[float, Option(help="Learning rate.")],
+    warmup: Annotated[int, Option(help="Iterations over which the learning rate rises.")],
     guidance: Annotated[float, Option(help="Guidance of sampling and training; 1 is none.")],
     reference_guidance: Annotated[
         float | None, Option(help="Guidance of the reference that the divergence is from. [default: the model's]")

@@ -40,7 +40,8 @@ def report(
 
     The rows: the base at its own steps and guidance; the base at the trained model's steps, at its own guidance and
     without, each at its own and at half of its temperature (what few steps give without training); the trained model
-    as it was trained. On the first `some` prompts of each set, `count` pictures of each for each of `seeds` seeds.
+    as it was trained; and both without guidance, or as the trained model has it, at a quarter of the network calls of
+    the first row. On the first `some` prompts of each set, `count` pictures of each for each of `seeds` seeds.
     Writes OUT/comparison.json and OUT/before_after.png and prints the table.
     """
     out, trained, console = Path(out), str(trained), Console()
@@ -51,7 +52,9 @@ def report(
     few, heat = after.steps, before.temperature
     settings = [(base, before, before.steps, before.guidance, heat)]
     settings += [(base, before, few, g, t) for g in dict.fromkeys((before.guidance, 1.0)) for t in (heat, heat / 2)]
-    settings += [(trained, after, few, after.guidance, after.temperature)]
+    quarter = max(1, network_calls(before.steps, before.guidance) // (4 * network_calls(1, after.guidance)))
+    settings += [(base, before, quarter, after.guidance, heat)] if quarter != few else []
+    settings += [(trained, after, n, after.guidance, after.temperature) for n in dict.fromkeys((few, quarter))]
     rows = []
     for which in sets:
         for model, generator, steps, guidance, temperature in track(settings, f"comparing, {which} prompts"):
@@ -65,7 +68,8 @@ def report(
             write_json(out / "comparison.json", rows)
 
     shown = next(iter(sets.values()))[:pictures]
-    lines = (("before", before, before.steps), ("before", before, few), ("after", after, few))
+    lines = [("before", before, before.steps), ("before", before, few)]
+    lines += [("after", after, n) for n in dict.fromkeys((few, quarter))]
     labels = [f"{when}: {steps} steps, {network_calls(steps, g.guidance)} calls" for when, g, steps in lines]
     sheet = [sample(generator, shown, steps=steps).cpu() for _, generator, steps in lines]
     scale = max(1, 96 // sheet[0].shape[-1])

@@ -126,7 +126,7 @@ def check_numbers(settings: Mapping[str, Any]) -> None:
             raise ValueError(f"{option} must be a finite number, got {value}")
         if name in ("clip_range", "clip_grad") and value <= 0:
             raise ValueError(f"{option} must be positive, got {value}")
-        if name in ("kl_weight", "temperature", "quality_clip") and value is not None and value < 0:
+        if name in ("kl_weight", "temperature", "quality_clip", "warmup") and value is not None and value < 0:
             raise ValueError(f"{option} must not be negative, got {value}")
     if not -(2**63) <= settings["seed"] < 2**63:
         raise ValueError(f"seed must fit in 64 bits, got {settings['seed']}")
@@ -372,7 +372,8 @@ def train(
     iterations: int = 30,
     groups: int = 8,
     group_size: int = 8,
-    lr: float = 3e-5,
+    lr: float = 2e-4,
+    warmup: int = 5,
     guidance: float = 1.0,
     reference_guidance: float | None = None,
     temperature: float | None = None,
@@ -420,7 +421,8 @@ def train(
     `checkpointing` computes each block again in the backward pass, for memory; `micro_batch` is halved where memory
     runs out. `trained` steps of each rollout, all by default, enter the loss, scaled so that its gradient is that of
     all in expectation. `percentile` and `least_quality` filter groups and samples (`std_percentile`, `low_quality`).
-    An update whose gradient is not finite is skipped; `max_skipped` in a row end the training.
+    The learning rate rises to `lr` over the first `warmup` iterations, as Adam's first updates are as large as any and
+    follow one rollout's noise. An update whose gradient is not finite is skipped; `max_skipped` in a row end the training.
     `temperature`, the mask `schedule` and the reveal `order` None are the model's own.
     `loading` holds further options of `load_generator`, which the saved model keeps.
 
@@ -510,6 +512,8 @@ def train(
             keep = std_percentile(by_group, percentile=percentile) * low_quality(by_group, threshold=least_quality)
 
             # TRAINING
+            for group in optimizer.param_groups:
+                group["lr"] = lr * min(1, (iteration + 1) / (warmup + 1))
             for _ in range(updates):
                 which = trained_steps(counts, trained, random)[mine]  # bool [B, S]
                 weights = token_weights(batch, which, keep.flatten()[mine])  # [B, L]

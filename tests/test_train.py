@@ -76,6 +76,17 @@ def test_micro_batches_do_not_change_the_update(options, tmp_path):
     assert all(torch.allclose(one[name], other[name], atol=1e-5) for name in one)
 
 
+def test_the_learning_rate_rises_over_the_first_iterations(options, tmp_path):
+    before = load_file(options["model"] + "/transformer/diffusion_pytorch_model.safetensors")
+    moved = {}
+    for warmup in (0, 9):
+        train(out=tmp_path / str(warmup), iterations=1, warmup=warmup, **options)
+        after = weights(tmp_path / str(warmup))
+        moved[warmup] = max((after[name] - before[name]).abs().max().item() for name in before)
+    assert moved[0] == pytest.approx(options["lr"], rel=0.05)  # Adam's first update
+    assert moved[9] == pytest.approx(options["lr"] / 10, rel=0.05)
+
+
 def test_checkpointing_does_not_change_the_update(options, tmp_path):
     for on in (False, True):
         train(out=tmp_path / str(on), iterations=1, checkpointing=on, **options)
