@@ -20,7 +20,8 @@ from speedrl.report import plot_curves
 from speedrl.reward import load_qualities
 from speedrl.runs import commands_of, metrics_file, refuse_other, run_all, run_folder
 from speedrl.sample import sample
-from speedrl.train import step_range, train, training_prompts
+from speedrl.schedule import step_range
+from speedrl.train import train, training_prompts
 
 MEDIAN, QUARTILE = "median", "lower quartile"  # of the starting model's quality, in place of a number
 COMPARED = ("reward", "judge_r1", "diversity")  # what is said in words

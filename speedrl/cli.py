@@ -244,7 +244,7 @@ def train(
 
 
 @app.command()
-@forwards("train.export")
+@forwards("export.export")
 def export(
     *,
     checkpoint: Annotated[str, Argument(help="A checkpoint's folder, or a run's for its newest.", show_default=False)],
@@ -252,7 +252,7 @@ def export(
     raw: Annotated[bool, Option(help="The weights themselves where their moving average was kept.")],
 ) -> None:
     """Make a model of a training's checkpoint, sharded or not."""
-    from speedrl.train import export
+    from speedrl.export import export
 
     print(f"wrote {export(checkpoint, out=out, raw=raw)}")
 

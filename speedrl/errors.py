@@ -1,4 +1,8 @@
-"""What is said of an error."""
+"""What is said of an error, and of a signal that ends the work."""
+
+import signal
+import time
+from contextlib import contextmanager
 
 
 def one_line(error: BaseException) -> str:
@@ -13,3 +17,30 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, message: str, signal: int):
         super().__init__(message)
         self.status = 128 + signal
+
+
+@contextmanager
+def interruptible():
+    """Turns SIGINT (Ctrl-C) and SIGTERM into a request, so that an iteration ends whole.
+
+    Yields a function that gives the signal's number, 0 before. A second Ctrl-C stops at once; not one within a second,
+    as a terminal and torchrun both pass on the same key.
+    """
+    asked: list[float] = []
+
+    def ask(number: int, _: object) -> None:
+        if not asked:
+            asked.extend((number, time.monotonic()))
+        elif number == signal.SIGINT and time.monotonic() - asked[1] > 1:
+            raise KeyboardInterrupt("stopped at once; the last checkpoint stands")
+
+    try:
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread, where signals do not arrive
+        yield lambda: 0
+        return
+    try:
+        yield lambda: int(asked[0]) if asked else 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -92,3 +92,15 @@ def radical_inverse(index: Tensor, *, base: int, cells: int) -> Tensor:
     while index.any():
         mirrored, scale, index = mirrored * base + index % base, scale * base, index // base
     return mirrored * cells // scale
+
+
+def step_range(text: str) -> tuple[int, int]:
+    """Reads "8" as (8, 8) and "2-16" as (2, 16). ValueError otherwise, and for counts under 1."""
+    low, _, high = str(text).partition("-")
+    try:
+        bounds = int(low), int(high or low)
+    except ValueError:
+        raise ValueError(f"steps must be a number or a range, like 8 or 2-16, not {text!r}") from None
+    if not 1 <= bounds[0] <= bounds[1]:
+        raise ValueError(f"steps must be at least 1 and a range must rise, not {text!r}")
+    return bounds

@@ -5,6 +5,7 @@ or a shard of each rank by torch.distributed.checkpoint), the random states, and
 """
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from speedrl import __version__
 from speedrl.distributed import agreed, barrier, everyone, rank, world
 from speedrl.errors import one_line
-from speedrl.files import damage, replace_folder, seal, write_json
+from speedrl.files import append_lines, damage, replace_folder, seal, write_atomically, write_json
 
 RANDOM = "random.st"  # not *.safetensors, which are all of the tensors' files
 
@@ -183,3 +184,56 @@ def restore(
         raise ValueError(f"{folder} is another model's or another training's: {one_line(error)}") from error
     barrier()
     return record
+
+
+def start(out: Path, *, resume: bool) -> tuple[Path | None, list[str]]:
+    """Makes the run's folder; the checkpoint to go on from, if any, and lines about damaged ones that are newer.
+
+    ValueError where the folder holds a run that is not resumed, or nothing but damaged checkpoints.
+    """
+    if not resume and (checkpoints(out) or (out / "metrics.jsonl").exists()):
+        raise ValueError(f"{out} holds a run already: continue it with --resume or choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    folder, complaints = newest(out) if resume else (None, [])
+    if folder is None and complaints:
+        raise ValueError(f"{'; '.join(complaints)}; none is whole: start the run anew in another folder")
+    return folder, complaints
+
+
+def drop_metrics(out: Path, done: int) -> None:
+    """Takes the lines past iteration `done` out of OUT/metrics.jsonl, and one that was being written when it ended."""
+    metrics, kept = out / "metrics.jsonl", []
+    for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []:
+        try:
+            if line.endswith("\n") and json.loads(line)["iteration"] <= done:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    write_atomically(metrics, lambda partial: partial.write_text("".join(kept), encoding="utf-8"))
+
+
+def append_row(out: Path, row: Mapping[str, Any], unwritten: list[str]) -> str | None:
+    """Appends a line to OUT/metrics.jsonl, after those that could not be written; what to say if it cannot be either.
+
+    A number that is not finite is null.
+    """
+    finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
+    unwritten.append(json.dumps(finite) + "\n")
+    try:
+        append_lines(out / "metrics.jsonl", unwritten)
+    except OSError as error:
+        return f"metrics.jsonl cannot be written ({one_line(error)}); training goes on, and its lines are kept"
+    return None
+
+
+def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as JSON holds them."""
+    return json.loads(json.dumps(settings, default=str))
+
+
+def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The settings that make a difference to what is learned, and differ: "lr 3e-05, now 0.0001"."""
+    free = ("out", "resume", "iterations", "save_every", "keep_checkpoints", "device", "compile", "micro_batch",
+            "checkpointing", "parallel", "offload", "trackers", "max_skipped", "merge")  # fmt: skip
+    names = [name for name in now if name not in free and name in before and before[name] != now[name]]
+    return [f"{name.replace('_', '-')} {before[name]}, now {now[name]}" for name in names]

@@ -1,13 +1,10 @@
 """The training loop: GRPO on the rollouts of a masked image generator."""
 
 import copy
-import json
 import math
-import signal
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +16,11 @@ from speedrl import distributed
 from speedrl.advantage import group_advantages
 from speedrl.display import Display
 from speedrl.distributed import agreed, gathered, total
-from speedrl.errors import Stopped, one_line
-from speedrl.files import append_lines, damage, write_atomically
+from speedrl.errors import Stopped, interruptible
+from speedrl.export import save_trained
 from speedrl.filter import low_quality, std_percentile
-from speedrl.loss import normalise
-from speedrl.models.checkpoint import (
-    Generator,
-    Prompts,
-    adapter_of,
-    decode,
-    encode_prompts,
-    find,
-    load_generator,
-    repeat,
-    save_generator,
-    take,
-)
-from speedrl.models.lora import WithoutLora, add_lora, merge_lora, save_lora
+from speedrl.models.checkpoint import adapter_of, decode, encode_prompts, find, load_generator, take
+from speedrl.models.lora import WithoutLora, add_lora
 from speedrl.platform import bf16_autocast, bf16_is_fast
 from speedrl.prompts import open_prompts
 from speedrl.reward import (
@@ -49,37 +34,14 @@ from speedrl.reward import (
     rate,
     speed_reward,
 )
-from speedrl.rollout import ORDERS, Rollout, draw_noise, rollout
+from speedrl.rollout import ORDERS, draw_noise, rollout
 from speedrl.sample import guided_policy
-from speedrl.schedule import mask_ratio
-from speedrl.state import checkpoints, newest, random_states, read_tensors, restore, save, stored, tensors
+from speedrl.schedule import mask_ratio, step_range
+from speedrl.state import append_row, changed, drop_metrics, plain, random_states, restore, save, start, tensors
 from speedrl.track import TRACKERS, open_trackers
-from speedrl.update import micro_batch_loss, rows, token_weights, trained_steps
+from speedrl.update import fitting, follow, gradients, token_weights, trained_steps
 
 TREND = 20  # iterations over which rewards are watched for disagreement
-
-
-def step_range(text: str) -> tuple[int, int]:
-    """Reads "8" as (8, 8) and "2-16" as (2, 16). ValueError otherwise, and for counts under 1."""
-    low, _, high = str(text).partition("-")
-    try:
-        bounds = int(low), int(high or low)
-    except ValueError:
-        raise ValueError(f"steps must be a number or a range, like 8 or 2-16, not {text!r}") from None
-    if not 1 <= bounds[0] <= bounds[1]:
-        raise ValueError(f"steps must be at least 1 and a range must rise, not {text!r}")
-    return bounds
-
-
-def accumulate(totals: dict[str, float], stats: dict[str, Tensor]) -> None:
-    """Adds a micro-batch's statistics to `totals`: means by weight become sums, to be divided by "kept" at the end."""
-    kept = stats["kept"].item()
-    for name, value in stats.items():
-        value = value.item()
-        if name == "ratio_max":
-            totals[name] = max(totals.get(name, 0.0), value)
-        else:
-            totals[name] = totals.get(name, 0.0) + (value if name in ("kept", "kl") else value * kept)
 
 
 def check(settings: dict, bounds: tuple[int, int]) -> None:
@@ -147,217 +109,6 @@ def draw_prompts(count: int, groups: int, random: torch.Generator) -> Tensor:
     return torch.cat(rounds)[:groups]
 
 
-def lasting(source: str | Path) -> str:
-    """A folder's whole path, which holds from every working directory; a hub id or "embedded" as it is."""
-    return str(Path(source).resolve() if Path(source).exists() else source)
-
-
-def start(out: Path, *, resume: bool) -> tuple[Path | None, list[str]]:
-    """Makes the run's folder; the checkpoint to go on from, if any, and lines about damaged ones that are newer.
-
-    ValueError where the folder holds a run that is not resumed, or nothing but damaged checkpoints.
-    """
-    if not resume and (checkpoints(out) or (out / "metrics.jsonl").exists()):
-        raise ValueError(f"{out} holds a run already: continue it with --resume or choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    folder, complaints = newest(out) if resume else (None, [])
-    if folder is None and complaints:
-        raise ValueError(f"{'; '.join(complaints)}; none is whole: start the run anew in another folder")
-    return folder, complaints
-
-
-def drop_metrics(out: Path, done: int) -> None:
-    """Takes the lines past iteration `done` out of OUT/metrics.jsonl, and one that was being written when it ended."""
-    metrics, kept = out / "metrics.jsonl", []
-    for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []:
-        try:
-            if line.endswith("\n") and json.loads(line)["iteration"] <= done:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue
-    write_atomically(metrics, lambda partial: partial.write_text("".join(kept), encoding="utf-8"))
-
-
-def append_row(out: Path, row: Mapping[str, Any], unwritten: list[str]) -> str | None:
-    """Appends a line to OUT/metrics.jsonl, after those that could not be written; what to say if it cannot be either.
-
-    A number that is not finite is null.
-    """
-    finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
-    unwritten.append(json.dumps(finite) + "\n")
-    try:
-        append_lines(out / "metrics.jsonl", unwritten)
-    except OSError as error:
-        return f"metrics.jsonl cannot be written ({one_line(error)}); training goes on, and its lines are kept"
-    return None
-
-
-def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as JSON holds them."""
-    return json.loads(json.dumps(settings, default=str))
-
-
-def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The settings that make a difference to what is learned, and differ: "lr 3e-05, now 0.0001"."""
-    free = ("out", "resume", "iterations", "save_every", "keep_checkpoints", "device", "compile", "micro_batch",
-            "checkpointing", "parallel", "offload", "trackers", "max_skipped", "merge")  # fmt: skip
-    names = [name for name in now if name not in free and name in before and before[name] != now[name]]
-    return [f"{name.replace('_', '-')} {before[name]}, now {now[name]}" for name in names]
-
-
-@contextmanager
-def interruptible():
-    """Turns SIGINT (Ctrl-C) and SIGTERM into a request, so that an iteration ends whole.
-
-    Yields a function that gives the signal's number, 0 before. A second Ctrl-C stops at once; not one within a second,
-    as a terminal and torchrun both pass on the same key.
-    """
-    asked: list[float] = []
-
-    def ask(number: int, _: object) -> None:
-        if not asked:
-            asked.extend((number, time.monotonic()))
-        elif number == signal.SIGINT and time.monotonic() - asked[1] > 1:
-            raise KeyboardInterrupt("stopped at once; the last checkpoint stands")
-
-    try:
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread, where signals do not arrive
-        yield lambda: 0
-        return
-    try:
-        yield lambda: int(asked[0]) if asked else 0
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@torch.no_grad()
-def follow(average: Mapping[str, Tensor], learned: Mapping[str, Tensor], *, decay: float, updates: int) -> None:
-    """Moves the exponential moving average of the weights towards them, in place; faster over the first updates, so
-    that where it started does not count for long."""
-    decay = min(decay, (1 + updates) / (10 + updates))
-    for name, value in average.items():
-        value.lerp_(learned[name].detach(), 1 - decay)
-
-
-def fitting(
-    run: Callable[[int], dict[str, float]], size: int, *, undo: Callable[[], None], halve: bool = True
-) -> tuple[dict[str, float], int]:
-    """run(size), with half the size again each time that the device's memory runs out, and the size that fitted.
-
-    `undo` takes back what a failed run has done. OutOfMemoryError at size 1, or at once where `halve` is off: ranks
-    that wait for each other within a micro-batch cannot differ in their number.
-    """
-    while True:
-        try:
-            return run(size), size
-        except torch.OutOfMemoryError:
-            undo()
-            if size == 1 or not halve:
-                raise
-        size = (size + 1) // 2
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
-def gradients(
-    transformer: nn.Module,
-    reference: nn.Module | None,
-    batch: Rollout,
-    which: Tensor,
-    prompt: Prompts,
-    empty: Prompts,
-    advantages: Tensor,
-    weights: Tensor,
-    kept: Tensor,
-    *,
-    micro_batch: int,
-    mask_id: int,
-    autocast: torch.autocast,
-    **how: Any,
-) -> dict[str, float]:
-    """Adds the gradient of B samples to the parameters', `micro_batch` samples at a time, whatever their number.
-
-    which bool [B, S], the steps that train; prompt of B; advantages [B]; weights [B, L]; kept, the weight of all
-    samples of all ranks; `how` as of `micro_batch_loss`. Returns its statistics, summed.
-    """
-    totals: dict[str, float] = {}
-    for index in torch.arange(len(weights), device=weights.device).split(micro_batch):
-        part = Rollout(*(None if field is None else field[index] for field in batch))
-        states = rows(part, which[index], mask_id=mask_id, every_place=how["likelihood"] == "exact")
-        with autocast:
-            loss, stats = micro_batch_loss(
-                transformer, reference, part, states, take(prompt, index[states.sample]),
-                repeat(empty, len(states.sample)), advantages[index], weights[index], **how,
-            )  # fmt: skip
-        normalise(loss, kept).backward()
-        accumulate(totals, stats)
-    return totals
-
-
-def save_trained(
-    out: Path, generator: Generator, learned: Mapping[str, Tensor], settings: Mapping[str, Any]
-) -> Path:  # fmt: skip
-    """Saves what was learned, by name, to OUT/model, or to OUT/adapter and with `merge` to both; returns the folder.
-
-    `generator` is as it was trained, with its adapter if there is one.
-    """
-    with torch.no_grad():
-        parameters = dict(generator.transformer.named_parameters())
-        for name, value in learned.items():
-            parameters[name].copy_(value)
-    how = sampled_as(generator, settings)
-    if settings["lora"] is not None:
-        kept = (settings["loading"] or {}).items()
-        beside = {name: value for name, value in kept if name in ("text_encoder", "size")}
-        if "text_encoder" in beside:
-            beside["text_encoder"] = lasting(beside["text_encoder"])
-        scheduler = generator.scheduler | how | beside
-        save_lora(generator.transformer, out / "adapter", base=lasting(settings["model"]), scheduler=scheduler)
-        if not settings["merge"]:
-            return out / "adapter"
-        merge_lora(generator.transformer)
-    save_generator(generator._replace(scheduler=generator.scheduler | how), out / "model")
-    return out / "model"
-
-
-def export(checkpoint: str | Path, *, out: str | Path, raw: bool = False) -> Path:
-    """Makes a model of a checkpoint, sharded or not: saves what `train` would have saved had it ended there, to OUT.
-
-    It takes the weights' moving average where there is one, or with `raw` the weights. `checkpoint` is its folder, or a
-    run's, for its newest that is whole. Returns the folder of the model or adapter. ValueError for a damaged one.
-    """
-    folder = Path(checkpoint)
-    if (folder / "checkpoints").is_dir():
-        folder = newest(folder)[0] or folder
-    if not (folder / "state.json").is_file():
-        raise FileNotFoundError(f"{checkpoint} is no checkpoint: give one, like RUN/checkpoints/000010")
-    if wrong := damage(folder):
-        raise ValueError(f"checkpoint {folder} is damaged: {wrong}")
-    settings = json.loads((folder / "state.json").read_text())["settings"]
-    generator = load_generator(settings["model"], **(settings["loading"] or {}))
-    if settings["lora"] is not None:
-        alpha, targets = settings["lora_alpha"], settings["lora_targets"]
-        add_lora(generator.transformer, rank=settings["lora"], alpha=alpha, targets=targets)
-    held = stored(folder)
-    kind = "average." if not raw and any(name.startswith("average.") for name in held) else "transformer."
-    wanted = {name: torch.empty(value.size) for name, value in held.items() if name.startswith(kind)}
-    read_tensors(folder, wanted)
-    learned = {name.removeprefix(kind): value for name, value in wanted.items()}
-    return save_trained(Path(out), generator, learned, settings)
-
-
-def sampled_as(generator: Generator, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """How a trained model is sampled from here on: as it was trained."""
-    heat = settings["temperature"]
-    return {"num_inference_steps": step_range(settings["steps"])[1], "guidance_scale": settings["guidance"],
-            "temperature": generator.temperature if heat is None else heat,
-            "masking_schedule": settings["schedule"] or generator.schedule,
-            "reveal_order": settings["order"] or generator.order, "negative_prompt": generator.negative,
-            "micro_conds": generator.micro_conds}  # fmt: skip
-
-
 def train(
     *,
     out: str | Path = "runs/train",
@@ -422,7 +173,8 @@ def train(
     runs out. `trained` steps of each rollout, all by default, enter the loss, scaled so that its gradient is that of
     all in expectation. `percentile` and `least_quality` filter groups and samples (`std_percentile`, `low_quality`).
     The learning rate rises to `lr` over the first `warmup` iterations, as Adam's first updates are as large as any and
-    follow one rollout's noise. An update whose gradient is not finite is skipped; `max_skipped` in a row end the training.
+    follow one rollout's noise. An update whose gradient is not finite is skipped; `max_skipped` in a row end the
+    training.
     `temperature`, the mask `schedule` and the reveal `order` None are the model's own.
     `loading` holds further options of `load_generator`, which the saved model keeps.
 
@@ -486,12 +238,13 @@ def train(
             began = time.time()
 
             # SAMPLING
-            chosen = draw_prompts(len(texts), groups, random).repeat_interleave(group_size)
+            chosen = [texts[i] for i in draw_prompts(len(texts), groups, random)]
             counts = torch.randint(bounds[0], bounds[1] + 1, (size,), generator=random).to(device)
             noise = draw_noise(mine.stop - mine.start, bounds[1], length, seed=seed,
                                first=iteration * size + mine.start, device=device)  # fmt: skip
-            asked = [texts[i] for i in chosen]
-            prompt = take(encode_prompts(generator, asked), mine)
+            asked = [text for text in chosen for _ in range(group_size)]
+            of_group = torch.arange(groups).repeat_interleave(group_size)[mine].to(device)
+            prompt = take(encode_prompts(generator, chosen), of_group)
             policy = guided_policy(transformer, prompt, empty, guidance=guidance, grid=grid)
             with autocast, distributed.gathered_weights(transformer, sharded=sharded):
                 batch = rollout(

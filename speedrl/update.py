@@ -1,7 +1,8 @@
 """What one update computes of a rollout: its states again, the scores of their tokens, and the loss."""
 
 import itertools
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from speedrl.kl import kl as divergence
 from speedrl.likelihood import exact_log_prob, guided, log_probs, log_ratio
-from speedrl.loss import clipped_loss
-from speedrl.models.checkpoint import Prompts, join
+from speedrl.loss import clipped_loss, normalise
+from speedrl.models.checkpoint import Prompts, join, repeat, take
 from speedrl.rollout import Rollout, state
 from speedrl.schedule import temperatures, timesteps
 
@@ -169,3 +170,78 @@ def micro_batch_loss(
     loss, stats = clipped_loss(ratio, advantages, weights, clip_range=clip_range)
     divergences = (away * trained).sum()
     return loss + kl_weight * divergences, stats | {"kl": divergences.detach()}
+
+
+def accumulate(totals: dict[str, float], stats: dict[str, Tensor]) -> None:
+    """Adds a micro-batch's statistics to `totals`: means by weight become sums, to be divided by "kept" at the end."""
+    kept = stats["kept"].item()
+    for name, value in stats.items():
+        value = value.item()
+        if name == "ratio_max":
+            totals[name] = max(totals.get(name, 0.0), value)
+        else:
+            totals[name] = totals.get(name, 0.0) + (value if name in ("kept", "kl") else value * kept)
+
+
+def gradients(
+    transformer: nn.Module,
+    reference: nn.Module | None,
+    batch: Rollout,
+    which: Tensor,
+    prompt: Prompts,
+    empty: Prompts,
+    advantages: Tensor,
+    weights: Tensor,
+    kept: Tensor,
+    *,
+    micro_batch: int,
+    mask_id: int,
+    autocast: torch.autocast,
+    **how: Any,
+) -> dict[str, float]:
+    """Adds the gradient of B samples to the parameters', `micro_batch` samples at a time, whatever their number.
+
+    which bool [B, S], the steps that train; prompt of B; advantages [B]; weights [B, L]; kept, the weight of all
+    samples of all ranks; `how` as of `micro_batch_loss`. Returns its statistics, summed.
+    """
+    totals: dict[str, float] = {}
+    for index in torch.arange(len(weights), device=weights.device).split(micro_batch):
+        part = Rollout(*(None if field is None else field[index] for field in batch))
+        states = rows(part, which[index], mask_id=mask_id, every_place=how["likelihood"] == "exact")
+        with autocast:
+            loss, stats = micro_batch_loss(
+                transformer, reference, part, states, take(prompt, index[states.sample]),
+                repeat(empty, len(states.sample)), advantages[index], weights[index], **how,
+            )  # fmt: skip
+        normalise(loss, kept).backward()
+        accumulate(totals, stats)
+    return totals
+
+
+def fitting(
+    run: Callable[[int], dict[str, float]], size: int, *, undo: Callable[[], None], halve: bool = True
+) -> tuple[dict[str, float], int]:
+    """run(size), with half the size again each time that the device's memory runs out, and the size that fitted.
+
+    `undo` takes back what a failed run has done. OutOfMemoryError at size 1, or at once where `halve` is off: ranks
+    that wait for each other within a micro-batch cannot differ in their number.
+    """
+    while True:
+        try:
+            return run(size), size
+        except torch.OutOfMemoryError:
+            undo()
+            if size == 1 or not halve:
+                raise
+        size = (size + 1) // 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+@torch.no_grad()
+def follow(average: Mapping[str, Tensor], learned: Mapping[str, Tensor], *, decay: float, updates: int) -> None:
+    """Moves the exponential moving average of the weights towards them, in place; faster over the first updates, so
+    that where it started does not count for long."""
+    decay = min(decay, (1 + updates) / (10 + updates))
+    for name, value in average.items():
+        value.lerp_(learned[name].detach(), 1 - decay)

@@ -12,6 +12,7 @@ from speedrl import cli
 from speedrl.models.checkpoint import encode_prompts
 from speedrl.prompts import open_prompts, read_prompts
 from speedrl.sample import contact_sheet
+from speedrl.state import append_row
 from speedrl.train import train
 
 hypothesis = pytest.importorskip("hypothesis")
@@ -169,6 +170,6 @@ def test_other_commands_refuse_in_one_line_too(tmp_path, monkeypatch, arguments)
 
 
 def test_metrics_are_json_also_where_a_number_is_not(tmp_path):
-    assert speedrl.train.append_row(tmp_path, {"iteration": 1, "grad_norm": float("nan"), "kl": 0.5}, []) is None
+    assert append_row(tmp_path, {"iteration": 1, "grad_norm": float("nan"), "kl": 0.5}, []) is None
     strict = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
     assert strict == {"iteration": 1, "grad_norm": None, "kl": 0.5}

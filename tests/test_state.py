@@ -16,11 +16,14 @@ from safetensors.torch import load_file
 import speedrl.files
 import speedrl.state
 import speedrl.train
+import speedrl.update
 from speedrl.errors import Stopped
+from speedrl.export import export
 from speedrl.files import append_lines, damage, seal
 from speedrl.models.checkpoint import load_generator
-from speedrl.state import checkpoints, newest
-from speedrl.train import changed, draw_prompts, export, fitting, follow, train
+from speedrl.state import changed, checkpoints, newest
+from speedrl.train import draw_prompts, train
+from speedrl.update import fitting, follow
 from tests.ranks import command, finish, start
 
 
@@ -305,7 +308,7 @@ def test_a_reward_that_fails_later_ends_the_training_in_one_line(options, tmp_pa
 
 
 def test_where_memory_runs_out_the_micro_batch_is_halved_and_the_gradient_is_the_same(options, tmp_path, monkeypatch):
-    plain, tried = speedrl.train.micro_batch_loss, []
+    plain, tried = speedrl.update.micro_batch_loss, []
 
     def loss(transformer, reference, batch, *arguments, **how):
         tried.append(len(batch.tokens))
@@ -317,7 +320,7 @@ def test_where_memory_runs_out_the_micro_batch_is_halved_and_the_gradient_is_the
 
     options |= {"groups": 4, "group_size": 4, "percentile": 50.0}
     train(out=tmp_path / "whole", iterations=2, micro_batch=8, **options)
-    monkeypatch.setattr(speedrl.train, "micro_batch_loss", loss)
+    monkeypatch.setattr(speedrl.update, "micro_batch_loss", loss)
     train(out=tmp_path / "run", iterations=2, micro_batch=8, **options)
     assert tried == [8, 8, 4, *[2] * 8, *[2] * 8]
     one, other = metrics(tmp_path / "run"), metrics(tmp_path / "whole")

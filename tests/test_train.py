@@ -8,7 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from speedrl.models.checkpoint import encode_prompts, load_generator
-from speedrl.train import step_range, train, trained_steps
+from speedrl.schedule import step_range
+from speedrl.train import train
+from speedrl.update import trained_steps
 
 
 def red(images, prompts):

@@ -18,8 +18,7 @@ from speedrl.likelihood import log_probs
 from speedrl.models.checkpoint import Prompts, take
 from speedrl.rollout import Noise, draw_noise
 from speedrl.sample import generate, guided_policy
-from speedrl.schedule import masked_counts, temperatures, timesteps
-from speedrl.train import step_range
+from speedrl.schedule import masked_counts, step_range, temperatures, timesteps
 
 
 @torch.no_grad()

@@ -35,7 +35,8 @@ from speedrl.prompts import read_prompts
 from speedrl.reward import Score, load_quality
 from speedrl.rollout import Rollout, draw_noise, rollout
 from speedrl.sample import guided_policy
-from speedrl.train import step_range, training_prompts
+from speedrl.schedule import step_range
+from speedrl.train import training_prompts
 from speedrl.update import micro_batch_loss, rows
 
 REFERENCE = {
