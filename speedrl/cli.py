@@ -177,6 +177,7 @@ def train(
     group_size: Annotated[int, Option(help="Pictures of each prompt.")],
     lr: Annotated[float, Option(help="Learning rate.")],
     warmup: Annotated[int, Option(help="Iterations over which the learning rate rises.")],
+    eps: Annotated[float, Option(help="Adam's epsilon; 1e-8 moves all weights alike, which large models want.")],
     guidance: Annotated[float, Option(help="Guidance of sampling and training; 1 is none.")],
     reference_guidance: Annotated[
         float | None, Option(help="Guidance of the reference that the divergence is from. [default: the model's]")

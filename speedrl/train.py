@@ -86,7 +86,7 @@ def check_numbers(settings: Mapping[str, Any]) -> None:
         option = name.replace("_", "-")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{option} must be a finite number, got {value}")
-        if name in ("clip_range", "clip_grad") and value <= 0:
+        if name in ("clip_range", "clip_grad", "eps") and value <= 0:
             raise ValueError(f"{option} must be positive, got {value}")
         if name in ("kl_weight", "temperature", "quality_clip", "warmup") and value is not None and value < 0:
             raise ValueError(f"{option} must not be negative, got {value}")
@@ -123,8 +123,9 @@ def train(
     iterations: int = 30,
     groups: int = 8,
     group_size: int = 8,
-    lr: float = 2e-4,
+    lr: float = 4e-4,
     warmup: int = 5,
+    eps: float = 1e-3,
     guidance: float = 1.0,
     reference_guidance: float | None = None,
     temperature: float | None = None,
@@ -133,7 +134,7 @@ def train(
     likelihood: str = "token",
     clip_range: float = 0.2,
     kl: str = "ce",
-    kl_weight: float = 0.02,
+    kl_weight: float = 1.0,
     percentile: float = 0.0,
     least_quality: float | None = None,
     trained: int | None = None,
@@ -173,7 +174,9 @@ def train(
     runs out. `trained` steps of each rollout, all by default, enter the loss, scaled so that its gradient is that of
     all in expectation. `percentile` and `least_quality` filter groups and samples (`std_percentile`, `low_quality`).
     The learning rate rises to `lr` over the first `warmup` iterations, as Adam's first updates are as large as any and
-    follow one rollout's noise. An update whose gradient is not finite is skipped; `max_skipped` in a row end the
+    follow one rollout's noise. `eps`, Adam's, is beside the root mean square of a weight's gradient: far above it, as
+    by default for the embedded model, weights move in proportion to their gradient, far below it all alike, the ones
+    with nothing but noise too. An update whose gradient is not finite is skipped; `max_skipped` in a row end the
     training.
     `temperature`, the mask `schedule` and the reveal `order` None are the model's own.
     `loading` holds further options of `load_generator`, which the saved model keeps.
@@ -217,7 +220,7 @@ def train(
         if sharded and isinstance(network, nn.Module):
             distributed.shard(network, device=device, offload=offload)
     learned = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(learned.values(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(learned.values(), lr=lr, betas=(0.9, 0.95), eps=eps, weight_decay=0.0, fused=True)
     average = {name: p.detach().clone() for name, p in learned.items()} if ema else {}
     random = torch.Generator().manual_seed(seed)
     checkpoint, complaints = start(out, resume=resume)

@@ -23,7 +23,7 @@ def options(tiny_generator_folder, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a b\nc d\ne f\n")
     return dict(model=str(tiny_generator_folder), prompts=prompts, quality="tests.test_train:red", steps="3", groups=2,
-                group_size=4, compile=False, lr=3e-3)  # fmt: skip
+                group_size=4, compile=False, lr=3e-3, eps=1e-8)  # fmt: skip
 
 
 def metrics(folder):
