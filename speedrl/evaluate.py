@@ -339,11 +339,12 @@ def table(rows: list[dict], *, width: int = 160) -> Table:
     wide = width >= 140
     header, lines = columns_of(rows, spreads=wide)
     short = {"guidance": "cfg", "temperature": "temp", "s/image": "s/img", "diversity": "div."}
-    shown = Table(box=None, header_style="bold", pad_edge=False)
+    shown = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2 if wide else 1, 0, 0))
     kept = [i for i, title in enumerate(header) if wide or title != METRICS["pixel_diversity"]]
     for i in kept:
         title = header[i] if wide else short.get(header[i], header[i])
-        shown.add_column(title, justify="right" if i > 1 else "left", overflow="fold", no_wrap=i > 0)
+        shown.add_column(title, justify="right" if i > 1 else "left", overflow="fold", no_wrap=i > 0,
+                         min_width=0 if i else 8)  # fmt: skip
     for line in lines:
         shown.add_row(*(line[i] for i in kept))
     return shown

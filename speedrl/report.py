@@ -74,7 +74,8 @@ def report(
     sheet = [sample(generator, shown, steps=steps).cpu() for _, generator, steps in lines]
     scale = max(1, 96 // sheet[0].shape[-1])
     save_png(contact_sheet(sheet, labels=labels, titles=shown, scale=scale), out / "before_after.png")
-    console.print(table(rows, width=console.width))
+    named = [row | {"model": "before" if row["model"] == base else "after"} for row in rows]
+    console.print(table(named, width=console.width))
     console.print(f"wrote {out / 'before_after.png'} and {out / 'comparison.json'}", soft_wrap=True)
     return rows
 
