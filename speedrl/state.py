@@ -160,10 +160,9 @@ def restore(
             key, _, name = name.partition(".")
             if kind == "optimizer" and name in learned:
                 p = learned[name]
-                alone = (
-                    key == "step"
-                )  # AdamW counts in a number of its own, on the parameter's device where it is fused
-                optimizer.state[p][key] = torch.zeros((), device=p.device) if alone else torch.zeros_like(p.detach())
+                # AdamW counts in a number of its own, which is on the parameter's device where AdamW is fused
+                shape = torch.zeros((), device=p.device) if key == "step" else torch.zeros_like(p.detach())
+                optimizer.state[p][key] = shape
         averaged = any(entry.startswith("average.") for entry in held)
         wanted = tensors(learned, optimizer, average if averaged else {})
         held = {name: value for name, value in held.items() if average or not name.startswith("average.")}

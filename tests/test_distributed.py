@@ -103,10 +103,10 @@ def dies(out, options):
     """Rank 1 is killed in the middle of the second iteration."""
     plain = speedrl.train.decode
 
-    def decode(*arguments):
+    def decode(*arguments, **options):
         if os.environ["RANK"] == "1" and (Path(out) / "checkpoints/000001").exists():
             os.kill(os.getpid(), signal.SIGKILL)
-        return plain(*arguments)
+        return plain(*arguments, **options)
 
     speedrl.train.decode = decode
     cannot(out, options | {"iterations": 50, "save_every": 1})

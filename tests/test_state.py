@@ -61,6 +61,15 @@ def same_tensors(one, other):
     return True
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As the processes that these tests start: sums round as the number of threads has it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def three(tiny_generator_folder, tmp_path_factory):
     """A run of three checkpoints, which tests copy."""
@@ -208,12 +217,12 @@ def test_on_a_full_disk_training_goes_on_and_what_was_saved_stands(options, tmp_
     full = Full(monkeypatch)
     plain = speedrl.train.decode
 
-    def decode(*arguments):
+    def decode(*arguments, **options):
         rows = len(metrics(tmp_path / "run")) if (tmp_path / "run/metrics.jsonl").exists() else 0
         decode.calls += 1
         full.now = decode.calls in (3, 4)  # full while iterations 3 and 4 end
         assert rows == (2 if decode.calls == 4 else decode.calls - 1 if decode.calls < 4 else rows)
-        return plain(*arguments)
+        return plain(*arguments, **options)
 
     decode.calls = 0
     monkeypatch.setattr(speedrl.train, "decode", decode)
@@ -440,11 +449,11 @@ def test_a_stop_whose_state_cannot_be_written_says_what_is_saved(options, tmp_pa
     full = Full(monkeypatch)
     plain = speedrl.train.decode
 
-    def decode(*a):
+    def decode(*a, **options):
         if (tmp_path / "run/checkpoints/000002").exists():
             full.now = True
             os.kill(os.getpid(), signal.SIGTERM)
-        return plain(*a)
+        return plain(*a, **options)
 
     monkeypatch.setattr(speedrl.train, "decode", decode)
     with pytest.raises(Stopped, match="stopped after iteration 3, of which 2 are saved; go on") as stopped:

@@ -54,7 +54,7 @@ def test_ratio_is_one_and_kl_zero_before_the_first_update(options, tmp_path, lik
 
 
 def test_a_policy_without_guidance_is_drawn_to_the_guided_reference(options, tmp_path):
-    train(out=tmp_path / "run", iterations=15, kl_weight=30.0, reference_guidance=3.0, **options)
+    train(out=tmp_path / "run", iterations=15, kl_weight=30.0, reference_guidance=3.0, warmup=0, **options)
     rows = metrics(tmp_path / "run")
     assert rows[0]["kl"] > 1e-4
     assert sum(row["kl"] for row in rows[-3:]) < sum(row["kl"] for row in rows[:3]) / 2

@@ -299,7 +299,8 @@ class MeissonicTransformer(nn.Module):
         """`rope_table` of this model, computed once for each grid."""
         key = (height, width, text, str(device))
         if key not in self.ropes:
-            self.ropes[key] = rope_table(height, width, text, self.axes, device)
+            with torch.inference_mode(False):  # whoever asks first: training reads it too
+                self.ropes[key] = rope_table(height, width, text, self.axes, device)
         return self.ropes[key]
 
     def compile_blocks(self, *, backend: str = "inductor") -> None:
