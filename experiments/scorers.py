@@ -21,7 +21,8 @@ from rich.table import Table
 from typer import Option
 
 from speedrl.files import write_atomically, write_json
-from tests.test_reward_parity import hpsv2_weights, imagereward_weights, pictures, tensors
+from tests import reference
+from tests.reference import pictures, tensors
 
 PROMPT = "a red cat on a mat"
 
@@ -31,7 +32,7 @@ def weights(name: str, folder: Path) -> Path:
     path = folder / f"{name}.pt"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        state = {"hpsv2": hpsv2_weights, "imagereward": imagereward_weights}[name](folder)
+        state = getattr(reference, f"{name}_weights")(folder)
         write_atomically(path, lambda partial: torch.save(state, partial))
     return path
 
@@ -43,8 +44,6 @@ def scorer(name: str, whose: str, path: Path):
 
         score = getattr(scorers, f"{name}_score")(weights=str(path), bf16=False)
         return lambda images: score(tensors(images), [PROMPT] * len(images))
-    from tests import reference
-
     if name == "imagereward":
         package = reference.image_reward(path.parent / "vocab.txt")
         model = package.load(str(path), device="cpu", med_config=str(path.parent / "med_config.json"))

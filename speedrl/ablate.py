@@ -1,6 +1,5 @@
 """Ablations: train variants that differ in one thing, evaluate each, and put them into one report."""
 
-import inspect
 import json
 import statistics
 import time
@@ -176,7 +175,7 @@ def flat(chosen: Mapping[str, Mapping[str, dict]]) -> list[dict]:
 
 def difference(own: dict, shared: dict) -> dict:
     """The options of a variant that are not those of a run without it: {} for a baseline that is the default."""
-    default = {name: p.default for name, p in inspect.signature(train).parameters.items()} | shared
+    default = train.__kwdefaults__ | shared
     return {name: value for name, value in own.items() if name not in default or value != default[name]}
 
 
@@ -189,7 +188,7 @@ def quality_levels(folder: Path, options: dict, *, device: str, pictures: int = 
     path = folder / "levels.json"
     if path.exists():
         return json.loads(path.read_text())
-    defaults = {name: p.default for name, p in inspect.signature(train).parameters.items()} | options
+    defaults = train.__kwdefaults__ | options
     scores, _ = load_qualities(defaults["quality"], device=device, weights=defaults["reward_weights"])
     if len(scores) > 1:
         found = {MEDIAN: 0.0, QUARTILE: round(statistics.NormalDist().inv_cdf(0.25), 4)}

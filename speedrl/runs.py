@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from speedrl.errors import one_line
 from speedrl.evaluate import evaluate
 from speedrl.files import write_atomically, write_json
-from speedrl.state import checkpoints
+from speedrl.state import checkpoints, plain
 from speedrl.train import train
 
 
@@ -31,14 +31,14 @@ def run_folder(out: Path, own: dict, seed: int) -> Path:
 def refuse_other(folder: Path, options: dict) -> None:
     """ValueError where a folder holds a run of other options."""
     path = folder / "variant.json"
-    if path.exists() and json.loads(path.read_text()) != json.loads(json.dumps(options, default=str)):
+    if path.exists() and json.loads(path.read_text()) != plain(options):
         raise ValueError(f"{folder} holds a run of other options: give another folder, or the same options")
 
 
 def trained_once(folder: Path, options: dict, *, device: str) -> Path:
     """The model that `train` made in this folder of these options; trained now, or to the end, if it is not there."""
     if not (folder / "done").exists():
-        write_json(folder / "variant.json", json.loads(json.dumps(options, default=str)))
+        write_json(folder / "variant.json", plain(options))
         begun = bool(checkpoints(folder / "run"))
         if not begun:
             (folder / "run" / "metrics.jsonl").unlink(missing_ok=True)  # of a run stopped before its first checkpoint
@@ -126,7 +126,7 @@ def iterations_of(folder: Path) -> int:
 def start_process(folder: Path, job: dict, *, threads: int) -> subprocess.Popen:
     """A Python process that does `one_run` of a folder and leaves outcome.json and log.txt in it."""
     (folder / "outcome.json").unlink(missing_ok=True)
-    write_json(folder / "job.json", json.loads(json.dumps(job, default=str)))
+    write_json(folder / "job.json", plain(job))
     paths = [str(Path(__file__).resolve().parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(threads)}
     with (folder / "log.txt").open("a") as log:

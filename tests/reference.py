@@ -5,14 +5,19 @@ own: see pyproject.toml.
 """
 
 import importlib.util
+import json
 import shutil
 import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
+from speedrl.models.scorers import TEXT, VISION, ImageRewardModel
 from speedrl.platform import import_torchvision
+from tests.test_reward_quality import to_image_reward
 
 WORDS = 30522  # of BERT's vocabulary
 
@@ -59,3 +64,42 @@ def hpsv2():
     if not (folder / words).exists():
         shutil.copy(Path(open_clip.__file__).parent / words, folder / words)
     return importlib.import_module("hpsv2.img_score")
+
+
+def pictures(width: int, height: int) -> list[Image.Image]:
+    """Smooth pictures with some noise, as photographs have."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:height, :width] / max(height, width)
+    waves = [np.stack([np.sin(7 * x * (i + 1) + c) + np.cos(9 * y - i * c) for c in range(3)], -1) for i in range(2)]
+    return [Image.fromarray(np.uint8(np.clip(127 + 50 * w + 8 * rng.standard_normal(w.shape), 0, 255))) for w in waves]
+
+
+def tensors(images: list[Image.Image]) -> torch.Tensor:
+    return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 for image in images])
+
+
+def imagereward_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Random weights with the keys of ImageReward.pt; its vocabulary and configuration are written to the folder."""
+    write_vocabulary(folder / "vocab.txt")
+    bert = {
+        "architectures": ["BertModel"], "attention_probs_dropout_prob": 0.0, "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0, "hidden_size": 768, "initializer_range": 0.02, "intermediate_size": 3072,
+        "layer_norm_eps": 1e-12, "max_position_embeddings": 512, "model_type": "bert", "num_attention_heads": 12,
+        "num_hidden_layers": 12, "pad_token_id": 0, "type_vocab_size": 2, "vocab_size": 30524, "encoder_width": 1024,
+        "add_cross_attention": True,
+    }  # fmt: skip
+    (folder / "med_config.json").write_text(json.dumps(bert))
+    torch.manual_seed(0)
+    model = ImageRewardModel(vision=VISION, text=TEXT)
+    torch.nn.init.normal_(model.head[0].weight, std=0.02)
+    return to_image_reward({key: v for key, v in model.state_dict().items() if not key.endswith("position_ids")})
+
+
+def hpsv2_weights(folder: Path, *, architecture: str = "ViT-H-14") -> dict[str, dict[str, torch.Tensor]]:
+    """Random weights with the keys of HPS_v2.1_compressed.pt."""
+    hpsv2()
+    from hpsv2.src.open_clip import create_model_and_transforms
+
+    torch.manual_seed(0)
+    model, *_ = create_model_and_transforms(architecture, None, precision="fp32", light_augmentation=True)
+    return {"state_dict": model.state_dict()}

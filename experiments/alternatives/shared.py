@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from speedrl.files import write_json
+from speedrl.files import append_lines, write_json
 from speedrl.models.checkpoint import Generator, Prompts, encode_prompts, load_generator, save_generator, take
 from speedrl.prompts import read_prompts
-from speedrl.train import training_prompts
+from speedrl.state import plain
+from speedrl.train import draw_prompts, training_prompts
 
 
 class Student(NamedTuple):
@@ -29,10 +30,8 @@ class Student(NamedTuple):
 
     def draw(self, count: int, random: torch.Generator) -> tuple[Prompts, list[str]]:
         """`count` prompts at random, no two the same where there are as many: encoded, and their texts."""
-        rounds = -(-count // len(self.texts))
-        chosen = torch.cat([torch.randperm(len(self.texts), generator=random) for _ in range(rounds)])[:count]
-        device = self.prompts.text.device
-        return take(self.prompts, chosen.to(device)), [self.texts[i] for i in chosen]
+        chosen = draw_prompts(len(self.texts), count, random)
+        return take(self.prompts, chosen.to(self.prompts.text.device)), [self.texts[i] for i in chosen]
 
 
 def start(model: str, prompts: str | Path | None, *, device: str) -> Student:
@@ -47,7 +46,7 @@ def start(model: str, prompts: str | Path | None, *, device: str) -> Student:
 
 
 def optimiser(transformer: nn.Module, *, lr: float) -> torch.optim.Optimizer:
-    """That of `speedrl.train`, so that methods differ in their loss alone."""
+    """That of `speedrl.train`, but for Adam's own eps of 1e-8: these losses have little noise, and `lr` is tuned."""
     return torch.optim.AdamW(transformer.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
 
 
@@ -63,14 +62,12 @@ def apply(transformer: nn.Module, optimizer: torch.optim.Optimizer, *, clip_grad
 def log(out: Path, row: dict) -> None:
     """Appends a line to OUT/metrics.jsonl."""
     out.mkdir(parents=True, exist_ok=True)
-    with (out / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    append_lines(out / "metrics.jsonl", [json.dumps(row) + "\n"])
 
 
 def save(student: Student, out: Path, *, settings: dict, budget: dict, **how: float | int) -> Path:
     """Writes OUT/model, sampled without guidance and as `how` says, and OUT/budget.json: what it was trained with."""
     scheduler = student.teacher.scheduler | {"guidance_scale": 1.0} | how
-    plain = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
-    write_json(out / "budget.json", plain | budget)
+    write_json(out / "budget.json", plain(settings) | budget)
     save_generator(student.teacher._replace(transformer=student.transformer, scheduler=scheduler), out / "model")
     return out / "model"

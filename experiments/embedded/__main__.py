@@ -19,8 +19,6 @@ from typer import Option
 from experiments.embedded import build_judge, compose, data, train_base, train_clip, train_vq
 from speedrl.platform import quiet_allocator
 
-EMBEDDED = Path(__file__).parents[2] / "speedrl/models/embedded"
-
 
 def pictures(sprites: np.ndarray, path: Path, *, count: int = 6000, seed: int = 0) -> np.ndarray:
     """Composed pictures for the tokenizer, uint8 [count, 64, 64, 3], painted once and kept in `path`."""
@@ -36,7 +34,7 @@ def pictures(sprites: np.ndarray, path: Path, *, count: int = 6000, seed: int = 
 def main(
     *,
     cache: Annotated[Path, Option(help="Where packages, pictures and checkpoints stay.")] = Path("runs/rebuild"),
-    out: Annotated[Path, Option(help="The generator's folder.")] = EMBEDDED,
+    out: Annotated[Path, Option(help="The generator's folder.")] = data.EMBEDDED,
     base_steps: Annotated[int, Option(help="Updates of the base.")] = 30_000,
     device: Annotated[str, Option(help="Where the base trains: cpu, in a process a core, or cuda.")] = "cpu",
     processes: Annotated[int, Option(help="Processes of the base on the CPU.")] = os.cpu_count() or 1,

@@ -19,6 +19,7 @@ from rich.progress import track
 
 from speedrl.files import write_atomically
 
+EMBEDDED = Path(__file__).parents[2] / "speedrl/models/embedded"
 PACKAGES = {
     "emojibase-data": "17.0.0",
     "@iconify-json/noto": "1.2.9",

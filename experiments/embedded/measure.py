@@ -14,8 +14,6 @@ from speedrl import judge
 from speedrl.files import write_json
 from speedrl.platform import quiet_allocator
 
-EMBEDDED = Path(__file__).parents[2] / "speedrl/models/embedded"
-
 
 def reconstructions(
     sprites: np.ndarray, names: list[str], centres: torch.Tensor, model: Path, *, seed: int = 0
@@ -39,7 +37,7 @@ def reconstructions(
 def main(
     *,
     cache: Annotated[Path, Option(help="Where packages and pictures stay.")] = Path("runs/rebuild"),
-    model: Annotated[Path, Option(help="The generator's folder.")] = EMBEDDED,
+    model: Annotated[Path, Option(help="The generator's folder.")] = data.EMBEDDED,
 ) -> None:
     """Measure the embedded model's tokenizer and reward, after a rebuild in CACHE; writes CACHE/parts.json."""
     quiet_allocator()
