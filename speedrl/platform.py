@@ -1,11 +1,15 @@
 """What the machine needs before the heavy packages are imported, in one place."""
 
 import ctypes
+import importlib
 import importlib.util
 import os
 import shutil
 import sys
+import types
 import warnings
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
@@ -13,15 +17,25 @@ import torch
 def quiet_allocator() -> None:
     """Keeps freed memory in the process: on CPU, giving large buffers back to the kernel and faulting them in again
     cost half of a forward pass (glibc only; elsewhere nothing happens)."""
+    tune_allocator({-1: 2**31 - 1, -2: 2**28, -4: 0})  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX
+
+
+def frugal_allocator() -> None:
+    """Gives buffers over 32 MB back at once, whatever `quiet_allocator` said: for pictures so large that a single
+    activation takes a gigabyte. What is kept of those, in pieces, costs more than faulting them in beside the work."""
+    tune_allocator({-4: 2**16, -3: 2**25})  # M_MMAP_MAX, M_MMAP_THRESHOLD
+
+
+def tune_allocator(options: Mapping[int, int]) -> None:
+    """glibc's mallopt, where there is one."""
     if sys.platform != "linux":
         return
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):
         return
-    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    mallopt(-2, 2**28)  # M_TOP_PAD
-    mallopt(-4, 0)  # M_MMAP_MAX
+    for option, value in options.items():
+        mallopt(option, value)
 
 
 def import_torchvision() -> None:
@@ -45,6 +59,32 @@ def import_torchvision() -> None:
         import torchvision
 
         torchvision._speedrl_library = library  # the declarations live as long as the module
+
+
+def import_vq_model() -> type:
+    """diffusers' `VQModel`, without all the networks beside it, whose imports take a second and a half.
+
+    Its file needs none of what the packages on the way to it import in their `__init__`, so these are passed over
+    while it is imported, and whole again for who imports them later. Where that fails, it is imported as usual.
+    """
+    import_torchvision()
+    names = [f"diffusers.models.{name}" for name in ("autoencoders", "unets", "transformers")]
+    if not any(name in sys.modules for name in names):
+        import diffusers.models
+
+        try:
+            for name in names:
+                sys.modules[name] = package = types.ModuleType(name)
+                package.__path__ = [str(Path(diffusers.models.__file__).parent / name.rpartition(".")[2])]
+            return importlib.import_module("diffusers.models.autoencoders.vq_model").VQModel
+        except ImportError:
+            pass
+        finally:
+            for name in names:
+                sys.modules.pop(name, None)
+    from diffusers import VQModel
+
+    return VQModel
 
 
 def bf16_autocast(device: torch.device | str, *, enabled: bool | None = None) -> torch.autocast:

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import huggingface_hub.errors
 import pytest
@@ -265,3 +268,19 @@ def test_a_pickle_is_refused(damaged):
 def test_an_unknown_device_is_one_line(tiny_generator_folder):
     with pytest.raises(ValueError, match="device bogus cannot be used"):
         load_generator(tiny_generator_folder, device="bogus")
+
+
+def test_the_vq_model_is_diffusers_own_and_leaves_diffusers_whole():
+    script = """
+import sys
+from speedrl.platform import import_vq_model
+ours = import_vq_model()
+assert "diffusers.models.autoencoders.autoencoder_kl" not in sys.modules, "everything was imported"
+from diffusers import AmusedPipeline, AutoencoderKL, UVit2DModel, VQModel
+from diffusers.models.unets import UNet2DModel
+assert ours is VQModel is import_vq_model()
+assert AutoencoderKL(block_out_channels=(32,)).decoder and UNet2DModel.__module__.endswith("unet_2d")
+"""
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0, done.stderr

@@ -21,7 +21,7 @@ from speedrl.files import write_json
 from speedrl.hub import from_hub
 from speedrl.models.lora import load_lora, merge_lora, read_config
 from speedrl.models.meissonic import MeissonicTransformer
-from speedrl.platform import import_torchvision
+from speedrl.platform import frugal_allocator, import_vq_model
 
 # what the released Meissonic scripts lead away from
 NEGATIVE = (
@@ -119,8 +119,7 @@ def load_folder(
     config = read_json(folder / "transformer/config.json")
     index = read_json(folder / "model_index.json") if (folder / "model_index.json").exists() else None
 
-    import_torchvision()  # or the next imports fail beside a torch without CUDA
-    from diffusers import VQModel
+    VQModel = import_vq_model()
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
     amused = config.get("_class_name") == "UVit2DModel"
@@ -164,6 +163,8 @@ def load_folder(
     rows, columns = grid_of(config, size, scale=scale)
     config |= {"sample_size": [rows, columns]} if size else {}
     height, width = rows * scale, columns * scale
+    if height * width > 512 * 512:
+        frugal_allocator()
     vocabulary = transformer.embed.embeddings.num_embeddings
     return Generator(
         transformer=transformer,
