@@ -187,7 +187,8 @@ def chosen_plan(
         plan.masked_after[samples, s], plan.left[samples, s] = masked[who].to(device), left.to(device)
         plan.left_log_probs[samples, s] = pace_log_prob(logits, drawn) * (plan.left[samples, s] > 0)
         if s + 1 < at_most:
-            plan.countdown[samples, s + 1] = (left - 1).masked_fill(masked[who] == 0, 0).to(device)
+            # this step is one of the steps left, and the countdown is one less than what it leaves
+            plan.countdown[samples, s + 1] = (left - 2).masked_fill(masked[who] == 0, 0).to(device)
 
     return plan, before_each_step(), settle
 
