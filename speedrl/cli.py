@@ -118,8 +118,8 @@ def sample(
     steps: Annotated[
         str | None,
         Option(
-            help="Sampling steps; each is a call of the network, two with guidance. auto: the model chooses, auto:8: at "
-            "most 8. [default: auto for a model that was trained to, else 8]"
+            help="Sampling steps; each is a call of the network, two with guidance. auto: the model chooses, auto:8: "
+            "at most 8. [default: auto for a model that was trained to, else 8]"
         ),
     ],
     count: Annotated[int, Option(min=1, help="Pictures of each prompt.")] = 1,

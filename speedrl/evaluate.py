@@ -54,7 +54,8 @@ def evaluate(
 ) -> list[dict]:
     """Evaluates every model at every step count and setting of the sampler, on each set of prompts: one row each.
 
-    `steps` are numbers, or "auto" of models that choose them. guidance None is the model's own and 1 (none); temperature, mask schedule and reveal order None are its own.
+    `steps` are numbers, or "auto" of models that choose them. guidance None is the model's own and 1 (none);
+    temperature, mask schedule and reveal order None are its own.
     Prompts are files of lines or lists: without any, the sets "seen" and "held-out" are the embedded model's two lists;
     `prompts` alone is evaluated alone, as "given", and `held_out` beside it as "given held-out". `count` pictures of
     each prompt for each of `seeds` seeds; picture i of a seed starts from the same noise whatever the model and the
@@ -118,7 +119,7 @@ def evaluate(
             todo = []
             every = itertools.product(sets, strengths, heats, sampler, dict.fromkeys(steps))
             for which, g, t, (kind, turn), s in every:
-                calls = network_calls(generator.pace.most if s == "auto" else s, g)  # until they are counted, the most
+                calls = network_calls(generator.pace.most if s == "auto" else s, g)  # the most, until counted
                 row = {"model": model, "prompts": which, "steps": s, "guidance": float(g), "temperature": float(t),
                        "schedule": kind, "order": turn, "network_calls": calls,
                        "weights": weights[model]}  # fmt: skip
@@ -171,8 +172,8 @@ def one_cell(
     schedule: str | None = None,
     order: str | None = None,
 ) -> dict[str, float | None]:
-    """seconds_per_image, METRICS and their spread, of `count` pictures of each prompt for each seed 0 .. seeds - 1; with
-    steps "auto" also what `evaluate` says of them."""
+    """seconds_per_image, METRICS and their spread, of `count` pictures of each prompt for each seed 0 .. seeds - 1;
+    with steps "auto" also what `evaluate` says of them."""
     wanted = [prompt for prompt in prompts for _ in range(count)]
     options = {"guidance": guidance, "temperature": temperature, "schedule": schedule, "order": order, "batch": batch}
     # compilation and first calls stay out of the clock

@@ -64,7 +64,7 @@ def first_plan(most: int) -> int:
     """The number of steps that a rollout of at most `most` sets out with: halfway from 1 to `most` in octaves.
 
     From there shorter and longer ways are as near: untrained, of at most 16, it takes 7.0 +- 4.1 steps. From 16 no
-    first choice could be longer, and it takes 12.0 +- 2.9. A plan that is drawn would vary the count without the policy.
+    first choice could be longer, and it takes 12.0 +- 2.9. Were it drawn, the count would vary without the policy.
     """
     return round(most**0.5)
 

@@ -40,8 +40,9 @@ def report(
 
     The rows: the base at its own steps and guidance; the base at the trained model's steps, at its own guidance and
     without, each at its own and at half of its temperature (what few steps give without training); the trained model
-    as it was trained, and where it chooses its steps also at their rounded mean, which then counts as its steps; and both without guidance, or as the trained model has it, at a quarter of the network calls of
-    the first row. On the first `some` prompts of each set, `count` pictures of each for each of `seeds` seeds.
+    as it was trained, and where it chooses its steps also at their rounded mean, which then counts as its steps; and
+    both without guidance, or as the trained model has it, at a quarter of the network calls of the first row. On the
+    first `some` prompts of each set, `count` pictures of each for each of `seeds` seeds.
     Writes OUT/comparison.json and OUT/before_after.png and prints the table.
     """
     out, trained, console = Path(out), str(trained), Console()

@@ -70,7 +70,7 @@ def draw_noise(
     pace: bool = False,
     device: torch.device | str = "cpu",
 ) -> Noise:
-    """Noise for samples first .. first + batch - 1 of a seed, each [steps, length], float32; that of the `pace` if asked.
+    """Noise for samples first .. first + batch - 1 of a seed, each [steps, length], float32; with `pace` its own too.
 
     A sample's noise depends on `seed` and its index alone, not on the batch around it or on the number of steps
     drawn, and is the same on every device: it is drawn on the CPU, by a generator of its own.
@@ -148,9 +148,7 @@ def turns(masked: Iterable[Tensor], *, length: int, narrow: bool, device: torch.
         yield samples.to(device), int(before.max()) if narrow else length
 
 
-def given_plan(
-    steps: Tensor, *, length: int, schedule: str, temperature: float
-) -> tuple[Plan, tuple[Tensor, ...]]:
+def given_plan(steps: Tensor, *, length: int, schedule: str, temperature: float) -> tuple[Plan, tuple[Tensor, ...]]:
     """The plan of step counts int64 [B], and the masked tokens before each step (see `turns`)."""
     counts = masked_counts(steps.cpu(), length=length, kind=schedule)
     before = F.pad(counts, (1, 0), value=length)[:, :-1]
@@ -277,9 +275,7 @@ def rollout(
         )
         if record:
             temperature = plan.temperature[:, s]
-            exact = exact_log_prob(
-                done.log_probs, done.rank, seen == mask_id, done.revealed, temperature, order=order
-            )
+            exact = exact_log_prob(done.log_probs, done.rank, seen == mask_id, done.revealed, temperature, order=order)
             recorded.append((done.drawn, done.rank, *exact))
         tokens.view(-1)[where] = done.tokens
         reveal_step.view(-1)[where] = reveal_step.view(-1)[where].masked_fill(done.revealed, s)

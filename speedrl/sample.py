@@ -127,9 +127,10 @@ def draw(
     """Tokens int64 [B, L] of B prompts, `batch` at a time, by default `fitting_batch`, and the steps taken int64 [B].
 
     `steps` is their number or "auto", where the model chooses ("auto:8": at most 8 of them); None is "auto" for a model
-    that was trained to choose and 8 for another. Guidance, temperature, mask schedule and reveal order None are the generator's own, and guidance leads away from
-    its negative prompt. The noise of sample i depends on (seed, i) alone. ValueError for no prompts, for steps outside
-    1 .. L and for an unknown schedule or order.
+    that was trained to choose and 8 for another. Guidance, temperature, mask schedule and reveal order None are the
+    generator's own, and guidance leads away from its negative prompt. The noise of sample i depends on (seed, i) alone.
+    ValueError for no prompts, for steps outside 1 .. L or that the model cannot choose, and for an unknown schedule or
+    order.
     """
     length, (first_steps, at_most) = generator.grid[0] * generator.grid[1], planned(generator, steps)
     most, pace = at_most or first_steps, generator.pace if at_most else None

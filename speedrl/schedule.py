@@ -104,8 +104,8 @@ class StepRange(NamedTuple):
 
 
 def step_range(text: str, *, at_most: int = 16) -> StepRange:
-    """Reads "8" as 8 to 8, "2-16" as 2 to 16, "auto:16" as 1 to 16 that the policy chooses from, and "auto" as that with
-    `at_most`. ValueError otherwise, and for counts under 1."""
+    """Reads "8" as 8 to 8, "2-16" as 2 to 16, "auto:16" as 1 to 16 that the policy chooses from, and "auto" as that
+    with `at_most`. ValueError otherwise, and for counts under 1."""
     kind, colon, most = str(text).partition(":")
     chosen = kind == "auto"
     low, _, high = ("1", "-", most if colon else str(at_most)) if chosen else str(text).partition("-")

@@ -99,7 +99,8 @@ def check_numbers(settings: Mapping[str, Any]) -> None:
             raise ValueError(f"{option} must be a finite number, got {value}")
         if name in ("clip_range", "clip_grad", "eps") and value <= 0:
             raise ValueError(f"{option} must be positive, got {value}")
-        if name in ("kl_weight", "pace_weight", "temperature", "quality_clip", "warmup") and value is not None and value < 0:
+        positive = ("kl_weight", "pace_weight", "temperature", "quality_clip", "warmup")
+        if name in positive and value is not None and value < 0:
             raise ValueError(f"{option} must not be negative, got {value}")
     if not -(2**63) <= settings["seed"] < 2**63:
         raise ValueError(f"seed must fit in 64 bits, got {settings['seed']}")
@@ -121,8 +122,8 @@ def draw_prompts(count: int, groups: int, random: torch.Generator) -> Tensor:
 
 
 def draw_steps(bounds: StepRange, groups: int, group_size: int, random: torch.Generator, *, shared: bool) -> Tensor:
-    """Step counts of the samples, int64 [groups * group_size], one for each group if `shared`; where the policy chooses,
-    those that they set out with."""
+    """Step counts of the samples, int64 [groups * group_size], one for each group if `shared`; where the policy
+    chooses, those that they set out with."""
     counts = torch.randint(bounds.least, bounds.most + 1, (groups * group_size,), generator=random)
     if bounds.chosen:
         return torch.full_like(counts, first_plan(bounds.most))
@@ -187,9 +188,10 @@ def train(
     then a model as well, and with `merge` OUT/model is saved too (`add_lora` for alpha and targets). With `ema`, a
     decay, what is saved is the exponential moving average of the weights.
 
-    Each iteration samples `group_size` pictures of `groups` prompts in `steps` steps ("8"; "2-16": drawn anew; "auto:16"
-    or "auto": at each state the policy chooses how many are left, see `pace`), rewards each with its quality
-    (`mixture`) plus steps_reward times `speed_reward`, and makes `updates` updates on the clipped loss plus kl_weight times the divergence from the starting model at the revealed tokens.
+    Each iteration samples `group_size` pictures of `groups` prompts in `steps` steps ("8"; "2-16": drawn anew;
+    "auto:16", or "auto": at each state the policy chooses how many are left, see `pace`), rewards each with its quality
+    (`mixture`) plus steps_reward times `speed_reward`, and makes `updates` updates on the clipped loss plus kl_weight
+    times the divergence from the starting model at the revealed tokens.
     That model is the reference policy as it is used, at its own guidance unless `reference_guidance` says another: so
     a policy that samples without guidance, one call a step in place of two, is drawn to what guidance gives.
     Pictures of a group share the count that is drawn unless `shared_steps` is off: advantages then compare pictures of
@@ -244,7 +246,8 @@ def train(
         if compile and not sharded:  # compiled blocks that gather their weights are not verified yet
             network.compile_blocks()
         if sharded and isinstance(network, nn.Module):
-            distributed.shard(network, pace if network is transformer else None, device=device, offload=offload)
+            own = pace if network is transformer else None
+            distributed.shard(network, own, device=device, offload=offload)
     learned = {name: p for name, p in parameters(generator).items() if p.requires_grad}
     optimizer = torch.optim.AdamW(learned.values(), lr=lr, betas=(0.9, 0.95), eps=eps, weight_decay=0.0, fused=True)
     average = {name: p.detach().clone() for name, p in learned.items()} if ema else {}

@@ -125,8 +125,8 @@ def pace_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`clipped_loss` of the numbers of steps left that the policy chose, one in each of R rows.
 
-    features [R, L, C], those of the prompt; advantages [m]; weights [m, L] of the tokens: a choice weighs as much as one
-    token of its sample that trains.
+    features [R, L, C], those of the prompt; advantages [m]; weights [m, L] of the tokens: a choice weighs as much as
+    one token of its sample that trains.
     """
     masked, left = part.tokens != batch.tokens[part.sample], batch.left[part.sample, part.step]
     logits = within(pace(features, masked, part.timestep + 1), pace.most - part.step)

@@ -145,7 +145,7 @@ def test_a_trained_model_chooses_unless_it_is_given_a_number(run, tiny_generator
     tokens, steps = draw(generator, PROMPTS)
     again, same_steps = draw(generator, PROMPTS, steps="auto", batch=2)
     assert torch.equal(tokens, again) and torch.equal(steps, same_steps)
-    assert 1 <= steps.min() and steps.max() <= 4 and tokens.max() < generator.codes
+    assert steps.min() >= 1 and steps.max() <= 4 and tokens.max() < generator.codes
     assert draw(generator, PROMPTS * 5, steps="auto:2")[1].max() <= 2
     assert draw(generator, PROMPTS, steps=3)[1].tolist() == [3] * 6
     assert torch.equal(generate(generator, PROMPTS, steps="3"), generate(generator, PROMPTS, steps=3))

@@ -126,7 +126,8 @@ def sampled(network, pace, steps, *, at_most=None, sparse=True, seed=0, **option
     length, count = network.length, len(steps)
     prompts = Prompts(torch.zeros(count, 1, 1), torch.zeros(count, 1), torch.zeros(count, 5))
     chooser = None if at_most is None else pace
-    policy = guided_policy(network, prompts, take(prompts, torch.tensor([0])), guidance=1, grid=(1, length), pace=chooser)
+    empty = take(prompts, torch.tensor([0]))
+    policy = guided_policy(network, prompts, empty, guidance=1, grid=(1, length), pace=chooser)
     noise = draw_noise(count, at_most or int(steps.max()), length, seed=seed, pace=at_most is not None)
     how = {"length": length, "mask_id": 2, "grid": (1, length), "sparse": sparse, "at_most": at_most}
     return rollout(policy, steps, noise, **how, **options)

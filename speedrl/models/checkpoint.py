@@ -1,8 +1,8 @@
 """Generators on disk: one loading path for Meissonic's and aMUSEd's folders, hub ids, our runs and the embedded model.
 
-A folder holds transformer/, vqvae/, text_encoder/, tokenizer/ and scheduler/, each json and safetensors, and pace/ where
-the model chooses its number of steps. Which kind of transformer it is says its config.json; the embedded model and the
-released Meissonic differ in their numbers only.
+A folder holds transformer/, vqvae/, text_encoder/, tokenizer/ and scheduler/, each json and safetensors, and pace/
+where the model chooses its number of steps. Which kind of transformer it is says its config.json; the embedded model
+and the released Meissonic differ in their numbers only.
 """
 
 import json
@@ -330,9 +330,9 @@ def join(*prompts: Prompts) -> Prompts:
 
 
 def parameters(generator: Generator) -> dict[str, nn.Parameter]:
-    """What may be trained: the transformer's parameters by name, and those of the pace, if there is one, as pace.NAME."""
-    of_pace = {} if generator.pace is None else generator.pace.named_parameters()
-    return dict(generator.transformer.named_parameters()) | {f"pace.{name}": p for name, p in dict(of_pace).items()}
+    """What may be trained: the transformer's parameters by name, and those of the pace, if any, as pace.NAME."""
+    of_pace = {} if generator.pace is None else dict(generator.pace.named_parameters())
+    return dict(generator.transformer.named_parameters()) | {f"pace.{name}": p for name, p in of_pace.items()}
 
 
 def logits(
