@@ -138,7 +138,7 @@ def train(
     quality: str = "embedded",
     steps: str = "8",
     shared_steps: bool = True,
-    pace_weight: float = 1.0,
+    pace_weight: float = 32.0,
     steps_reward: float = 0.0,
     quality_gate: float | None = None,
     quality_clip: float | None = None,
@@ -196,8 +196,9 @@ def train(
     a policy that samples without guidance, one call a step in place of two, is drawn to what guidance gives.
     Pictures of a group share the count that is drawn unless `shared_steps` is off: advantages then compare pictures of
     equal cost, with less variance, as what the count alone brings is in the group's mean; a speed reward cancels there
-    too. A choice of the policy's is in the loss as `pace_weight` tokens; with 1, the gradient is that of the expected
-    reward, in which choices and tokens count alike.
+    too. A choice of the policy's is in the loss as `pace_weight` tokens: 1 is the gradient of the expected reward to
+    the letter; the default is about what a step of the embedded model reveals, and makes the choices' gradient as large
+    as the tokens' there, without which its head hardly moves at this `eps`.
     `checkpointing` computes each block again in the backward pass, for memory; `micro_batch` is halved where memory
     runs out. `trained` steps of each rollout, all by default, enter the loss, scaled so that its gradient is that of
     all in expectation. `percentile` and `least_quality` filter groups and samples (`std_percentile`, `low_quality`).

@@ -157,10 +157,12 @@ def test_a_trained_model_chooses_unless_it_is_given_a_number(run, tiny_generator
         draw(tiny_generator, PROMPTS, steps="auto")
 
 
-def test_each_sample_is_conditioned_on_its_own_plan_in_a_one_step_generators_policy_too(run):
-    generator = load_generator(run)._replace(random_share=0.4)
+def test_the_random_tokens_that_a_distilled_generator_starts_from_go_with_chosen_steps(tiny_generator):
+    chooses = tiny_generator._replace(pace=Pace(32, 4))
+    generator = chooses._replace(random_share=0.4)
     tokens, steps = draw(generator, PROMPTS)
-    assert tokens.max() < generator.codes and not torch.equal(tokens, draw(load_generator(run), PROMPTS)[0])
+    assert tokens.max() < generator.codes and len(steps.unique()) > 1
+    assert not torch.equal(tokens, draw(chooses, PROMPTS)[0])
     assert torch.equal(tokens, draw(generator, PROMPTS, batch=2)[0])
 
 
