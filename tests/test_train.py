@@ -119,7 +119,7 @@ def test_a_run_is_not_overwritten_and_a_damaged_checkpoint_is_named(options, tmp
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"steps": "0"}, "at least 1"), ({"steps": "many"}, "number, a range or auto"), ({"steps": "99"}, "more than the 16"),
+    [({"steps": "0"}, "at least 1"), ({"steps": "many"}, "a range or auto"), ({"steps": "99"}, "more than the 16"),
      ({"group_size": 1}, "group-size"), ({"lr": 0.0}, "lr"), ({"kl": "k9"}, "divergence"), ({"trained": 9}, "trained"),
      ({"iterations": 0}, "iterations"), ({"order": "best"}, "'best'"), ({"schedule": "cubic"}, "'cubic'")],
 )  # fmt: skip
