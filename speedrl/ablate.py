@@ -35,17 +35,18 @@ def ablations() -> dict[str, dict[str, dict]]:
 
     speed-reward: the paper's first question. Where step counts are fixed or drawn from a range, the policy does not
     choose them, and the speed reward's expected gradient is 0 (see `speed_reward`): it can only shift the baselines.
-    With the gate it depends on the quality, and it has one.
+    With the gate it depends on the quality, and it has one. There every sample draws a count of its own, as in a group
+    that shares one the speed reward is the same for all; shared-steps compares the two.
     group-size: always 64 pictures an iteration. guidance: in rollouts and in scoring alike.
     """
-    speed = {
-        f"2-16 steps, speed {weight:g}": {"steps": "2-16", "steps_reward": weight} for weight in (0, 0.1, 0.25, 0.5, 1)
-    }
-    gated = {"2-16 steps, speed 0.5, gated": {"steps": "2-16", "steps_reward": 0.5, "quality_gate": MEDIAN}}
+    drawn = {"steps": "2-16", "shared_steps": False}
+    speed = {f"2-16 steps, speed {weight:g}": drawn | {"steps_reward": weight} for weight in (0, 0.1, 0.25, 0.5, 1)}
+    gated = {"2-16 steps, speed 0.5, gated": drawn | {"steps_reward": 0.5, "quality_gate": MEDIAN}}
     fixed = {f"8 steps, speed {weight:g}": {"steps": "8", "steps_reward": weight} for weight in (0, 0.5)}
     weights = {f"ce, weight {weight:g}": {"kl": "ce", "kl_weight": weight} for weight in (1, 0.02, 0.1, 0.3, 3)}
     return {
         "speed-reward": speed | gated | fixed,
+        "shared-steps": {"a count for each group": {"steps": "2-16"}, "a count for each sample": drawn},
         "kl": weights
         | {f"{kind}, weight 1": {"kl": kind, "kl_weight": 1} for kind in ("reverse", "k2", "k3")}
         | {"none": {"kl": "none"}},

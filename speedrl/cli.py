@@ -111,11 +111,17 @@ def forwards(target: str) -> Callable[[Callable[..., None]], Callable[..., None]
 
 
 @app.command()
-@forwards("sample.generate")
+@forwards("sample.draw")
 def sample(
     *,
     prompts: Annotated[list[str], Argument(help="One row of pictures for each.", show_default=False)],
-    steps: Annotated[int, Option(help="Sampling steps; each is a call of the network, two with guidance.")],
+    steps: Annotated[
+        str | None,
+        Option(
+            help="Sampling steps; each is a call of the network, two with guidance. auto: the model chooses, auto:8: "
+            "at most 8. [default: auto for a model that was trained to, else 8]"
+        ),
+    ],
     count: Annotated[int, Option(min=1, help="Pictures of each prompt.")] = 1,
     out: Annotated[Path, Option(help="The PNG to write.", dir_okay=False)] = Path("sample.png"),
     seed: Annotated[int, Option(help="The same seed draws the same pictures.")],
@@ -165,7 +171,15 @@ def train(
     model: Annotated[str, Option(help="embedded, a folder, a run's folder or a hub id.")],
     prompts: Annotated[str | None, Option(help=PROMPTS)],
     quality: Annotated[str, Option(help=QUALITY)],
-    steps: Annotated[str, Option(help="Sampling steps: 8, or 2-16 to draw them.")],
+    steps: Annotated[
+        str,
+        Option(
+            help="Sampling steps: 8; 2-16 to draw them; auto:16, or auto, for the policy to choose at most 16, anew at "
+            "every step."
+        ),
+    ],
+    shared_steps: Annotated[bool, Option(help="With a range: all pictures of a prompt have the same number.")],
+    pace_weight: Annotated[float, Option(help="With auto: how many tokens a choice weighs as much as.")],
     steps_reward: Annotated[float, Option(help="Weight of the speed reward: what saving every network call is worth.")],
     quality_gate: Annotated[float | None, Option(help="Quality under which speed earns nothing. [default: none]")],
     quality_clip: Annotated[
@@ -279,7 +293,7 @@ def evaluate(
         "embedded",
     ),
     out: Annotated[Path, Option(help="Folder of the results; rows that it has are kept.")],
-    steps: Annotated[str, Option(help="Step counts.")],
+    steps: Annotated[str, Option(help="Step counts, and auto of models that choose theirs.")],
     guidance: Annotated[str | None, Option(help="Guidances, like 1,3. [default: the model's, and 1]")],
     temperature: Annotated[str | None, Option(help="Temperatures of the reveal. [default: the model's]")],
     schedule: Annotated[str | None, Option(help="Mask schedules, like cosine,arccos. [default: the model's]")],
@@ -304,7 +318,8 @@ def evaluate(
     """Measure models over step counts: a table, results.json and a plot."""
     options = dict(locals())
     options["loading"] = loading(options)
-    options["steps"] = numbers(steps, int, option="steps")
+    counts = (part.strip() for part in steps.split(","))
+    options["steps"] = tuple("auto" if part == "auto" else numbers(part, int, option="steps")[0] for part in counts)
     options["guidance"] = numbers(guidance, float, option="guidance")
     options["temperature"] = numbers(temperature, float, option="temperature")
     options |= {name: options[name] and tuple(options[name].split(",")) for name in ("schedule", "order")}

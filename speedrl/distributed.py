@@ -152,8 +152,10 @@ def sum_gradients(parameters: list[nn.Parameter]) -> None:
         work.wait()
 
 
-def shard(transformer: nn.Module, *, device: torch.device | str, offload: bool = False) -> None:
-    """Shards a transformer's weights over the ranks, block by block, in place (FSDP2, arXiv 2304.11277).
+def shard(
+    transformer: nn.Module, pace: nn.Module | None = None, *, device: torch.device | str, offload: bool = False
+) -> None:
+    """Shards a transformer's weights over the ranks, block by block, in place (FSDP2, arXiv 2304.11277), and a pace's.
 
     Where bf16 is fast, weights are gathered in it and gradients summed in float32; with `offload` they stay in the
     processor's memory between uses. Gradients are sums over ranks, as `sum_gradients` makes them. It is called through
@@ -181,32 +183,36 @@ def shard(transformer: nn.Module, *, device: torch.device | str, offload: bool =
         "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
     }
     blocks = (*transformer.transformer_blocks, *transformer.single_transformer_blocks, transformer.mlm_layer)
-    for block in (*blocks, transformer):
+    networks = [network for network in (transformer, pace) if network is not None]
+    for block in (*blocks, *networks):
         fully_shard(block, **how)
     register_fsdp_forward_method(transformer, "features")
-    for module in transformer.modules():
+    for module in (module for network in networks for module in network.modules()):
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo knows sums only
 
 
 @contextmanager
-def gathered_weights(transformer: nn.Module, *, sharded: bool) -> Iterator[None]:
-    """Within, a sharded transformer's weights are whole on every rank, so that ranks may differ in how often they call
-    it: rollouts have as many steps as their samples."""
+def gathered_weights(*networks: nn.Module | None, sharded: bool) -> Iterator[None]:
+    """Within, the weights of sharded networks are whole on every rank, so that ranks may differ in how often they call
+    them: rollouts have as many steps as their samples."""
     if not sharded:
         yield
         return
     from torch.distributed.fsdp import FSDPModule
 
-    modules = [module for module in transformer.modules() if isinstance(module, FSDPModule)]
-    transformer.set_reshard_after_forward(False)
+    networks = [network for network in networks if network is not None]
+    modules = [module for network in networks for module in network.modules() if isinstance(module, FSDPModule)]
+    for network in networks:
+        network.set_reshard_after_forward(False)
     for module in modules:
         module.unshard()
     try:
         yield
     finally:
-        transformer.set_reshard_after_forward(True)
+        for network in networks:
+            network.set_reshard_after_forward(True)
         for module in modules:
             module.reshard()
 

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from speedrl.files import write_atomically, write_json
 from speedrl.judge import Judge, concepts_in, diversity, features, frechet, load_judge, pixel_diversity, recall
-from speedrl.models.checkpoint import Generator, fitting_batch, load_generator, parts_of
+from speedrl.models.checkpoint import Generator, chooses_steps, decode, fitting_batch, load_generator, parts_of
 from speedrl.prompts import read_prompts
 from speedrl.reward import EMBEDDED, Score, load_qualities
 from speedrl.rollout import ORDERS
-from speedrl.sample import contact_sheet, sample, save_png
+from speedrl.sample import contact_sheet, draw, sample, save_png
 from speedrl.schedule import mask_ratio
 
 METRICS = {
@@ -34,7 +34,7 @@ def evaluate(
     models: Sequence[str],
     *,
     out: str | Path = "runs/eval",
-    steps: Sequence[int] = (1, 2, 4, 8, 16, 32),
+    steps: Sequence[int | str] = (1, 2, 4, 8, 16, 32),
     guidance: Sequence[float] | None = None,
     temperature: Sequence[float] | None = None,
     schedule: Sequence[str] | None = None,
@@ -54,7 +54,8 @@ def evaluate(
 ) -> list[dict]:
     """Evaluates every model at every step count and setting of the sampler, on each set of prompts: one row each.
 
-    guidance None is the model's own and 1 (none); temperature, mask schedule and reveal order None are its own.
+    `steps` are numbers, or "auto" of models that choose them. guidance None is the model's own and 1 (none);
+    temperature, mask schedule and reveal order None are its own.
     Prompts are files of lines or lists: without any, the sets "seen" and "held-out" are the embedded model's two lists;
     `prompts` alone is evaluated alone, as "given", and `held_out` beside it as "given held-out". `count` pictures of
     each prompt for each of `seeds` seeds; picture i of a seed starts from the same noise whatever the model and the
@@ -64,7 +65,9 @@ def evaluate(
     A row: model, prompts (the set), steps, guidance, temperature, schedule, order, network_calls (one a step, two with
     guidance), seconds_per_image (median over seeds; text encoder and decoder included, in batches of `batch`, by
     default `fitting_batch`), and each of METRICS with METRIC_spread, the standard deviation over seeds (n - 1); None
-    where it has no meaning.
+    where it has no meaning. Where steps are "auto", network_calls is the mean of what the pictures took, so that it
+    stands beside counts of as many calls, and there are steps_mean, steps_of_prompts, the mean of each prompt, and
+    steps_std, their standard deviation over prompts.
     Writes out/results.json after each row, quality_against_calls.png and pictures.png, and prints a table. Rows that
     results.json already has for the same weights, prompts, judge and settings are not computed again, and other rows
     stay in the file unless their model's weights have changed. ValueError or FileNotFoundError for bad input, before
@@ -73,7 +76,7 @@ def evaluate(
     out, models = Path(out), list(dict.fromkeys(map(str, models)))
     if not models:
         raise ValueError("there is no model to evaluate: give at least one")
-    if not steps or min(steps) < 1:
+    if not steps or any(s != "auto" and s < 1 for s in steps):
         raise ValueError(f"step counts must be at least 1, got {list(steps)}")
     if min(count, seeds, 1 if batch is None else batch) < 1:
         raise ValueError(f"count, seeds and batch must be at least 1, got {count}, {seeds} and {batch}")
@@ -83,6 +86,8 @@ def evaluate(
         raise ValueError(f"unknown reveal order {unknown[0]!r}: choose confidence, random or halton")
     sets = prompt_sets(prompts, held_out)
     weights = {model: fingerprint(*parts_of(model)) for model in models}
+    if "auto" in steps and (fixed := [model for model in models if not chooses_steps(model)]):
+        raise ValueError(f"{fixed[0]} does not choose its steps: give numbers, or models of train --steps auto")
     kept = read_results(out / "results.json")
     kept = {key: row for key, row in kept.items() if weights.get(row["model"], row["weights"]) == row["weights"]}
     console = Console()
@@ -108,14 +113,15 @@ def evaluate(
                 options = {"guidance": strengths[0], "temperature": heats[0], "schedule": kind, "order": turn}
                 sheet.append(sample(generator, shown, steps=s, **options).cpu())
                 which = f", {kind}, {turn}" if len(sampler) > 1 else ""
-                labels.append(f"{shorten(model)}, {s} step{'s' * (s > 1)}{which}")
+                labels.append(f"{shorten(model)}, {s} step{'s' * (s != 1)}{which}")
             if compile:  # after the contact sheet, whose few pictures would not pay for it
                 generator.transformer.compile_blocks()
             todo = []
             every = itertools.product(sets, strengths, heats, sampler, dict.fromkeys(steps))
             for which, g, t, (kind, turn), s in every:
+                calls = network_calls(generator.pace.most if s == "auto" else s, g)  # the most, until counted
                 row = {"model": model, "prompts": which, "steps": s, "guidance": float(g), "temperature": float(t),
-                       "schedule": kind, "order": turn, "network_calls": network_calls(s, g),
+                       "schedule": kind, "order": turn, "network_calls": calls,
                        "weights": weights[model]}  # fmt: skip
                 settings = json.dumps([row, sets[which], count, seeds, quality, scored_by, judged_by, device, how])
                 row["settings"] = hashlib.sha256(settings.encode()).hexdigest()[:16]
@@ -156,7 +162,7 @@ def one_cell(
     prompts: list[str],
     *,
     which: str,
-    steps: int,
+    steps: int | str,
     guidance: float,
     temperature: float,
     count: int,
@@ -166,20 +172,32 @@ def one_cell(
     schedule: str | None = None,
     order: str | None = None,
 ) -> dict[str, float | None]:
-    """seconds_per_image, METRICS and their spread, of `count` pictures of each prompt for each seed 0 .. seeds - 1."""
+    """seconds_per_image, METRICS and their spread, of `count` pictures of each prompt for each seed 0 .. seeds - 1;
+    with steps "auto" also what `evaluate` says of them."""
     wanted = [prompt for prompt in prompts for _ in range(count)]
     options = {"guidance": guidance, "temperature": temperature, "schedule": schedule, "order": order, "batch": batch}
     # compilation and first calls stay out of the clock
     some = wanted[: fitting_batch(generator) if batch is None else batch]
     sample(generator, some, steps=1, **options)
-    values, seconds = [], []
+    values, seconds, taken = [], [], []
     for seed in range(seeds):
         began = time.perf_counter()
-        images = sample(generator, wanted, steps=steps, seed=seed, **options).cpu()
+        tokens, took = draw(generator, wanted, steps=steps, seed=seed, **options)
+        images = decode(generator, tokens).cpu()
         seconds.append((time.perf_counter() - began) / len(wanted))
         values.append(measure(judge, scores, images.unflatten(0, (-1, count)), prompts, which=which))
+        taken.append(took.cpu())
         after_seed()
-    return {"seconds_per_image": statistics.median(seconds)} | over_seeds(values)
+    counted = steps_taken(torch.stack(taken).unflatten(1, (-1, count)), guidance) if steps == "auto" else {}
+    return {"seconds_per_image": statistics.median(seconds)} | counted | over_seeds(values)
+
+
+def steps_taken(taken: Tensor, guidance: float) -> dict[str, Any]:
+    """What a row says of the steps int64 [seeds, P, n] that n pictures of each of P prompts took, for their calls."""
+    mean, of_prompts = taken.double().mean().item(), taken.double().mean((0, 2)).tolist()
+    std = statistics.stdev(of_prompts) if len(of_prompts) > 1 else None
+    calls = network_calls(1, guidance) * mean
+    return {"network_calls": calls, "steps_mean": mean, "steps_std": std, "steps_of_prompts": of_prompts}
 
 
 def measure(
@@ -312,6 +330,12 @@ def metrics_of(rows: list[dict]) -> dict[str, str]:
     return {name: title for name, title in titles.items() if any(row.get(name) is not None for row in rows)}
 
 
+def calls_of(row: dict) -> str:
+    """A row's network calls as text, with one decimal where they are a mean."""
+    calls = row["network_calls"]
+    return str(calls) if isinstance(calls, int) else f"{calls:.1f}"
+
+
 def columns_of(rows: list[dict], *, spreads: bool = True, error: str = "spread") -> tuple[list[str], list[list[str]]]:
     """A header and a line of text for each row, ± METRIC_`error`; metrics that no row has are left out."""
     shown = metrics_of(rows)
@@ -327,7 +351,7 @@ def columns_of(rows: list[dict], *, spreads: bool = True, error: str = "spread")
     header = ["model", "prompts", "steps", "guidance", "temperature", *sampler, "calls", "s/image", *shown.values()]
     lines = [
         [shorten(row["model"]), row["prompts"], str(row["steps"]), f"{row['guidance']:g}", f"{row['temperature']:g}",
-         *(() if usual else sampler_of(row)), str(row["network_calls"]), f"{row['seconds_per_image']:.3f}",
+         *(() if usual else sampler_of(row)), calls_of(row), f"{row['seconds_per_image']:.3f}",
          *(number(row, name) for name in shown)]
         for row in rows
     ]  # fmt: skip
@@ -372,24 +396,24 @@ def plot(rows: list[dict], path: Path, *, real: dict | None = None) -> None:
         return
 
     def curve(row: dict) -> tuple:
-        return row["model"], row["guidance"], row["temperature"], *sampler_of(row)
+        return row["model"], row["guidance"], row["temperature"], row["steps"] == "auto", *sampler_of(row)
 
     curves = list(dict.fromkeys(map(curve, rows)))
-    heats, samplers = {key[2] for key in curves}, {key[3:] for key in curves}
+    heats, samplers = {key[2] for key in curves}, {key[4:] for key in curves}
     figure = Figure(figsize=(3.4 * len(metrics), 2.9 * len(sets) + 0.3 * len(curves)), layout="constrained", dpi=130)
     axes = figure.subplots(len(sets), len(metrics), squeeze=False)
-    ticks = sorted({row["network_calls"] for row in rows})
+    ticks = {row["network_calls"]: calls_of(row) for row in sorted(rows, key=lambda row: row["network_calls"])}
     for (i, which), (j, metric) in ((a, b) for a in enumerate(sets) for b in enumerate(metrics)):
         panel = axes[i][j]
         for k, key in enumerate(curves):
-            model, guidance, temperature, *sampler = key
+            model, guidance, temperature, auto, *sampler = key
             points = sorted(
                 (row["network_calls"], row[metric], row.get(f"{metric}_spread") or 0)
                 for row in rows
                 if curve(row) == key and row["prompts"] == which and row.get(metric) is not None
             )
             if points:
-                label = f"{shorten(model)}, guidance {guidance:g}"
+                label = f"{shorten(model)}{', auto' * auto}, guidance {guidance:g}"
                 label += f", temperature {temperature:g}" if len(heats) > 1 else ""
                 label += f", {' '.join(sampler)}" if len(samplers) > 1 else ""
                 calls, values, spreads = zip(*points, strict=True)
@@ -401,7 +425,7 @@ def plot(rows: list[dict], path: Path, *, real: dict | None = None) -> None:
         if real and real.get(which, {}).get(metric) is not None:
             panel.axhline(real[which][metric], color="0.75", linewidth=4, zorder=0, label="real pictures")
         panel.set_xscale("log", base=2)
-        panel.set_xticks(ticks, [str(tick) for tick in ticks])
+        panel.set_xticks(list(ticks), list(ticks.values()))
         panel.grid(alpha=0.3)
         panel.set_title(f"{titles[metric]}, {which} prompts", fontsize=10)
         panel.set_xlabel("network calls a picture" if i == len(sets) - 1 else "")

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from speedrl.files import damage
-from speedrl.models.checkpoint import Generator, load_generator, save_generator
+from speedrl.models.checkpoint import Generator, load_generator, parameters, save_generator, save_pace
 from speedrl.models.lora import add_lora, merge_lora, save_lora
+from speedrl.pace import paced
 from speedrl.schedule import step_range
 from speedrl.state import newest, read_tensors, stored
 
@@ -20,12 +21,12 @@ def save_trained(
 ) -> Path:  # fmt: skip
     """Saves what was learned, by name, to OUT/model, or to OUT/adapter and with `merge` to both; returns the folder.
 
-    `generator` is as it was trained, with its adapter if there is one.
+    `generator` is as it was trained, with its adapter and its pace if there are any.
     """
     with torch.no_grad():
-        parameters = dict(generator.transformer.named_parameters())
+        own = parameters(generator)
         for name, value in learned.items():
-            parameters[name].copy_(value)
+            own[name].copy_(value)
     how = sampled_as(generator, settings)
     if settings["lora"] is not None:
         kept = (settings["loading"] or {}).items()
@@ -34,6 +35,7 @@ def save_trained(
             beside["text_encoder"] = lasting(beside["text_encoder"])
         scheduler = generator.scheduler | how | beside
         save_lora(generator.transformer, out / "adapter", base=lasting(settings["model"]), scheduler=scheduler)
+        save_pace(generator.pace, out / "adapter/pace")
         if not settings["merge"]:
             return out / "adapter"
         merge_lora(generator.transformer)
@@ -55,7 +57,7 @@ def export(checkpoint: str | Path, *, out: str | Path, raw: bool = False) -> Pat
     if wrong := damage(folder):
         raise ValueError(f"checkpoint {folder} is damaged: {wrong}")
     settings = json.loads((folder / "state.json").read_text())["settings"]
-    generator = load_generator(settings["model"], **(settings["loading"] or {}))
+    generator = paced(load_generator(settings["model"], **(settings["loading"] or {})), step_range(settings["steps"]))
     if settings["lora"] is not None:
         alpha, targets = settings["lora_alpha"], settings["lora_targets"]
         add_lora(generator.transformer, rank=settings["lora"], alpha=alpha, targets=targets)
@@ -70,7 +72,7 @@ def export(checkpoint: str | Path, *, out: str | Path, raw: bool = False) -> Pat
 def sampled_as(generator: Generator, settings: Mapping[str, Any]) -> dict[str, Any]:
     """How a trained model is sampled from here on: as it was trained."""
     heat = settings["temperature"]
-    return {"num_inference_steps": step_range(settings["steps"])[1], "guidance_scale": settings["guidance"],
+    return {"num_inference_steps": step_range(settings["steps"]).most, "guidance_scale": settings["guidance"],
             "temperature": generator.temperature if heat is None else heat,
             "masking_schedule": settings["schedule"] or generator.schedule,
             "reveal_order": settings["order"] or generator.order, "negative_prompt": generator.negative,

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import track
 
-from speedrl.evaluate import METRICS, judge_if_there, network_calls, one_cell, prompt_sets, table
+from speedrl.evaluate import METRICS, calls_of, judge_if_there, network_calls, one_cell, prompt_sets, table
 from speedrl.files import write_atomically, write_json
 from speedrl.interval import interval
 from speedrl.models.checkpoint import load_generator
 from speedrl.reward import load_qualities
-from speedrl.sample import contact_sheet, sample, save_png
+from speedrl.sample import contact_sheet, draw, sample, save_png
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,8 +40,9 @@ def report(
 
     The rows: the base at its own steps and guidance; the base at the trained model's steps, at its own guidance and
     without, each at its own and at half of its temperature (what few steps give without training); the trained model
-    as it was trained; and both without guidance, or as the trained model has it, at a quarter of the network calls of
-    the first row. On the first `some` prompts of each set, `count` pictures of each for each of `seeds` seeds.
+    as it was trained, and where it chooses its steps also at their rounded mean, which then counts as its steps; and
+    both without guidance, or as the trained model has it, at a quarter of the network calls of the first row. On the
+    first `some` prompts of each set, `count` pictures of each for each of `seeds` seeds.
     Writes OUT/comparison.json and OUT/before_after.png and prints the table.
     """
     out, trained, console = Path(out), str(trained), Console()
@@ -49,17 +50,21 @@ def report(
     sets = {which: lines[:some] for which, lines in prompt_sets(prompts, None).items()}
     judge = judge_if_there(device, console)
     scores, _ = load_qualities(quality, device=device, weights=reward_weights)
-    few, heat = after.steps, before.temperature
+    few, heat, own = after.steps, before.temperature, [after.steps]
+    if after.pace is not None:
+        shown = [prompt for lines in sets.values() for prompt in lines]
+        few = max(1, round(draw(after, shown, steps="auto")[1].double().mean().item()))
+        own = ["auto", few]
     settings = [(base, before, before.steps, before.guidance, heat)]
     settings += [(base, before, few, g, t) for g in dict.fromkeys((before.guidance, 1.0)) for t in (heat, heat / 2)]
     quarter = max(1, network_calls(before.steps, before.guidance) // (4 * network_calls(1, after.guidance)))
     settings += [(base, before, quarter, after.guidance, heat)] if quarter != few else []
-    settings += [(trained, after, n, after.guidance, after.temperature) for n in dict.fromkeys((few, quarter))]
+    settings += [(trained, after, n, after.guidance, after.temperature) for n in dict.fromkeys((*own, quarter))]
     rows = []
     for which in sets:
         for model, generator, steps, guidance, temperature in track(settings, f"comparing, {which} prompts"):
-            row = {"model": model, "prompts": which, "steps": steps, "guidance": guidance, "temperature": temperature,
-                   "network_calls": network_calls(steps, guidance)}  # fmt: skip
+            row = {"model": model, "prompts": which, "steps": steps, "guidance": guidance, "temperature": temperature}
+            row["network_calls"] = None if steps == "auto" else network_calls(steps, guidance)  # None until counted
             row |= one_cell(
                 generator, judge, scores, sets[which], which=which, steps=steps, guidance=guidance,
                 temperature=temperature, count=count, seeds=seeds, batch=None, after_seed=lambda: None,
@@ -69,8 +74,9 @@ def report(
 
     shown = next(iter(sets.values()))[:pictures]
     lines = [("before", before, before.steps), ("before", before, few)]
-    lines += [("after", after, n) for n in dict.fromkeys((few, quarter))]
-    labels = [f"{when}: {steps} steps, {network_calls(steps, g.guidance)} calls" for when, g, steps in lines]
+    lines += [("after", after, n) for n in dict.fromkeys((own[0], quarter))]
+    calls = [network_calls(few if steps == "auto" else steps, g.guidance) for _, g, steps in lines]
+    labels = [f"{line[0]}: {line[2]} steps, {n} calls" for line, n in zip(lines, calls, strict=True)]
     sheet = [sample(generator, shown, steps=steps).cpu() for _, generator, steps in lines]
     scale = max(1, 96 // sheet[0].shape[-1])
     save_png(contact_sheet(sheet, labels=labels, titles=shown, scale=scale), out / "before_after.png")
@@ -161,7 +167,8 @@ def plot_pareto(
     titles = {quality: METRICS.get(quality, quality), "diversity": "diversity"} | dict(titles or {})
     figure = Figure(figsize=(10, 7 + 0.2 * len(methods)), layout="constrained", dpi=130)
     panels = figure.subplots(2, 2, squeeze=False)
-    ticks = sorted({row["network_calls"] for rows in methods.values() for row in rows})
+    every = sorted((row for rows in methods.values() for row in rows), key=lambda row: row["network_calls"])
+    ticks = {row["network_calls"]: calls_of(row) for row in every}
     for (i, metric), (j, cost) in (
         (a, b) for a in enumerate((quality, "diversity")) for b in enumerate(("network_calls", "seconds_per_image"))
     ):
@@ -179,7 +186,7 @@ def plot_pareto(
             panel.axhline(real[metric], color="0.75", linewidth=4, zorder=0, label="real pictures")
         panel.set_xscale("log", base=2 if cost == "network_calls" else 10)
         if cost == "network_calls":
-            panel.set_xticks(ticks, [str(tick) for tick in ticks])
+            panel.set_xticks(list(ticks), list(ticks.values()))
         panel.set_ylabel(titles[metric])
         panel.set_xlabel({"network_calls": "network calls a picture", "seconds_per_image": "seconds a picture"}[cost])
         panel.grid(alpha=0.3)

@@ -1,13 +1,15 @@
 """Rollouts: parallel decoding of masked tokens, with all that is needed to replay every state of it."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from speedrl.likelihood import exact_log_prob, sample_tokens
+from speedrl.pace import advance, draw_pace, heat, pace_log_prob, within
 from speedrl.schedule import halton_order, masked_counts, temperatures, timesteps
 
 ORDERS = ("confidence", "random", "halton")
@@ -20,10 +22,14 @@ class Rollout(NamedTuple):
     reveal_step: Tensor  # int64 [B, L], the step 0..N-1 that revealed each token
     steps: Tensor  # int64 [B], the step count N of each sample
     log_probs: Tensor  # float32 [B, L], log p of each token at the step that revealed it
+    countdown: Tensor  # int64 [B, S], the timestep that conditioned the network at each step
+    temperature: Tensor  # float32 [B, S], of the confidence noise
     drawn: Tensor | None = None  # int64 [B, S, L], the token drawn at each position, discarded ones included
     rank: Tensor | None = None  # int64 [B, S, L], 0 for the first position to be revealed; the masked come first
     exact: Tensor | None = None  # float32 [B, S], `exact_log_prob` of each step
     terms: Tensor | None = None  # int64 [B, S], its number of terms
+    left: Tensor | None = None  # int64 [B, S], the steps left that the policy chose, 0 once a sample is finished
+    left_log_probs: Tensor | None = None  # float32 [B, S], log p of these choices
 
 
 class Noise(NamedTuple):
@@ -31,6 +37,7 @@ class Noise(NamedTuple):
 
     uniform: Tensor  # float32 [B, S, L] in [0, 1): which token is drawn
     gumbel: Tensor  # float32 [B, S, L]: which positions are revealed
+    pace: Tensor | None = None  # float32 [B, S] in [0, 1): how many steps are left
 
 
 class Step(NamedTuple):
@@ -43,21 +50,44 @@ class Step(NamedTuple):
     rank: Tensor  # int64 [B, L], place of each position in the order of reveal
 
 
+class Plan(NamedTuple):
+    """What the steps do: known beforehand where step counts are given, else filled as the policy chooses. S steps."""
+
+    masked_after: Tensor  # int64 [B, S], tokens still masked after each step
+    countdown: Tensor  # int64 [B, S], as Rollout's
+    temperature: Tensor  # float32 [B, S]
+    left: Tensor | None = None
+    left_log_probs: Tensor | None = None
+
+
 def draw_noise(
-    batch: int, steps: int, length: int, *, seed: int, first: int = 0, device: torch.device | str = "cpu"
+    batch: int,
+    steps: int,
+    length: int,
+    *,
+    seed: int,
+    first: int = 0,
+    pace: bool = False,
+    device: torch.device | str = "cpu",
 ) -> Noise:
-    """Noise for samples first .. first + batch - 1 of a seed, each [steps, length], float32.
+    """Noise for samples first .. first + batch - 1 of a seed, each [steps, length], float32; with `pace` its own too.
 
     A sample's noise depends on `seed` and its index alone, not on the batch around it or on the number of steps
     drawn, and is the same on every device: it is drawn on the CPU, by a generator of its own.
     """
-    uniform = torch.empty(batch, steps, 2, length)
-    for i in range(batch):
+
+    def generator(key: str) -> torch.Generator:
         # torch's CPU generator keeps only 32 bits of its seed: hash into them, so that neighbours are unrelated
-        digest = hashlib.blake2b(f"{seed},{first + i}".encode(), digest_size=4).digest()
-        torch.rand(steps, 2, length, generator=torch.Generator().manual_seed(int.from_bytes(digest)), out=uniform[i])
+        digest = hashlib.blake2b(key.encode(), digest_size=4).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest))
+
+    uniform, choices = torch.empty(batch, steps, 2, length), torch.empty(batch, steps) if pace else None
+    for i in range(batch):
+        torch.rand(steps, 2, length, generator=generator(f"{seed},{first + i}"), out=uniform[i])
+        if pace:
+            torch.rand(steps, generator=generator(f"{seed},{first + i},pace"), out=choices[i])
     gumbel = -(-uniform[:, :, 1].clamp(min=2**-25).log()).log()  # rand is a multiple of 2**-24, 0 included
-    return Noise(uniform[:, :, 0].to(device), gumbel.to(device))
+    return Noise(uniform[:, :, 0].to(device), gumbel.to(device), choices.to(device) if pace else None)
 
 
 def step(
@@ -104,6 +134,63 @@ def places_that_are(mask: Tensor, count: int) -> Tensor:
     return mask.byte().argsort(dim=-1, descending=True, stable=True)[:, :count]
 
 
+def turns(masked: Iterable[Tensor], *, length: int, narrow: bool, device: torch.device) -> Iterator[tuple[Tensor, int]]:
+    """Which samples take each step, int64 [n], and at how many places: all at all, or if `narrow` the unfinished where
+    something is masked. `masked` gives the number of masked tokens before each step, int64 [B] on the host."""
+    samples = None
+    for before in masked:
+        if samples is None or not narrow:
+            samples = torch.arange(len(before))
+        if narrow:
+            # two at least: the compiler makes code of its own for a batch of one
+            count = max(int((before > 0).sum()), min(len(before), 2))
+            samples = samples[before[samples].argsort(descending=True, stable=True)[:count]].sort().values
+        yield samples.to(device), int(before.max()) if narrow else length
+
+
+def given_plan(steps: Tensor, *, length: int, schedule: str, temperature: float) -> tuple[Plan, tuple[Tensor, ...]]:
+    """The plan of step counts int64 [B], and the masked tokens before each step (see `turns`)."""
+    counts = masked_counts(steps.cpu(), length=length, kind=schedule)
+    before = F.pad(counts, (1, 0), value=length)[:, :-1]
+    return Plan(counts.to(steps.device), timesteps(steps), temperatures(steps, start=temperature)), before.unbind(1)
+
+
+def chosen_plan(
+    planned: Tensor, uniform: Tensor, *, at_most: int, length: int, schedule: str, temperature: float
+) -> tuple[Plan, Iterator[Tensor], Callable[[int, Tensor, Tensor], None]]:
+    """A plan that the policy's choices fill, the masked tokens before each step (see `turns`), and what fills it.
+
+    planned int64 [B], what each sample sets out with; uniform [B, at_most or more]. The last is
+    settle(step, samples int64 [n], logits of the pace [n, most]): it draws the steps left and writes down what follows
+    for this step and the next one's countdown. The way along the schedule is kept on the host, where given counts have
+    theirs computed too: so each settling waits once for the device.
+    """
+    batch, device = len(planned), planned.device
+    kinds = (torch.int64, torch.int64, torch.float32, torch.int64, torch.float32)
+    plan = Plan(*(torch.zeros(batch, at_most, dtype=kind, device=device) for kind in kinds))
+    plan.countdown[:, 0] = planned.clamp(1, at_most) - 1
+    progress, masked = torch.zeros(batch, dtype=torch.float64), torch.full((batch,), length)
+
+    def before_each_step() -> Iterator[Tensor]:
+        while masked.any():
+            yield masked
+
+    def settle(s: int, samples: Tensor, logits: Tensor) -> None:
+        logits = within(logits, at_most - s)
+        drawn = draw_pace(logits, uniform[samples, s])
+        who, left = torch.stack([samples, drawn]).cpu()
+        left = left.masked_fill(masked[who] == 0, 0)
+        plan.temperature[samples, s] = (heat(progress[who], left, start=temperature) * (left > 0)).to(device)
+        progress[who], masked[who] = advance(progress[who], masked[who], left, length=length, kind=schedule)
+        plan.masked_after[samples, s], plan.left[samples, s] = masked[who].to(device), left.to(device)
+        plan.left_log_probs[samples, s] = pace_log_prob(logits, drawn) * (plan.left[samples, s] > 0)
+        if s + 1 < at_most:
+            # this step is one of the steps left, and the countdown is one less than what it leaves
+            plan.countdown[samples, s + 1] = (left - 2).masked_fill(masked[who] == 0, 0).to(device)
+
+    return plan, before_each_step(), settle
+
+
 @torch.no_grad()
 def rollout(
     policy: Callable[..., Tensor],
@@ -118,6 +205,7 @@ def rollout(
     grid: tuple[int, int] | None = None,
     record: bool = False,
     sparse: bool = False,
+    at_most: int | None = None,
     step: Callable[..., Step] = step,
 ) -> Rollout:
     """Sample a batch, each sample in its own number of steps int64 [B], from all masked to none.
@@ -133,27 +221,31 @@ def rollout(
     compiled `speedrl.rollout.step`. The host waits for the device once, at the start. ValueError for shapes that do not
     fit and for another order.
 
+    With `at_most` the policy chooses: `steps` are what the samples set out with, and it gives, beside the logits, those
+    of the steps left, [B or n, most] (`Pace`). One is drawn, of no more than the sample still has of `at_most`, and the
+    step is the first of a schedule of so many more (`advance`, `heat`); the network's timestep at the next state is
+    what it leaves, less one. The host then waits for the device once a step, to see who has finished.
+
     Under torch.inference_mode the results are inference tensors, which autograd refuses: clone them before training.
     """
     if order not in ORDERS:
         raise ValueError(f"unknown reveal order {order!r}: choose confidence, random or halton")
     if order == "halton" and (grid is None or grid[0] * grid[1] != length):
         raise ValueError(f"the order halton needs a grid of {length} tokens, got {grid}")
-    device, on_host = steps.device, steps.cpu()
-    turns = halton_order(*grid).to(device) if order == "halton" else None
-    masked_after = masked_counts(on_host, length=length, kind=schedule)
-    batch, most = masked_after.shape
+    if at_most is not None and noise.pace is None:
+        raise ValueError("a policy that chooses needs noise for it: draw_noise(..., pace=True)")
+    device, narrow = steps.device, sparse and not record
+    order_of = halton_order(*grid).to(device) if order == "halton" else None
+    how = {"length": length, "schedule": schedule, "temperature": temperature}
+    if at_most is None:
+        (plan, masked), settle = given_plan(steps, **how), None
+    else:
+        plan, masked, settle = chosen_plan(steps, noise.pace, at_most=at_most, **how)
+    asked = turns(masked, length=length, narrow=narrow, device=device)
+    asked = asked if settle else list(asked)  # now, so that nothing waits for the device later
+    batch, most = plan.masked_after.shape
     if noise.uniform.shape[0] != batch or noise.uniform.shape[1] < most or noise.uniform.shape[2] != length:
         raise ValueError(f"noise of shape {tuple(noise.uniform.shape)} for a rollout of {(batch, most, length)}")
-    narrow = sparse and not record
-    longest = on_host.argsort(descending=True, stable=True)
-    asked = []  # at each step: which samples, and at how many places
-    for s in range(most):
-        # two at least: the compiler makes code of its own for a batch of one
-        count = max(int((on_host > s).sum()), min(batch, 2)) if narrow else batch
-        samples = longest[:count].sort().values
-        asked.append((samples.to(device), int(masked_after[samples, s - 1].max()) if narrow and s else length))
-    masked_after, countdown, heat = masked_after.to(device), timesteps(steps), temperatures(steps, start=temperature)
     tokens = torch.full((batch, length), mask_id, device=device)
     reveal_step = torch.zeros_like(tokens)
     log_probs = torch.zeros(batch, length, device=device)
@@ -163,30 +255,36 @@ def rollout(
         every = torch.arange(length, device=device).expand_as(seen)
         places = places_that_are(seen == mask_id, count) if narrow else every
         where = samples[:, None] * length + places  # [n, K], in the flat batch
-        logits = policy(seen, countdown[samples, s], *((samples, places) if sparse else ()))
+        logits = policy(seen, plan.countdown[samples, s], *((samples, places) if sparse else ()))
+        if settle:
+            logits, choices = logits
+            settle(s, samples, choices)
         if logits.shape[-1] > mask_id:
             raise ValueError(f"logits over {logits.shape[-1]} codes would draw the mask token {mask_id}: slice them")
         before = seen.gather(1, places)
         done = step(
             logits,
             before,
-            masked_after[samples, s],
-            heat[samples, s],
+            plan.masked_after[samples, s],
+            plan.temperature[samples, s],
             noise.uniform[samples, s].gather(1, places),
             noise.gumbel[samples, s].gather(1, places),
             mask_id=mask_id,
             order=order,
-            turns=None if turns is None else turns[places],
+            turns=None if order_of is None else order_of[places],
         )
         if record:
-            exact = exact_log_prob(done.log_probs, done.rank, seen == mask_id, done.revealed, heat[:, s], order=order)
+            temperature = plan.temperature[:, s]
+            exact = exact_log_prob(done.log_probs, done.rank, seen == mask_id, done.revealed, temperature, order=order)
             recorded.append((done.drawn, done.rank, *exact))
         tokens.view(-1)[where] = done.tokens
         reveal_step.view(-1)[where] = reveal_step.view(-1)[where].masked_fill(done.revealed, s)
         log_probs.view(-1)[where] = torch.where(done.revealed, done.log_probs, log_probs.view(-1)[where])
-    return Rollout(
-        tokens, reveal_step, steps, log_probs, *(torch.stack(parts, 1) for parts in zip(*recorded, strict=True))
-    )
+    if settle:
+        steps = (plan.left > 0).sum(-1)
+        plan = Plan(*(part[:, : s + 1] for part in plan))
+    of_record = [torch.stack(parts, 1) for parts in zip(*recorded, strict=True)] or [None] * 4
+    return Rollout(tokens, reveal_step, steps, log_probs, plan.countdown, plan.temperature, *of_record, *plan[3:])
 
 
 def state(rollout: Rollout, step: Tensor | int, *, mask_id: int) -> Tensor:

@@ -16,25 +16,35 @@ from speedrl.models.checkpoint import (
     decode,
     encode_prompts,
     fitting_batch,
+    head_at,
     join,
     logits,
     repeat,
     take,
 )
+from speedrl.pace import Pace, first_plan
 from speedrl.rollout import Noise, draw_noise, rollout
+from speedrl.schedule import step_range
 
 if TYPE_CHECKING:
     from PIL import Image
 
 
 def guided_policy(
-    transformer: nn.Module, prompts: Prompts, empty: Prompts, *, guidance: float, grid: tuple[int, int]
-) -> Callable[..., Tensor]:
+    transformer: nn.Module,
+    prompts: Prompts,
+    empty: Prompts,
+    *,
+    guidance: float,
+    grid: tuple[int, int],
+    pace: Pace | None = None,
+) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
     """policy(tokens int64 [B, L], timestep int64 [B]) -> guided logits [B, L, codes], for `rollout` and training.
 
     policy(tokens [n, L], timestep [n], samples int64 [n], places int64 [n, K]) -> [n, K, codes] is that of some samples
     at some places. `prompts` of B, `empty` of 1 or B. One call of the network on [empty, prompts], twice the rows; at
-    guidance 1 the empty prompt plays no part, and one call on the rows gives the network's own logits.
+    guidance 1 the empty prompt plays no part, and one call on the rows gives the network's own logits. With a `pace` it
+    gives its logits [B or n, most] beside them, from the features of `prompts` in the same call.
     """
     size, times = len(prompts.text), 1 if guidance == 1 else 2
     known = prompts if times == 1 else join(repeat(empty, size // len(empty.text)), prompts)
@@ -44,8 +54,17 @@ def guided_policy(
         if samples is not None and len(samples) < size:
             part = take(known, samples if times == 1 else torch.cat([samples, samples + size]))
         where = None if places is None else places.repeat(times, 1)
-        found = logits(transformer, tokens.repeat(times, 1), timestep.repeat(times), part, grid=grid, places=where)
-        return found if times == 1 else guided(*reversed(found.chunk(2)), guidance)
+        tokens_in, timestep_in = tokens.repeat(times, 1), timestep.repeat(times)
+        if pace is None:
+            found = logits(transformer, tokens_in, timestep_in, part, grid=grid, places=where)
+        else:
+            features = transformer.features(tokens_in.unflatten(1, grid), timestep_in, *part)
+            found = head_at(transformer, features, where)
+        found = found if times == 1 else guided(*reversed(found.chunk(2)), guidance)
+        if pace is None:
+            return found
+        # what is no code is masked; a sample sets out with one step more than the countdown says
+        return found, pace(features[-len(tokens) :], tokens >= transformer.codes, timestep + 1)
 
     return policy
 
@@ -70,47 +89,71 @@ def from_random(
     return started
 
 
+def planned(generator: Generator, steps: int | str | None) -> tuple[int, int | None]:
+    """The steps that a picture is drawn in, and None; or where the policy chooses those that it sets out with, and the
+    most that it may take. ValueError for what this generator cannot do."""
+    pace, length = generator.pace, generator.grid[0] * generator.grid[1]
+    if steps is None:
+        steps = 8 if pace is None else "auto"
+    if str(steps).startswith("auto"):
+        if pace is None:
+            raise ValueError("this model does not choose its steps: give a number, or a model of train --steps auto")
+        most = step_range(steps, at_most=pace.most).most
+        if most > pace.most:
+            raise ValueError(f"this model chooses from 1 to {pace.most} steps, not {most}")
+        return min(first_plan(pace.most), most), most
+    try:
+        count = int(steps)
+    except ValueError:
+        raise ValueError(f"the number of steps must be 1 to {length} or auto, got {steps!r}") from None
+    if not 1 <= count <= length:
+        raise ValueError(f"the number of steps must be 1 to {length}, got {count}")
+    return count, None
+
+
 @torch.inference_mode()
-def generate(
+def draw(
     generator: Generator,
     prompts: list[str],
     *,
-    steps: int = 8,
+    steps: int | str | None = None,
     guidance: float | None = None,
     temperature: float | None = None,
     seed: int = 0,
     schedule: str | None = None,
     order: str | None = None,
     batch: int | None = None,
-) -> Tensor:
-    """Tokens int64 [B, L] of B prompts, `batch` at a time, by default `fitting_batch`.
+) -> tuple[Tensor, Tensor]:
+    """Tokens int64 [B, L] of B prompts, `batch` at a time, by default `fitting_batch`, and the steps taken int64 [B].
 
-    Guidance, temperature, mask schedule and reveal order None are the generator's own, and guidance leads away from
-    its negative prompt. The noise of sample i depends on (seed, i) alone. ValueError for no prompts, for steps outside
-    1 .. L and for an unknown schedule or order.
+    `steps` is their number or "auto", where the model chooses ("auto:8": at most 8 of them); None is "auto" for a model
+    that was trained to choose and 8 for another. Guidance, temperature, mask schedule and reveal order None are the
+    generator's own, and guidance leads away from its negative prompt. The noise of sample i depends on (seed, i) alone.
+    ValueError for no prompts, for steps outside 1 .. L or that the model cannot choose, and for an unknown schedule or
+    order.
     """
-    length = generator.grid[0] * generator.grid[1]
-    if not 1 <= steps <= length:
-        raise ValueError(f"the number of steps must be 1 to {length}, got {steps}")
+    length, (first_steps, at_most) = generator.grid[0] * generator.grid[1], planned(generator, steps)
+    most, pace = at_most or first_steps, generator.pace if at_most else None
     guidance = generator.guidance if guidance is None else guidance
     temperature = generator.temperature if temperature is None else temperature
     schedule, order = schedule or generator.schedule, order or generator.order
     batch = fitting_batch(generator) if batch is None else batch
     encoded, empty = encode_prompts(generator, prompts), encode_prompts(generator, [generator.negative])
     device = encoded.text.device
-    tokens = []
+    tokens, taken = [], []
     for first in range(0, len(prompts), batch):
         part = take(encoded, torch.arange(first, min(first + batch, len(prompts)), device=device))
         size = len(part.text)
-        policy = guided_policy(generator.transformer, part, empty, guidance=guidance, grid=generator.grid)
-        noise = draw_noise(size, steps + bool(generator.random_share), length, seed=seed, first=first, device=device)
+        policy = guided_policy(generator.transformer, part, empty, guidance=guidance, grid=generator.grid, pace=pace)
+        noise = draw_noise(size, most + bool(generator.random_share), length, seed=seed, first=first,
+                           pace=pace is not None, device=device)  # fmt: skip
         if generator.random_share:
-            beyond = Noise(noise.uniform[:, steps], noise.gumbel[:, steps])  # what no step uses
+            beyond = Noise(noise.uniform[:, most], noise.gumbel[:, most])  # what no step uses
             policy = from_random(policy, beyond, share=generator.random_share, mask_id=generator.mask_id,
                                  codes=generator.codes)  # fmt: skip
         finished = rollout(
             policy,
-            torch.full((size,), steps, device=device),
+            torch.full((size,), first_steps, device=device),
             noise,
             length=length,
             mask_id=generator.mask_id,
@@ -119,13 +162,20 @@ def generate(
             order=order,
             grid=generator.grid,
             sparse=True,
+            at_most=at_most,
         )
         tokens.append(finished.tokens)
-    return torch.cat(tokens)
+        taken.append(finished.steps)
+    return torch.cat(tokens), torch.cat(taken)
+
+
+def generate(generator: Generator, prompts: list[str], **options) -> Tensor:
+    """Tokens int64 [B, L] of B prompts. `options` are those of `draw`."""
+    return draw(generator, prompts, **options)[0]
 
 
 def sample(generator: Generator, prompts: list[str], **options) -> Tensor:
-    """Pictures float32 [B, 3, H, W] in [0, 1] of B prompts. `options` are those of `generate`."""
+    """Pictures float32 [B, 3, H, W] in [0, 1] of B prompts. `options` are those of `draw`."""
     return decode(generator, generate(generator, prompts, **options))
 
 

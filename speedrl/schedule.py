@@ -3,6 +3,7 @@ fixed orders, in which positions take their turn."""
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,13 +95,24 @@ def radical_inverse(index: Tensor, *, base: int, cells: int) -> Tensor:
     return mirrored * cells // scale
 
 
-def step_range(text: str) -> tuple[int, int]:
-    """Reads "8" as (8, 8) and "2-16" as (2, 16). ValueError otherwise, and for counts under 1."""
-    low, _, high = str(text).partition("-")
+class StepRange(NamedTuple):
+    """The numbers of steps that a sample may take."""
+
+    least: int
+    most: int
+    chosen: bool = False  # by the policy, at every state; else drawn independently of it
+
+
+def step_range(text: str, *, at_most: int = 16) -> StepRange:
+    """Reads "8" as 8 to 8, "2-16" as 2 to 16, "auto:16" as 1 to 16 that the policy chooses from, and "auto" as that
+    with `at_most`. ValueError otherwise, and for counts under 1."""
+    kind, colon, most = str(text).partition(":")
+    chosen = kind == "auto"
+    low, _, high = ("1", "-", most if colon else str(at_most)) if chosen else str(text).partition("-")
     try:
-        bounds = int(low), int(high or low)
+        bounds = StepRange(int(low), int(high if chosen else high or low), chosen)
     except ValueError:
-        raise ValueError(f"steps must be a number or a range, like 8 or 2-16, not {text!r}") from None
-    if not 1 <= bounds[0] <= bounds[1]:
+        raise ValueError(f"steps must be a number, a range or auto, like 8, 2-16 or auto:16, not {text!r}") from None
+    if not 1 <= bounds.least <= bounds.most:
         raise ValueError(f"steps must be at least 1 and a range must rise, not {text!r}")
     return bounds

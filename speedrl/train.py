@@ -19,8 +19,9 @@ from speedrl.distributed import agreed, gathered, total
 from speedrl.errors import Stopped, interruptible
 from speedrl.export import save_trained
 from speedrl.filter import low_quality, std_percentile
-from speedrl.models.checkpoint import adapter_of, decode, encode_prompts, find, load_generator, take
+from speedrl.models.checkpoint import adapter_of, decode, encode_prompts, find, load_generator, parameters, take
 from speedrl.models.lora import WithoutLora, add_lora
+from speedrl.pace import first_plan, paced
 from speedrl.platform import bf16_autocast, bf16_is_fast
 from speedrl.prompts import open_prompts
 from speedrl.reward import (
@@ -36,7 +37,7 @@ from speedrl.reward import (
 )
 from speedrl.rollout import ORDERS, draw_noise, rollout
 from speedrl.sample import guided_policy
-from speedrl.schedule import mask_ratio, step_range
+from speedrl.schedule import StepRange, mask_ratio, step_range
 from speedrl.state import append_row, changed, drop_metrics, plain, random_states, restore, save, start, tensors
 from speedrl.track import TRACKERS, open_trackers
 from speedrl.update import fitting, follow, gradients, token_weights, trained_steps
@@ -44,7 +45,7 @@ from speedrl.update import fitting, follow, gradients, token_weights, trained_st
 TREND = 20  # iterations over which rewards are watched for disagreement
 
 
-def check(settings: dict, bounds: tuple[int, int]) -> None:
+def check(settings: dict, bounds: StepRange) -> None:
     """ValueError for settings that cannot work together."""
     check_numbers(settings)
     parse_quality(settings["quality"])
@@ -76,8 +77,18 @@ def check(settings: dict, bounds: tuple[int, int]) -> None:
     for name in settings["trackers"]:
         if name not in TRACKERS:
             raise ValueError(f"unknown tracker {name!r}: choose {' or '.join(TRACKERS)}")
-    if settings["trained"] is not None and not 1 <= settings["trained"] <= bounds[0]:
-        raise ValueError(f"trained must be 1 to the least number of steps, {bounds[0]}, got {settings['trained']}")
+    # a policy that takes fewer steps than these trains on all that it takes
+    least = bounds.most if bounds.chosen else bounds.least
+    if settings["trained"] is not None and not 1 <= settings["trained"] <= least:
+        raise ValueError(f"trained must be 1 to the least number of steps, {least}, got {settings['trained']}")
+
+
+def idle(settings: Mapping[str, Any], bounds: StepRange) -> list[str]:
+    """A line about each setting that does nothing beside the others."""
+    drawn = bounds.least < bounds.most and not bounds.chosen
+    if drawn and settings["shared_steps"] and settings["steps_reward"] and settings["quality_gate"] is None:
+        return ["pictures of a group share their step count, so the speed reward cancels: see --no-shared-steps"]
+    return []
 
 
 def check_numbers(settings: Mapping[str, Any]) -> None:
@@ -88,7 +99,8 @@ def check_numbers(settings: Mapping[str, Any]) -> None:
             raise ValueError(f"{option} must be a finite number, got {value}")
         if name in ("clip_range", "clip_grad", "eps") and value <= 0:
             raise ValueError(f"{option} must be positive, got {value}")
-        if name in ("kl_weight", "temperature", "quality_clip", "warmup") and value is not None and value < 0:
+        positive = ("kl_weight", "pace_weight", "temperature", "quality_clip", "warmup")
+        if name in positive and value is not None and value < 0:
             raise ValueError(f"{option} must not be negative, got {value}")
     if not -(2**63) <= settings["seed"] < 2**63:
         raise ValueError(f"seed must fit in 64 bits, got {settings['seed']}")
@@ -109,6 +121,15 @@ def draw_prompts(count: int, groups: int, random: torch.Generator) -> Tensor:
     return torch.cat(rounds)[:groups]
 
 
+def draw_steps(bounds: StepRange, groups: int, group_size: int, random: torch.Generator, *, shared: bool) -> Tensor:
+    """Step counts of the samples, int64 [groups * group_size], one for each group if `shared`; where the policy
+    chooses, those that they set out with."""
+    counts = torch.randint(bounds.least, bounds.most + 1, (groups * group_size,), generator=random)
+    if bounds.chosen:
+        return torch.full_like(counts, first_plan(bounds.most))
+    return counts[::group_size].repeat_interleave(group_size) if shared else counts
+
+
 def train(
     *,
     out: str | Path = "runs/train",
@@ -116,6 +137,8 @@ def train(
     prompts: str | Path | None = None,
     quality: str = "embedded",
     steps: str = "8",
+    shared_steps: bool = True,
+    pace_weight: float = 32.0,
     steps_reward: float = 0.0,
     quality_gate: float | None = None,
     quality_clip: float | None = None,
@@ -165,11 +188,17 @@ def train(
     then a model as well, and with `merge` OUT/model is saved too (`add_lora` for alpha and targets). With `ema`, a
     decay, what is saved is the exponential moving average of the weights.
 
-    Each iteration samples `group_size` pictures of `groups` prompts in `steps` steps ("8", or "2-16": drawn anew for
-    each sample), rewards each with its quality (`mixture`) plus steps_reward times `speed_reward`, and makes `updates`
-    updates on the clipped loss plus kl_weight times the divergence from the starting model at the revealed tokens.
+    Each iteration samples `group_size` pictures of `groups` prompts in `steps` steps ("8"; "2-16": drawn anew;
+    "auto:16", or "auto": at each state the policy chooses how many are left, see `pace`), rewards each with its quality
+    (`mixture`) plus steps_reward times `speed_reward`, and makes `updates` updates on the clipped loss plus kl_weight
+    times the divergence from the starting model at the revealed tokens.
     That model is the reference policy as it is used, at its own guidance unless `reference_guidance` says another: so
     a policy that samples without guidance, one call a step in place of two, is drawn to what guidance gives.
+    Pictures of a group share the count that is drawn unless `shared_steps` is off: advantages then compare pictures of
+    equal cost, with less variance, as what the count alone brings is in the group's mean; a speed reward cancels there
+    too. A choice of the policy's is in the loss as `pace_weight` tokens: 1 is the gradient of the expected reward to
+    the letter; the default is about what a step of the embedded model reveals, and makes the choices' gradient as large
+    as the tokens' there, without which its head hardly moves at this `eps`.
     `checkpointing` computes each block again in the backward pass, for memory; `micro_batch` is halved where memory
     runs out. `trained` steps of each rollout, all by default, enter the loss, scaled so that its gradient is that of
     all in expectation. `percentile` and `least_quality` filter groups and samples (`std_percentile`, `low_quality`).
@@ -197,17 +226,17 @@ def train(
     size, mine = groups * group_size, slice(mine.start * group_size, mine.stop * group_size)  # of samples
     texts = open_prompts(prompts) if prompts else training_prompts(model)
     adapted = {"rank": lora, "alpha": lora_alpha, "targets": lora_targets, "seed": seed}
-    generator = load_generator(model, device=device, **(loading or {}))
+    generator = paced(load_generator(model, device=device, **(loading or {})), bounds)
     length, grid = generator.grid[0] * generator.grid[1], generator.grid
-    if bounds[1] > length:
-        raise ValueError(f"{bounds[1]} steps are more than the {length} tokens of a picture")
+    if bounds.most > length:
+        raise ValueError(f"{bounds.most} steps are more than the {length} tokens of a picture")
     temperature = generator.temperature if temperature is None else temperature
     reference_guidance = generator.guidance if reference_guidance is None else reference_guidance
     schedule, order = schedule or generator.schedule, order or generator.order
     scores, shares = load_qualities(quality, device=device, weights=reward_weights)
 
     empty = encode_prompts(generator, [generator.negative])
-    transformer = generator.transformer
+    transformer, pace = generator.transformer, generator.pace
     if lora is not None:
         add_lora(transformer, **adapted)
     reference = None
@@ -218,8 +247,9 @@ def train(
         if compile and not sharded:  # compiled blocks that gather their weights are not verified yet
             network.compile_blocks()
         if sharded and isinstance(network, nn.Module):
-            distributed.shard(network, device=device, offload=offload)
-    learned = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
+            own = pace if network is transformer else None
+            distributed.shard(network, own, device=device, offload=offload)
+    learned = {name: p for name, p in parameters(generator).items() if p.requires_grad}
     optimizer = torch.optim.AdamW(learned.values(), lr=lr, betas=(0.9, 0.95), eps=eps, weight_decay=0.0, fused=True)
     average = {name: p.detach().clone() for name, p in learned.items()} if ema else {}
     random = torch.Generator().manual_seed(seed)
@@ -235,25 +265,28 @@ def train(
 
     display = Display(first=first, total=iterations, console=Console(quiet=not loud))
     with display, interruptible() as stopped, distributed.lost_contact():
-        for line in [*complaints, *changed(record.get("settings", {}), settings)]:
-            display.warn(line if line in complaints else f"going on with other settings: {line}")
+        others = (f"going on with other settings: {line}" for line in changed(record.get("settings", {}), settings))
+        for line in [*complaints, *idle(settings, bounds), *others]:
+            display.warn(line)
         for iteration in range(first, iterations):
             began = time.time()
 
             # SAMPLING
             chosen = [texts[i] for i in draw_prompts(len(texts), groups, random)]
-            counts = torch.randint(bounds[0], bounds[1] + 1, (size,), generator=random).to(device)
-            noise = draw_noise(mine.stop - mine.start, bounds[1], length, seed=seed,
+            counts = draw_steps(bounds, groups, group_size, random, shared=shared_steps).to(device)
+            noise = draw_noise(mine.stop - mine.start, bounds.most, length, seed=seed, pace=bounds.chosen,
                                first=iteration * size + mine.start, device=device)  # fmt: skip
             asked = [text for text in chosen for _ in range(group_size)]
             of_group = torch.arange(groups).repeat_interleave(group_size)[mine].to(device)
             prompt = take(encode_prompts(generator, chosen), of_group)
-            policy = guided_policy(transformer, prompt, empty, guidance=guidance, grid=grid)
-            with autocast, distributed.gathered_weights(transformer, sharded=sharded):
+            policy = guided_policy(transformer, prompt, empty, guidance=guidance, grid=grid, pace=pace)
+            with autocast, distributed.gathered_weights(transformer, pace, sharded=sharded):
                 batch = rollout(
                     policy, counts[mine], noise, length=length, mask_id=generator.mask_id, temperature=temperature,
                     schedule=schedule, order=order, grid=grid, record=likelihood == "exact", sparse=True,
+                    at_most=bounds.most if bounds.chosen else None,
                 )  # fmt: skip
+            taken = gathered(batch.steps)
 
             # REWARDS, of all ranks' samples on every rank
             pictures = decode(generator, batch.tokens, bf16=bf16_is_fast(device))
@@ -261,7 +294,7 @@ def train(
             parts = {name: gathered(values.to(device)) for name, values in scored.items()}
             moments = {name: observe(moments[name], values) for name, values in parts.items()}
             quality_of = mixture(parts, shares, moments, clip=quality_clip)  # [B]
-            speed = speed_reward(counts, max_steps=bounds[1])
+            speed = speed_reward(taken, max_steps=bounds.most)
             rewards = combine(quality_of, speed, steps_reward=steps_reward, gate=quality_gate)
             advantages = group_advantages(rewards.view(groups, -1)).flatten()
             by_group = quality_of.view(groups, -1)
@@ -271,15 +304,15 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = lr * min(1, (iteration + 1) / (warmup + 1))
             for _ in range(updates):
-                which = trained_steps(counts, trained, random)[mine]  # bool [B, S]
+                which = trained_steps(taken, trained, random)[mine]  # bool [B, S]
                 weights = token_weights(batch, which, keep.flatten()[mine])  # [B, L]
                 kept = keep.sum() * length  # of all steps and all ranks, whichever train
                 totals, micro_batch = fitting(
                     lambda size: gradients(
                         transformer, reference, batch, which, prompt, empty, advantages[mine], weights, kept,  # noqa: B023
                         micro_batch=size, mask_id=generator.mask_id, autocast=autocast, grid=grid, guidance=guidance,
-                        reference_guidance=reference_guidance, temperature=temperature, order=order,
-                        likelihood=likelihood, clip_range=clip_range, kl=kl, kl_weight=kl_weight,
+                        reference_guidance=reference_guidance, order=order, likelihood=likelihood,
+                        clip_range=clip_range, kl=kl, kl_weight=kl_weight, pace=pace, pace_weight=pace_weight,
                     ),
                     micro_batch, undo=lambda: optimizer.zero_grad(set_to_none=True), halve=not sharded,
                 )  # fmt: skip
@@ -312,6 +345,8 @@ def train(
                 "skipped": skipped,
                 "images_per_second": size / (time.time() - began),
             }
+            if bounds.least < bounds.most:
+                row["steps_mean"] = taken.float().mean().item()
             if len(parts) > 1:
                 row |= {name: values.mean().item() for name, values in parts.items()}
                 recent.append({name: row[name] for name in parts})
@@ -337,7 +372,7 @@ def train(
 
     learned = distributed.whole(average or learned)
     if loud and sharded:
-        generator = load_generator(model, **(loading or {}))
+        generator = paced(load_generator(model, **(loading or {})), bounds)
         if lora is not None:
             add_lora(generator.transformer, **adapted)
     saved_to = save_trained(out, generator, learned, settings) if loud else out

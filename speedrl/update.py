@@ -12,8 +12,8 @@ from speedrl.kl import kl as divergence
 from speedrl.likelihood import exact_log_prob, guided, log_probs, log_ratio
 from speedrl.loss import clipped_loss, normalise
 from speedrl.models.checkpoint import Prompts, join, repeat, take
+from speedrl.pace import Pace, pace_log_prob, within
 from speedrl.rollout import Rollout, state
-from speedrl.schedule import temperatures, timesteps
 
 
 class Rows(NamedTuple):
@@ -34,12 +34,12 @@ class Rows(NamedTuple):
 def rows(batch: Rollout, keep: Tensor, *, mask_id: int, every_place: bool = False) -> Rows:
     """Replays the states of the steps in `keep`, bool [B, S]; with `every_place` for all places, not the revealed."""
     sample, step = keep.nonzero(as_tuple=True)
-    part = Rollout(batch.tokens[sample], batch.reveal_step[sample], batch.steps[sample], batch.log_probs[sample])
+    part = batch._replace(tokens=batch.tokens[sample], reveal_step=batch.reveal_step[sample])
     revealed = part.reveal_step == step[:, None]
     row, place = (torch.ones_like(revealed) if every_place else revealed).nonzero(as_tuple=True)
     drawn = batch.drawn[sample, step] if every_place else part.tokens
-    countdown = timesteps(batch.steps)[sample, step]
-    return Rows(sample, step, state(part, step, mask_id=mask_id), countdown, row, place, drawn[row, place])
+    seen, countdown = state(part, step, mask_id=mask_id), batch.countdown[sample, step]
+    return Rows(sample, step, seen, countdown, row, place, drawn[row, place])
 
 
 def trained_steps(steps: Tensor, count: int | None, generator: torch.Generator) -> Tensor:
@@ -62,18 +62,22 @@ def token_weights(batch: Rollout, which: Tensor, keep: Tensor) -> Tensor:
     return which.gather(1, batch.reveal_step) * (keep * scale)[:, None]
 
 
-def place_features(
+def row_features(
     transformer: nn.Module, part: Rows, prompts: Prompts, empty: Prompts, *, guidance: float, grid: tuple[int, int]
 ) -> Tensor:
-    """What the head reads at the places: [P, 1, C] without guidance, else [P, 2, C], the empty prompt's first."""
+    """What the heads read of the rows: [1, R, L, C] without guidance, else [2, R, L, C], the empty prompt's first."""
     times, prompts = (1, prompts) if guidance == 1 else (2, join(empty, prompts))
     tokens = part.tokens.repeat(times, 1).unflatten(1, grid)
-    features = transformer.features(tokens, part.timestep.repeat(times), *prompts)  # [times R, L, C]
-    return features.unflatten(0, (times, -1))[:, part.row, part.place].transpose(0, 1)
+    return transformer.features(tokens, part.timestep.repeat(times), *prompts).unflatten(0, (times, -1))
+
+
+def at_places(features: Tensor, part: Rows) -> Tensor:
+    """`row_features` at the places alone: [P, 1, C] without guidance, else [P, 2, C]."""
+    return features[:, part.row, part.place].transpose(0, 1)
 
 
 def guided_head(transformer: nn.Module, features: Tensor, guidance: float) -> Tensor:
-    """Guided logits of `place_features`, as the policy's: float [P, V]."""
+    """Guided logits of features `at_places`, as the policy's: float [P, V]."""
     found = transformer.head(features)
     return found[:, 0] if guidance == 1 else guided(found[:, 1], found[:, 0], guidance)
 
@@ -92,7 +96,7 @@ def scores(
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of the targets int64 [P] and the divergence there, 0 without a reference: float32 [P] twice.
 
-    features and of_reference of `place_features`, each at its guidance. No more than `at_once` logits of the policy are
+    features and of_reference as of `at_places`, each at its guidance. No more than `at_once` logits of the policy are
     there at a time: past that the head works in chunks of places, and again in the backward pass, as keeping [P, V]
     would take more memory than all else. The head is a small part of the network, so that costs little.
     """
@@ -116,6 +120,21 @@ def scores(
     return torch.cat(token), torch.cat(away)
 
 
+def pace_loss(
+    pace: Pace, features: Tensor, batch: Rollout, part: Rows, advantages: Tensor, weights: Tensor, *, clip_range: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`clipped_loss` of the numbers of steps left that the policy chose, one in each of R rows.
+
+    features [R, L, C], those of the prompt; advantages [m]; weights [m, L] of the tokens: a choice weighs as much as
+    one token of its sample that trains.
+    """
+    masked, left = part.tokens != batch.tokens[part.sample], batch.left[part.sample, part.step]
+    logits = within(pace(features, masked, part.timestep + 1), pace.most - part.step)
+    ratio = log_ratio(pace_log_prob(logits, left), batch.left_log_probs[part.sample, part.step])
+    weight = weights.amax(-1)[part.sample]  # every step that trains has tokens, which weigh the same
+    return clipped_loss(ratio[:, None], advantages[part.sample], weight[:, None], clip_range=clip_range)
+
+
 def micro_batch_loss(
     transformer: nn.Module,
     reference: nn.Module | None,
@@ -129,23 +148,29 @@ def micro_batch_loss(
     grid: tuple[int, int],
     guidance: float,
     reference_guidance: float,
-    temperature: float,
     order: str,
     likelihood: str,
     clip_range: float,
     kl: str,
     kl_weight: float,
+    pace: Pace | None = None,
+    pace_weight: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped loss plus weighted KL of some samples, summed over their trained tokens; see `clipped_loss`.
 
     batch: m samples; part: their rows; prompts and empty: of each row; advantages [m]; weights [m, L], 0 for tokens
-    that do not train. The caller divides by the weight of the whole batch.
+    that do not train. The caller divides by the weight of the whole batch. With a `pace` that of its choices is added,
+    each as `pace_weight` tokens.
     """
-    features = place_features(transformer, part, prompts, empty, guidance=guidance, grid=grid)
-    of_reference = None
+    features = row_features(transformer, part, prompts, empty, guidance=guidance, grid=grid)
+    chosen = None
+    if pace is not None:
+        chosen = pace_loss(pace, features[-1], batch, part, advantages, weights, clip_range=clip_range)
+    features, of_reference = at_places(features, part), None
     if reference is not None:
         with torch.no_grad():
-            of_reference = place_features(reference, part, prompts, empty, guidance=reference_guidance, grid=grid)
+            of_reference = row_features(reference, part, prompts, empty, guidance=reference_guidance, grid=grid)
+            of_reference = at_places(of_reference, part)
     token, away = scores(
         transformer, reference, features, of_reference, part.targets, guidance=guidance,
         reference_guidance=reference_guidance, kl=kl,
@@ -155,9 +180,8 @@ def micro_batch_loss(
     if likelihood == "exact":  # then the places are all of every row
         revealed = batch.reveal_step[part.sample] == part.step[:, None]
         masked = part.tokens != batch.tokens[part.sample]
-        heat = temperatures(batch.steps, start=temperature)[part.sample, part.step]
-        rank = batch.rank[part.sample, part.step]
-        value, terms = exact_log_prob(token.view_as(rank), rank, masked, revealed, heat, order=order)
+        rank, temperature = batch.rank[part.sample, part.step], batch.temperature[part.sample, part.step]
+        value, terms = exact_log_prob(token.view_as(rank), rank, masked, revealed, temperature, order=order)
         new, old = (torch.zeros_like(advantages).index_add(0, part.sample, v)
                     for v in (value, batch.exact[part.sample, part.step]))  # fmt: skip
         count = torch.zeros_like(batch.steps).index_add(0, part.sample, terms)
@@ -168,6 +192,9 @@ def micro_batch_loss(
         new = old.flatten().index_put((where,), token).view_as(old)
         ratio = log_ratio(new, old, level=likelihood, weights=weights)
     loss, stats = clipped_loss(ratio, advantages, weights, clip_range=clip_range)
+    if chosen is not None:
+        loss = loss + pace_weight * chosen[0]
+        stats |= {"ratio_max": torch.maximum(stats["ratio_max"], chosen[1]["ratio_max"])}
     divergences = (away * trained).sum()
     return loss + kl_weight * divergences, stats | {"kl": divergences.detach()}
 

@@ -11,8 +11,9 @@ from conftest import write_tokenizer
 from speedrl.models.checkpoint import decode, encode_prompts, load_generator, logits, save_generator
 from speedrl.platform import import_torchvision
 from speedrl.rollout import draw_noise, rollout
-from speedrl.sample import generate, guided_policy, sample
+from speedrl.sample import draw, generate, guided_policy, sample
 from speedrl.schedule import timesteps
+from speedrl.train import train
 
 import_torchvision()
 
@@ -182,6 +183,25 @@ def test_what_training_saves_loads_in_the_pipeline_and_draws_the_same(generator,
     same_draws(monkeypatch, noise.uniform, noise.gumbel)
     picture = made(["an owl"], num_inference_steps=3, guidance_scale=1.0, output_type="pt").images
     torch.testing.assert_close(decode(again, tokens), picture, atol=1e-5, rtol=1e-5)
+
+
+def test_it_learns_to_choose_its_steps_and_the_pipeline_still_loads_it(folder, tmp_path):
+    from diffusers import AmusedPipeline
+
+    (tmp_path / "p.txt").write_text("a b\nc d\n")
+    train(
+        out=tmp_path / "run", model=str(folder), prompts=tmp_path / "p.txt", quality="tests.test_auto:green",
+        steps="auto:4", iterations=2, groups=2, group_size=3, compile=False, guidance=2.0, reference_guidance=2.0,
+        lr=1e-2, eps=1e-8, warmup=0,
+    )  # fmt: skip
+    first, second = (json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    assert first["ratio_max"] == pytest.approx(1, abs=1e-5) and second["ratio_max"] == pytest.approx(1, abs=1e-4)
+    again = load_generator(tmp_path / "run")
+    assert again.pace.most == 4 and again.pace.out.bias.abs().max() > 0
+    assert draw(again, ["an owl", "a cat"])[1].max() <= 4
+    made = AmusedPipeline.from_pretrained(tmp_path / "run/model")
+    made.set_progress_bar_config(disable=True)
+    assert made("an owl", num_inference_steps=2, output_type="pt").images.shape == (1, 3, 16, 16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

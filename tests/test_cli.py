@@ -101,7 +101,7 @@ def test_ctrl_c_is_one_line_and_exit_130(monkeypatch):
     assert result.exit_code == 130 and result.stderr == "stopped after iteration 3; go on with --resume\n"
 
 
-@pytest.mark.parametrize("target", ["sample.generate", "train.train", "evaluate.evaluate", "ablate.ablate"])
+@pytest.mark.parametrize("target", ["sample.draw", "train.train", "evaluate.evaluate", "ablate.ablate"])
 def test_defaults_read_from_the_source_are_those_of_the_signature(target):
     module, function = target.split(".")
     parameters = inspect.signature(getattr(__import__(f"speedrl.{module}", fromlist=[function]), function)).parameters

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import speedrl.train
 from speedrl.distributed import any_rank, everyone, gathered, share, total, total_stats
+from speedrl.export import export
 from speedrl.train import train
 from tests.ranks import finish, start_ranks
 
@@ -75,6 +76,31 @@ def test_the_gradient_and_the_metrics_do_not_depend_on_the_number_of_ranks(optio
         model = "model/transformer/diffusion_pytorch_model.safetensors"
         assert load_file(tmp_path / name / model).keys() == load_file(tmp_path / "ddp-1" / model).keys()
     assert "iteration" in (tmp_path / "rank-0.log").read_text() and (tmp_path / "rank-1.log").read_text() == ""
+
+
+def test_what_the_policy_chooses_and_its_gradient_do_not_depend_on_the_number_of_ranks(options, tmp_path):
+    """A head off its start, from a run of one rank; ranks then take different numbers of steps."""
+    options |= {"steps": "auto:4", "eps": 1e-8, "warmup": 0, "steps_reward": 0.3}
+    assert finish(start_ranks(resumed, 1, tmp_path, str(tmp_path / "first"), options | {"lr": 1e-2}, False, 2)) == [0]
+    options |= {"model": str(tmp_path / "first")}
+    for world, more in ((1, {}), (2, {}), (2, {"parallel": "fsdp", "ema": 0.9})):
+        name = f"{more.get('parallel', 'ddp')}-{world}"
+        statuses = finish(start_ranks(trained, world, tmp_path, str(tmp_path / name), options | more))
+        assert statuses == [0] * world, (tmp_path / "rank-0.log").read_text()
+    alone, one = load_file(tmp_path / "ddp-1-0.st"), rows(tmp_path / "ddp-1")
+    assert 1 < one[0]["steps_mean"] < 4 and max(g.abs().max() for g in alone.values()) > 1e-3
+    for name in ("ddp-2", "fsdp-2"):
+        other = rows(tmp_path / name)
+        assert all(other[0][key] == pytest.approx(one[0][key], rel=1e-3, abs=1e-5) for key in one[0])
+        assert close(load_file(tmp_path / f"{name}-0.st"), alone, to=1e-4)
+        assert load_file(tmp_path / name / "model/pace/model.safetensors")["out.weight"].abs().max() > 0
+    exported = export(tmp_path / "fsdp-2", out=tmp_path / "out")
+    pace = "pace/model.safetensors"
+    assert load_file(exported / pace).keys() == load_file(tmp_path / "fsdp-2/model" / pace).keys()
+    assert all(
+        torch.equal(value, load_file(exported / pace)[key])
+        for key, value in load_file(tmp_path / "fsdp-2/model" / pace).items()
+    )
 
 
 def resumed(out, options, first, last):

@@ -39,7 +39,7 @@ def test_a_batch_belongs_to_its_number_and_the_kl_is_0_at_the_reference(moved, t
     one, same, other = (draw(generator, ["an owl", "a fox"], red, number=n, **options) for n in (3, 3, 4))
     assert torch.equal(one.rollout.tokens, same.rollout.tokens)
     assert not torch.equal(one.rollout.tokens, other.rollout.tokens)
-    settings = {"guidance": 1.0, "temperature": 1.5, "order": "confidence"}
+    settings = {"guidance": 1.0, "order": "confidence"}
     away = gradient(generator, reference, one, "ce", **settings)
     split = gradient(generator, reference, one, "ce", micro_batch=1, **settings)
     assert away.norm() > 1e-4 and torch.allclose(away, split, atol=1e-6)
@@ -66,8 +66,8 @@ def test_likelihoods_differ_only_where_an_older_policy_sampled(moved):
     generator, reference = moved
     older = generator._replace(transformer=copy.deepcopy(generator.transformer))
     perturbed(older.transformer, away=0.3, seed=1)
-    settings = {"guidance": 1.0, "temperature": 1.5, "order": "confidence"}
-    options = dict(steps="3", groups=1, group_size=4, seed=0, number=0, **settings)
+    settings = {"guidance": 1.0, "order": "confidence"}
+    options = dict(steps="3", groups=1, group_size=4, seed=0, number=0, temperature=1.5, **settings)
     for sampler, alike in ((generator, True), (older, False)):
         batch = draw(sampler, ["an owl"], red, **options)
         token, sequence, exact = (gradient(generator, reference, batch, n, **settings)

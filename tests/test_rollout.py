@@ -153,7 +153,7 @@ def test_step_is_captured_whole_by_the_compiler():
     compiled = torch.compile(step, fullgraph=True, backend="eager")  # a host synchronisation would break the graph
     plain, captured = sample([3, 2], record=True), sample([3, 2], record=True, step=compiled)
     for a, b in zip(plain, captured, strict=True):
-        assert torch.equal(a, b)
+        assert (a is None and b is None) or torch.equal(a, b)
 
 
 def test_record_adds_draws_that_agree_with_the_result():

@@ -119,7 +119,7 @@ def test_a_run_is_not_overwritten_and_a_damaged_checkpoint_is_named(options, tmp
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"steps": "0"}, "at least 1"), ({"steps": "many"}, "number or a range"), ({"steps": "99"}, "more than the 16"),
+    [({"steps": "0"}, "at least 1"), ({"steps": "many"}, "a range or auto"), ({"steps": "99"}, "more than the 16"),
      ({"group_size": 1}, "group-size"), ({"lr": 0.0}, "lr"), ({"kl": "k9"}, "divergence"), ({"trained": 9}, "trained"),
      ({"iterations": 0}, "iterations"), ({"order": "best"}, "'best'"), ({"schedule": "cubic"}, "'cubic'")],
 )  # fmt: skip
@@ -130,9 +130,16 @@ def test_settings_that_cannot_work_are_named_before_anything_is_written(options,
 
 
 def test_step_ranges():
-    assert step_range("8") == (8, 8) and step_range("2-16") == (2, 16)
+    assert step_range("8") == (8, 8, False) and step_range("2-16") == (2, 16, False)
+    assert step_range("auto:4") == (1, 4, True) and step_range("auto") == (1, 16, True)
+    assert step_range("auto", at_most=5).most == 5
     with pytest.raises(ValueError, match="must rise"):
         step_range("9-3")
+    for wrong in ("auto:", "auto:2-4", "autos", "auto:x"):
+        with pytest.raises(ValueError, match="range or auto"):
+            step_range(wrong)
+    with pytest.raises(ValueError, match="at least 1"):
+        step_range("auto:0")
 
 
 def test_a_subset_of_steps_has_the_asked_size_and_every_step_its_turn():

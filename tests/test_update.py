@@ -46,7 +46,7 @@ def loss_of(model, reference, batch, prompts, empty, weights, *, guidance, likel
     part = rows(batch, which, mask_id=mask_id, every_place=likelihood == "exact")
     return micro_batch_loss(
         model, reference, batch, part, take(prompts, part.sample), repeat(empty, len(part.sample)), ADVANTAGES,
-        weights, grid=GRID, guidance=guidance, reference_guidance=guidance, temperature=2.0, order="confidence",
+        weights, grid=GRID, guidance=guidance, reference_guidance=guidance, order="confidence",
         likelihood=likelihood, clip_range=0.2, kl=kl, kl_weight=0.3,
     )  # fmt: skip
 

@@ -79,6 +79,8 @@ def finetune(
     that reveals them, and makes one update. -> OUT/model, sampled without guidance, which the pictures already have.
     """
     settings, out, bounds = dict(locals()), Path(out), step_range(steps)
+    if bounds.chosen:
+        raise ValueError(f"fine-tuning has no policy that chooses its steps: give a number or a range, not {steps!r}")
     student = start(model, prompts, device=device)
     teacher, optimizer = student.teacher, optimiser(student.transformer, lr=lr)
     random = torch.Generator().manual_seed(seed)

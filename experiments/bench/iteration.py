@@ -83,7 +83,7 @@ def update(
             loss, _ = micro_batch_loss(
                 model, reference, part, states, take(prompts, index[states.sample]),
                 repeat(empty, len(states.sample)), advantages[index], weights[index], grid=sizes.grid,
-                guidance=sizes.guidance, reference_guidance=sizes.guidance, temperature=2.0, order="confidence",
+                guidance=sizes.guidance, reference_guidance=sizes.guidance, order="confidence",
                 likelihood="token", clip_range=0.2, kl="ce", kl_weight=sizes.kl_weight,
             )  # fmt: skip
         normalise(loss, torch.tensor(float(sizes.batch * length), device=device)).backward()

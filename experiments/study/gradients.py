@@ -74,6 +74,8 @@ def draw(
     """Batch `number` of a seed: rollouts of the generator, rewarded by `score`."""
     random = torch.Generator().manual_seed(seed * 1_000_003 + number)
     bounds, size = step_range(steps), groups * group_size
+    if bounds.chosen:
+        raise ValueError("the study compares estimators of the tokens alone: give a number of steps or a range")
     device = next(generator.transformer.parameters()).device
     chosen = torch.randperm(len(texts), generator=random)[:groups].repeat_interleave(group_size)
     counts = torch.randint(bounds[0], bounds[1] + 1, (size,), generator=random).to(device)
@@ -91,8 +93,8 @@ def draw(
 
 
 def gradient(
-    generator: Generator, reference: nn.Module, batch: Batch, name: str, *, guidance: float, temperature: float,
-    order: str, micro_batch: int = 16,
+    generator: Generator, reference: nn.Module, batch: Batch, name: str, *, guidance: float, order: str,
+    micro_batch: int = 16,
 ) -> Tensor:  # fmt: skip
     """Gradient of one estimator's loss at the generator's parameters, a token on average: float32 [P].
 
@@ -111,8 +113,8 @@ def gradient(
         loss, _ = micro_batch_loss(
             transformer, reference if of_kl else None, part, states, take(prompts, index[states.sample]),
             repeat(empty, len(states.sample)), advantages[index] * (not of_kl), weights[index], grid=generator.grid,
-            guidance=guidance, reference_guidance=guidance, temperature=temperature, order=order,
-            likelihood="token" if of_kl else name, clip_range=0.2, kl=name if of_kl else "none", kl_weight=1.0,
+            guidance=guidance, reference_guidance=guidance, order=order, likelihood="token" if of_kl else name,
+            clip_range=0.2, kl=name if of_kl else "none", kl_weight=1.0,
         )  # fmt: skip
         parts = torch.autograd.grad(normalise(loss, weights.sum()), learned, allow_unused=True)
         zeros = (torch.zeros_like(p) if g is None else g for p, g in zip(learned, parts, strict=True))
@@ -174,8 +176,9 @@ def study(
     """
     if min(batches, reference_batches) < 2:
         raise ValueError("a variance needs at least 2 batches, and a reference 2")
-    settings = {"guidance": guidance, "temperature": generator.temperature, "order": order}
-    drawn = {"steps": steps, "groups": groups, "group_size": group_size, "seed": seed}
+    settings = {"guidance": guidance, "order": order}
+    drawn = {"steps": steps, "groups": groups, "group_size": group_size, "seed": seed,
+             "temperature": generator.temperature}  # fmt: skip
     size = sum(p.numel() for p in generator.transformer.parameters() if p.requires_grad)
 
     def nothing(which: set[str]) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
 """Generators on disk: one loading path for Meissonic's and aMUSEd's folders, hub ids, our runs and the embedded model.
 
-A folder holds transformer/, vqvae/, text_encoder/, tokenizer/ and scheduler/, each json and safetensors. Which kind of
-transformer it is says its config.json; the embedded model and the released Meissonic differ in their numbers only.
+A folder holds transformer/, vqvae/, text_encoder/, tokenizer/ and scheduler/, each json and safetensors, and pace/
+where the model chooses its number of steps. Which kind of transformer it is says its config.json; the embedded model
+and the released Meissonic differ in their numbers only.
 """
 
 import json
@@ -21,6 +22,7 @@ from speedrl.files import write_json
 from speedrl.hub import from_hub
 from speedrl.models.lora import load_lora, merge_lora, read_config
 from speedrl.models.meissonic import MeissonicTransformer
+from speedrl.pace import Pace
 from speedrl.platform import frugal_allocator, import_vq_model
 
 # what the released Meissonic scripts lead away from
@@ -52,6 +54,7 @@ class Generator(NamedTuple):
     schedule: str = "cosine"  # how many tokens stay masked, and which are revealed first
     order: str = "confidence"
     random_share: float = 0.0  # of the tokens that a distilled one-step generator starts from in place of masks
+    pace: Pace | None = None  # what chooses the number of steps, float32, of a generator that was trained to
 
 
 class Prompts(NamedTuple):
@@ -94,7 +97,7 @@ def load_generator(
         generator = load_folder(base, scheduler, device=device, dtype=dtype, **how)
         load_lora(generator.transformer, adapter)
         merge_lora(generator.transformer)
-        return generator
+        return generator._replace(pace=load_pace(adapter / "pace", generator.transformer, device=device))
     folder = find(source)
     scheduler = read_json(folder / "scheduler/scheduler_config.json")
     return load_folder(folder, scheduler, device=device, dtype=dtype, **how)
@@ -187,6 +190,7 @@ def load_folder(
         schedule=scheduler.get("masking_schedule", "cosine"),
         order=scheduler.get("reveal_order", "confidence"),
         random_share=scheduler.get("random_share", 0.0),
+        pace=load_pace(folder / "pace", transformer, device=device),
     )
 
 
@@ -235,6 +239,27 @@ def new_transformer(config: dict, *, amused: bool) -> nn.Module:
     return MeissonicTransformer(**{key: value for key, value in config.items() if key in known})
 
 
+def load_pace(folder: Path, transformer: nn.Module, *, device: torch.device | str) -> Pace | None:
+    """What chooses the number of steps on a transformer's features; None where there is no such folder."""
+    if not folder.is_dir():
+        return None
+    config = read_json(folder / "config.json")
+    config = {name: config.get(name) for name in ("width", "most")}
+    pace = load_module(lambda: Pace(**config), folder, "model", dtype=torch.float32)
+    if config["width"] != (width := transformer.mlm_layer.conv1.in_channels):
+        raise ValueError(f"{folder} is another model's: it takes {config['width']} features, not {width}")
+    return pace.to(device)
+
+
+def save_pace(pace: Pace | None, folder: Path) -> None:
+    """Writes what `load_pace` reads, and takes away what stands there where there is none."""
+    if pace is None:
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    config = {"_class_name": "Pace", "width": pace.out.in_features, "most": pace.most}
+    save_module(pace, config, folder, "model", dtype=torch.float32)
+
+
 def save_generator(generator: Generator, out: Path, *, dtype: torch.dtype = torch.float32) -> None:
     """Saves a generator to the folder `out` in the layout that it was loaded from, weights rounded to `dtype`.
 
@@ -255,6 +280,7 @@ def save_generator(generator: Generator, out: Path, *, dtype: torch.dtype = torc
     write_json(partial / "scheduler/scheduler_config.json", generator.scheduler)
     if generator.index is not None:
         write_json(partial / "model_index.json", generator.index)
+    save_pace(generator.pace, partial / "pace")
     generator.tokenizer.save_pretrained(partial / "tokenizer")
     generator.tokenizer.backend_tokenizer.model.save(str(partial / "tokenizer"))  # vocab.json, merges.txt, as released
     shutil.rmtree(old, ignore_errors=True)
@@ -304,6 +330,12 @@ def join(*prompts: Prompts) -> Prompts:
     return Prompts(*(torch.cat(parts) for parts in zip(*prompts, strict=True)))
 
 
+def parameters(generator: Generator) -> dict[str, nn.Parameter]:
+    """What may be trained: the transformer's parameters by name, and those of the pace, if any, as pace.NAME."""
+    of_pace = {} if generator.pace is None else dict(generator.pace.named_parameters())
+    return dict(generator.transformer.named_parameters()) | {f"pace.{name}": p for name, p in of_pace.items()}
+
+
 def logits(
     transformer: nn.Module,
     tokens: Tensor,
@@ -319,8 +351,14 @@ def logits(
     """
     if places is None:
         return transformer(tokens.view(-1, *grid), timestep, *prompts)
-    features = transformer.features(tokens.view(-1, *grid), timestep, *prompts)
-    return transformer.head(features.gather(1, places[..., None].expand(-1, -1, features.shape[-1])))
+    return head_at(transformer, transformer.features(tokens.view(-1, *grid), timestep, *prompts), places)
+
+
+def head_at(transformer: nn.Module, features: Tensor, places: Tensor | None) -> Tensor:
+    """The head on features [B, L, C] at the places int64 [B, K], or at all: logits [B, K or L, codes]."""
+    if places is not None:
+        features = features.gather(1, places[..., None].expand(-1, -1, features.shape[-1]))
+    return transformer.head(features)
 
 
 def fitting_batch(generator: Generator) -> int:
@@ -358,7 +396,12 @@ def parts_of(source: str | Path) -> list[Path]:
     adapter = adapter_of(source)
     folder = find(read_config(adapter)["base_model_name_or_path"] if adapter else source)
     parts = ("transformer", "vqvae", "text_encoder", "tokenizer", "scheduler")
-    return [folder / part for part in parts] + ([adapter] if adapter else [])
+    return [*(folder / part for part in parts), *([adapter] if adapter else []), (adapter or folder) / "pace"]
+
+
+def chooses_steps(source: str | Path) -> bool:
+    """Whether a source has what chooses its number of steps."""
+    return parts_of(source)[-1].is_dir()
 
 
 def find(source: str | Path) -> Path:

@@ -138,8 +138,9 @@ def load_lora(transformer: nn.Module, folder: Path) -> None:
 
 
 def merge_lora(transformer: nn.Module) -> None:
-    """Adds the adapters to the weights they stand beside and takes them away, in place."""
+    """Adds the adapters to the weights they stand beside and takes them away, in place; all weights may train again."""
     for name, layer in list(adapters(transformer)):
         layer.merge()
         parent, _, last = name.rpartition(".")
         setattr(transformer.get_submodule(parent), last, layer.get_base_layer())
+    transformer.requires_grad_(True)
