@@ -60,7 +60,7 @@ def ablations() -> dict[str, dict[str, dict]]:
         "group-size": {f"{64 // n} groups of {n}": {"groups": 64 // n, "group_size": n} for n in (8, 4, 16, 32)},
         "guidance": {f"guidance {g:g}": {"guidance": g} for g in (1.0, 1.5, 2.0, 4.0)},
         "trained-steps": {f"{n or 'all'} steps train": {"trained": n} for n in (None, 4, 2, 1)},
-        "lr": {f"lr {lr:g}": {"lr": lr} for lr in (4e-4, 1e-4, 2e-4, 1e-3)}
+        "lr": {f"lr {lr:g}": {"lr": lr} for lr in (5e-4, 1e-4, 2e-4, 1e-3)}
         | {f"Adam as usual, lr {lr:g}": {"lr": lr, "eps": 1e-8} for lr in (3e-5, 1e-4, 3e-4)},
         "order": {"the model's order": {"order": None}, "random": {"order": "random"}, "halton": {"order": "halton"}},
     }

@@ -39,7 +39,7 @@ def report(
     """Compares a trained model with its base on the same prompts and noise; returns rows as `evaluate` does.
 
     The rows: the base at its own steps and guidance; the base at the trained model's steps, at its own guidance and
-    without, each at its own and at half of its temperature (what few steps give without training); the trained model
+    without, each at its own and at twice its temperature (what few steps give without training); the trained model
     as it was trained, and where it chooses its steps also at their rounded mean, which then counts as its steps; and
     both without guidance, or as the trained model has it, at a quarter of the network calls of the first row. On the
     first `some` prompts of each set, `count` pictures of each for each of `seeds` seeds.
@@ -56,7 +56,7 @@ def report(
         few = max(1, round(draw(after, shown, steps="auto")[1].double().mean().item()))
         own = ["auto", few]
     settings = [(base, before, before.steps, before.guidance, heat)]
-    settings += [(base, before, few, g, t) for g in dict.fromkeys((before.guidance, 1.0)) for t in (heat, heat / 2)]
+    settings += [(base, before, few, g, t) for g in dict.fromkeys((before.guidance, 1.0)) for t in (heat, 2 * heat)]
     quarter = max(1, network_calls(before.steps, before.guidance) // (4 * network_calls(1, after.guidance)))
     settings += [(base, before, quarter, after.guidance, heat)] if quarter != few else []
     settings += [(trained, after, n, after.guidance, after.temperature) for n in dict.fromkeys((*own, quarter))]

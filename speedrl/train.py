@@ -146,7 +146,7 @@ def train(
     iterations: int = 30,
     groups: int = 8,
     group_size: int = 8,
-    lr: float = 4e-4,
+    lr: float = 5e-4,
     warmup: int = 5,
     eps: float = 1e-3,
     guidance: float = 1.0,

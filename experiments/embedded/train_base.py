@@ -29,7 +29,7 @@ TRANSFORMER = dict(
     downsample=True, upsample=True,
 )  # fmt: skip
 # of a few tried, the best
-SAMPLING = {"num_inference_steps": 32, "guidance_scale": 1.3, "temperature": 1.0, "negative_prompt": ""}
+SAMPLING = {"num_inference_steps": 32, "guidance_scale": 1.3, "temperature": 0.5, "negative_prompt": ""}
 
 
 def token_tables(sprites: np.ndarray, centres: Tensor) -> dict[int, np.ndarray]:
