@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from speedrl.files import damage
-from speedrl.models.checkpoint import Generator, load_generator, parameters, save_generator, save_pace
+from speedrl.models.checkpoint import Generator, load_generator, paced, parameters, save_generator, save_pace
 from speedrl.models.lora import add_lora, merge_lora, save_lora
-from speedrl.pace import paced
 from speedrl.schedule import step_range
 from speedrl.state import newest, read_tensors, stored
 

@@ -6,17 +6,12 @@ left, one is drawn, and the step reveals what a schedule of that many steps woul
 The log-probability of the draws enters the objective beside that of the tokens.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speedrl.likelihood import first_past, log_probs
-from speedrl.schedule import StepRange, mask_ratio
-
-if TYPE_CHECKING:
-    from speedrl.models.checkpoint import Generator
+from speedrl.schedule import mask_ratio
 
 
 class Pace(nn.Module):
@@ -113,20 +108,3 @@ def heat(progress: Tensor, left: Tensor, *, start: float) -> Tensor:
     # s / (N - 1), of N = left / (1 - progress) steps; the first of one step is its last, and counts as the first
     behind = left * progress / (left - 1 + progress).clamp(min=torch.finfo(progress.dtype).tiny)
     return start * (1 - behind.float())
-
-
-def paced(generator: "Generator", bounds: StepRange) -> "Generator":
-    """The generator with a pace if its policy is to choose its steps, its own or a new one, and without if not.
-
-    ValueError where its own chooses from another number of steps.
-    """
-    if not bounds.chosen:
-        return generator._replace(pace=None)  # it knows the features of before this training
-    if generator.pace is None:
-        transformer = generator.transformer
-        pace = Pace(transformer.mlm_layer.conv1.in_channels, bounds.most)
-        return generator._replace(pace=pace.to(next(transformer.parameters()).device))
-    if generator.pace.most != bounds.most:
-        most = generator.pace.most
-        raise ValueError(f"the model chooses from 1 to {most} steps, not {bounds.most}: go on with --steps auto:{most}")
-    return generator

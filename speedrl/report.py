@@ -75,8 +75,9 @@ def report(
     shown = next(iter(sets.values()))[:pictures]
     lines = [("before", before, before.steps), ("before", before, few)]
     lines += [("after", after, n) for n in dict.fromkeys((own[0], quarter))]
-    calls = [network_calls(few if steps == "auto" else steps, g.guidance) for _, g, steps in lines]
-    labels = [f"{line[0]}: {line[2]} steps, {n} calls" for line, n in zip(lines, calls, strict=True)]
+    labels = [
+        f"{when}: {n} steps, {network_calls(few if n == 'auto' else n, g.guidance)} calls" for when, g, n in lines
+    ]
     sheet = [sample(generator, shown, steps=steps).cpu() for _, generator, steps in lines]
     scale = max(1, 96 // sheet[0].shape[-1])
     save_png(contact_sheet(sheet, labels=labels, titles=shown, scale=scale), out / "before_after.png")

@@ -18,7 +18,6 @@ from speedrl.models.checkpoint import (
     fitting_batch,
     head_at,
     join,
-    logits,
     repeat,
     take,
 )
@@ -54,12 +53,8 @@ def guided_policy(
         if samples is not None and len(samples) < size:
             part = take(known, samples if times == 1 else torch.cat([samples, samples + size]))
         where = None if places is None else places.repeat(times, 1)
-        tokens_in, timestep_in = tokens.repeat(times, 1), timestep.repeat(times)
-        if pace is None:
-            found = logits(transformer, tokens_in, timestep_in, part, grid=grid, places=where)
-        else:
-            features = transformer.features(tokens_in.unflatten(1, grid), timestep_in, *part)
-            found = head_at(transformer, features, where)
+        features = transformer.features(tokens.repeat(times, 1).unflatten(1, grid), timestep.repeat(times), *part)
+        found = head_at(transformer, features, where)
         found = found if times == 1 else guided(*reversed(found.chunk(2)), guidance)
         if pace is None:
             return found

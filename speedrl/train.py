@@ -19,9 +19,9 @@ from speedrl.distributed import agreed, gathered, total
 from speedrl.errors import Stopped, interruptible
 from speedrl.export import save_trained
 from speedrl.filter import low_quality, std_percentile
-from speedrl.models.checkpoint import adapter_of, decode, encode_prompts, find, load_generator, parameters, take
+from speedrl.models.checkpoint import adapter_of, decode, encode_prompts, find, load_generator, paced, parameters, take
 from speedrl.models.lora import WithoutLora, add_lora
-from speedrl.pace import first_plan, paced
+from speedrl.pace import first_plan
 from speedrl.platform import bf16_autocast, bf16_is_fast
 from speedrl.prompts import open_prompts
 from speedrl.reward import (

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import write_tokenizer
 
-from speedrl.models.checkpoint import decode, encode_prompts, load_generator, logits, save_generator
+from speedrl.models.checkpoint import decode, encode_prompts, load_generator, save_generator
 from speedrl.platform import import_torchvision
 from speedrl.rollout import draw_noise, rollout
 from speedrl.sample import draw, generate, guided_policy, sample
@@ -106,23 +106,23 @@ def test_the_kind_comes_from_the_files(generator):
 
 def test_logits_are_diffusers_own(generator, theirs):
     prompts = encode_prompts(generator, ["an owl", "a cat", ""])
-    tokens = torch.randint(0, MASK + 1, (3, 16), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, MASK + 1, (3, 4, 4), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        found = logits(generator.transformer, tokens, torch.zeros(3), prompts, grid=(4, 4))
-        wanted = theirs.transformer(tokens.view(3, 4, 4), prompts.text, prompts.pooled, prompts.micro_conds)
+        found = generator.transformer(tokens, torch.zeros(3), *prompts)
+        wanted = theirs.transformer(tokens, prompts.text, prompts.pooled, prompts.micro_conds)
         torch.testing.assert_close(found, wanted.flatten(2).mT, atol=1e-5, rtol=1e-5)
-        features = generator.transformer.features(tokens.view(3, 4, 4), torch.zeros(3), *prompts)
+        features = generator.transformer.features(tokens, torch.zeros(3), *prompts)
         torch.testing.assert_close(generator.transformer.head(features[:, [3, 5]]), found[:, [3, 5]])
 
 
 def test_checkpointing_gives_the_same_gradients_in_training_mode(generator):
     prompts = encode_prompts(generator, ["an owl"])
-    tokens = torch.full((1, 16), MASK)
+    tokens = torch.full((1, 4, 4), MASK)
     gradients = []
     for on in (False, True):
         model = copy.deepcopy(generator.transformer).train()
         model.gradient_checkpointing = on
-        logits(model, tokens, torch.zeros(1), prompts, grid=(4, 4)).square().mean().backward()
+        model(tokens, torch.zeros(1), *prompts).square().mean().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     for one, two in zip(*gradients, strict=True):
         torch.testing.assert_close(one, two)

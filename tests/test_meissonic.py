@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
-from speedrl.models.checkpoint import encode_prompts, logits
+from speedrl.models.checkpoint import encode_prompts
 from speedrl.models.meissonic import Down, MeissonicTransformer, Up, attention, rope_table, rotate, sinusoid
 
 
@@ -73,12 +73,12 @@ def test_the_rotary_axes_must_fill_the_head():
 
 def test_gradient_checkpointing_gives_the_same_gradients(tiny_generator):
     prompts = encode_prompts(tiny_generator, ["a", "b"])
-    tokens, timestep = torch.full((2, 16), tiny_generator.mask_id), torch.tensor([3, 1])
+    tokens, timestep = torch.full((2, 4, 4), tiny_generator.mask_id), torch.tensor([3, 1])
     gradients = []
     for checkpointing in (False, True):
         model = copy.deepcopy(tiny_generator.transformer).train()
         model.gradient_checkpointing = checkpointing
-        logits(model, tokens, timestep, prompts, grid=(4, 4)).square().mean().backward()
+        model(tokens, timestep, *prompts).square().mean().backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     assert len(gradients[0]) > 40
     for one, other in zip(*gradients, strict=True):
@@ -98,20 +98,19 @@ def test_without_a_compiler_the_blocks_stay_as_they_are(tiny_generator, monkeypa
     model = copy.deepcopy(tiny_generator.transformer)
     with pytest.warns(UserWarning, match="no C\\+\\+ compiler"):
         model.compile_blocks()
-    tokens, prompts = torch.full((1, 16), tiny_generator.mask_id), encode_prompts(tiny_generator, ["a"])
-    found, expected = (logits(m, tokens, torch.tensor([3]), prompts, grid=(4, 4))
-                       for m in (model, tiny_generator.transformer))  # fmt: skip
+    tokens, prompts = torch.full((1, 4, 4), tiny_generator.mask_id), encode_prompts(tiny_generator, ["a"])
+    found, expected = (m(tokens, torch.tensor([3]), *prompts) for m in (model, tiny_generator.transformer))
     assert torch.equal(found, expected)
 
 
 def test_text_timestep_and_tokens_all_matter(tiny_generator):
-    prompts, grid = encode_prompts(tiny_generator, ["a", "b"]), (4, 4)
-    tokens = torch.full((2, 16), tiny_generator.mask_id)
+    network, prompts = tiny_generator.transformer, encode_prompts(tiny_generator, ["a", "b"])
+    tokens = torch.full((2, 4, 4), tiny_generator.mask_id)
     with torch.no_grad():
-        one, other = logits(tiny_generator.transformer, tokens, torch.tensor([3, 3]), prompts, grid=grid)
-        later, _ = logits(tiny_generator.transformer, tokens, torch.tensor([1, 3]), prompts, grid=grid)
-        tokens[0, 5] = 2
-        known, _ = logits(tiny_generator.transformer, tokens, torch.tensor([3, 3]), prompts, grid=grid)
+        one, other = network(tokens, torch.tensor([3, 3]), *prompts)
+        later, _ = network(tokens, torch.tensor([1, 3]), *prompts)
+        tokens[0, 1, 1] = 2
+        known, _ = network(tokens, torch.tensor([3, 3]), *prompts)
     assert one.shape == (16, tiny_generator.codes)
     assert all((one - x).abs().max() > 1e-4 for x in (other, later, known))
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from speedrl.models.checkpoint import decode, encode_prompts, load_generator, logits
+from speedrl.models.checkpoint import decode, encode_prompts, load_generator
 from speedrl.rollout import Noise
 from speedrl.sample import contact_sheet, from_random, generate, guided_policy, sample, save_png, to_pil
 
@@ -12,14 +12,16 @@ PROMPTS = ["an owl", "a fox", "an elk", "a cat", "an owl"]
 
 
 @pytest.fixture
-def counted(tiny_generator):
+def counted(tiny_generator, monkeypatch):
     """The tiny network, and the batch sizes that it was called with."""
-    calls = []
+    calls, network = [], tiny_generator.transformer
+    features = network.features
 
-    def network(tokens, *conditions):
+    def counting(tokens, *conditions):
         calls.append(len(tokens))
-        return tiny_generator.transformer(tokens, *conditions)
+        return features(tokens, *conditions)
 
+    monkeypatch.setattr(network, "features", counting)
     return network, calls
 
 
@@ -29,9 +31,9 @@ def test_guidance_1_is_the_conditional_network_in_one_call(tiny_generator, count
     prompts, empty = encode_prompts(tiny_generator, PROMPTS), encode_prompts(tiny_generator, [""])
     tokens, timestep = torch.full((5, 16), tiny_generator.mask_id), torch.full((5,), 3)
     policy = guided_policy(network, prompts, empty, guidance=1, grid=(4, 4))
-    expected = logits(tiny_generator.transformer, tokens, timestep, prompts, grid=(4, 4))
-    assert torch.equal(policy(tokens, timestep), expected)
+    found = policy(tokens, timestep)
     assert calls == [5]
+    assert torch.equal(found, network(tokens.view(5, 4, 4), timestep, *prompts))
 
 
 @torch.no_grad()
@@ -40,11 +42,13 @@ def test_guidance_extrapolates_from_the_empty_prompt_in_one_call(tiny_generator,
     network, calls = counted
     prompts, empty = encode_prompts(tiny_generator, PROMPTS), encode_prompts(tiny_generator, [""] * empties)
     tokens, timestep = torch.full((5, 16), tiny_generator.mask_id), torch.tensor([3, 2, 1, 0, 3])
-    cond = logits(tiny_generator.transformer, tokens, timestep, prompts, grid=(4, 4))
-    uncond = logits(tiny_generator.transformer, tokens, timestep, encode_prompts(tiny_generator, [""] * 5), grid=(4, 4))
     policy = guided_policy(network, prompts, empty, guidance=3, grid=(4, 4))
-    torch.testing.assert_close(policy(tokens, timestep), uncond + 3 * (cond - uncond))
+    found = policy(tokens, timestep)
     assert calls == [10]
+    cond, uncond = (
+        network(tokens.view(5, 4, 4), timestep, *encode_prompts(tiny_generator, texts)) for texts in (PROMPTS, [""] * 5)
+    )
+    torch.testing.assert_close(found, uncond + 3 * (cond - uncond))
 
 
 def test_pictures_are_reproducible_by_seed(tiny_generator):

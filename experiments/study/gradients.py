@@ -36,7 +36,7 @@ from speedrl.reward import Score, load_quality
 from speedrl.rollout import Rollout, draw_noise, rollout
 from speedrl.sample import guided_policy
 from speedrl.schedule import step_range
-from speedrl.train import training_prompts
+from speedrl.train import draw_prompts, draw_steps, training_prompts
 from speedrl.update import micro_batch_loss, rows
 
 REFERENCE = {
@@ -77,10 +77,10 @@ def draw(
     if bounds.chosen:
         raise ValueError("the study compares estimators of the tokens alone: give a number of steps or a range")
     device = next(generator.transformer.parameters()).device
-    chosen = torch.randperm(len(texts), generator=random)[:groups].repeat_interleave(group_size)
-    counts = torch.randint(bounds[0], bounds[1] + 1, (size,), generator=random).to(device)
+    chosen = draw_prompts(len(texts), groups, random).repeat_interleave(group_size)
+    counts = draw_steps(bounds, groups, group_size, random, shared=False).to(device)
     length = generator.grid[0] * generator.grid[1]
-    noise = draw_noise(size, bounds[1], length, seed=seed, first=number * size, device=device)
+    noise = draw_noise(size, bounds.most, length, seed=seed, first=number * size, device=device)
     wanted = [texts[i] for i in chosen]
     prompts, empty = encode_prompts(generator, wanted), encode_prompts(generator, [generator.negative])
     policy = guided_policy(generator.transformer, prompts, empty, guidance=guidance, grid=generator.grid)

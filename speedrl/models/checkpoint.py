@@ -24,6 +24,7 @@ from speedrl.models.lora import load_lora, merge_lora, read_config
 from speedrl.models.meissonic import MeissonicTransformer
 from speedrl.pace import Pace
 from speedrl.platform import frugal_allocator, import_vq_model
+from speedrl.schedule import StepRange
 
 # what the released Meissonic scripts lead away from
 NEGATIVE = (
@@ -251,6 +252,23 @@ def load_pace(folder: Path, transformer: nn.Module, *, device: torch.device | st
     return pace.to(device)
 
 
+def paced(generator: Generator, bounds: StepRange) -> Generator:
+    """The generator with a pace if its policy is to choose its steps, its own or a new one, and without if not.
+
+    ValueError where its own chooses from another number of steps.
+    """
+    if not bounds.chosen:
+        return generator._replace(pace=None)  # it knows the features of before this training
+    if generator.pace is None:
+        transformer = generator.transformer
+        pace = Pace(transformer.mlm_layer.conv1.in_channels, bounds.most)
+        return generator._replace(pace=pace.to(next(transformer.parameters()).device))
+    if generator.pace.most != bounds.most:
+        most = generator.pace.most
+        raise ValueError(f"the model chooses from 1 to {most} steps, not {bounds.most}: go on with --steps auto:{most}")
+    return generator
+
+
 def save_pace(pace: Pace | None, folder: Path) -> None:
     """Writes what `load_pace` reads, and takes away what stands there where there is none."""
     if pace is None:
@@ -334,24 +352,6 @@ def parameters(generator: Generator) -> dict[str, nn.Parameter]:
     """What may be trained: the transformer's parameters by name, and those of the pace, if any, as pace.NAME."""
     of_pace = {} if generator.pace is None else dict(generator.pace.named_parameters())
     return dict(generator.transformer.named_parameters()) | {f"pace.{name}": p for name, p in of_pace.items()}
-
-
-def logits(
-    transformer: nn.Module,
-    tokens: Tensor,
-    timestep: Tensor,
-    prompts: Prompts,
-    *,
-    grid: tuple[int, int],
-    places: Tensor | None = None,
-) -> Tensor:
-    """The network on flat tokens: int64 [B, L] with L = rows * columns, timestep [B] -> logits [B, L, codes].
-
-    With `places`, int64 [B, K], the head runs there only: logits [B, K, codes].
-    """
-    if places is None:
-        return transformer(tokens.view(-1, *grid), timestep, *prompts)
-    return head_at(transformer, transformer.features(tokens.view(-1, *grid), timestep, *prompts), places)
 
 
 def head_at(transformer: nn.Module, features: Tensor, places: Tensor | None) -> Tensor:
