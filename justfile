@@ -28,6 +28,10 @@ study *options:
 gradients *options:
     .venv/bin/python -m experiments.study.gradients {{options}}
 
+# what the credit of each step does to the gradient, and a step along it to the reward
+credit *options:
+    .venv/bin/python -m experiments.study.credit {{options}}
+
 # quality and time of the embedded model over step counts
 eval *options:
     .venv/bin/speedrl eval --model embedded --out runs/eval {{options}}

@@ -37,6 +37,7 @@ def ablations() -> dict[str, dict[str, dict]]:
     choose them, and the speed reward's expected gradient is 0 (see `speed_reward`): it can only shift the baselines.
     With the gate it depends on the quality, and it has one. There every sample draws a count of its own, as in a group
     that shares one the speed reward is the same for all; shared-steps compares the two.
+    likelihood: sequence and exact have the credit of whole rollouts, so token is there with it too.
     group-size: always 64 pictures an iteration. guidance: in rollouts and in scoring alike.
     """
     drawn = {"steps": "2-16", "shared_steps": False}
@@ -50,7 +51,10 @@ def ablations() -> dict[str, dict[str, dict]]:
         "kl": weights
         | {f"{kind}, weight 1": {"kl": kind, "kl_weight": 1} for kind in ("reverse", "k2", "k3")}
         | {"none": {"kl": "none"}},
-        "likelihood": {level: {"likelihood": level} for level in ("token", "sequence", "exact")},
+        "credit": {f"of a step, lambda {x:g}": {"gae_lambda": x} for x in (0.0, 0.5, 1.0)}
+        | {"of a rollout": {"credit": "rollout"}},
+        "likelihood": {"token": {"likelihood": "token"}, "sequence": {"likelihood": "sequence"}}
+        | {"exact": {"likelihood": "exact"}, "token, credit of a rollout": {"credit": "rollout"}},
         "percentile": {f"percentile {p:g}": {"percentile": p} for p in (0.0, 25.0, 50.0, 75.0)},
         "low-quality": {
             "all train": {"least_quality": None},

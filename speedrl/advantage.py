@@ -1,5 +1,6 @@
 """Advantages of samples within their group."""
 
+import torch
 from torch import Tensor
 
 
@@ -14,3 +15,19 @@ def group_advantages(rewards: Tensor, *, scale: bool = True, eps: float = 1e-4) 
     rewards = rewards - rewards[:, :1]  # the mean of equal numbers is not always that number, but that of zeros is 0
     advantages = rewards - rewards.mean(1, keepdim=True)
     return advantages / (rewards.std(1, correction=0, keepdim=True) + eps) if scale else advantages
+
+
+def step_advantages(values: Tensor, returns: Tensor, steps: Tensor, *, gae_lambda: float) -> Tensor:
+    """Each step's own advantage, by generalised advantage estimation (arXiv 1506.02438, equation 16, gamma 1).
+
+    values float32 [B, S] of the states before each step and returns [B], both above their group's mean; steps int64 [B]
+    -> [B, S], 0 past a sample's end. gae_lambda 1 is the return less the state's value, without bias; 0 is what the
+    step alone changed of the value, with the least variance, and right as far as the values are.
+    """
+    last = torch.arange(values.shape[1], device=values.device) == steps[:, None] - 1
+    after = torch.where(last, returns[:, None], values.roll(-1, 1))
+    changes, found = after - values, torch.zeros_like(values)
+    for step in reversed(range(values.shape[1])):
+        later = found[:, step + 1] if step + 1 < values.shape[1] else 0
+        found[:, step] = (changes[:, step] + gae_lambda * later) * (step < steps)
+    return found

@@ -210,6 +210,11 @@ def train(
     ],
     least_quality: Annotated[float | None, Option(help="Pictures under this quality do not train. [default: all do]")],
     trained: Annotated[int | None, Option(help="Steps of each rollout that train. [default: all]")],
+    credit: Annotated[
+        str | None,
+        Option(help="A step earns what it changed (step) or all (rollout). [default: step if it can]"),
+    ],
+    gae_lambda: Annotated[float, Option(help="How much of the later steps' credit a step has too, 0 to 1.")],
     lora: Annotated[int | None, Option(help="Train an adapter of this rank. [default: all weights]")],
     lora_alpha: Annotated[float | None, Option(help="Strength of the adapter over its rank. [default: the rank]")],
     lora_targets: Annotated[
@@ -337,8 +342,8 @@ def ablate(
     name: Annotated[
         str,
         Argument(
-            help="speed-reward, kl, likelihood, percentile, low-quality, group-size, guidance, trained-steps, lr, "
-            "order or all."
+            help="speed-reward, shared-steps, kl, credit, likelihood, percentile, low-quality, group-size, guidance, "
+            "trained-steps, lr, order or all."
         ),
     ],
     out: Annotated[Path, Option(help="Folder of the runs and the report; finished runs are kept.")],

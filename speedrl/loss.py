@@ -9,9 +9,9 @@ def clipped_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's clipped surrogate (arXiv 1707.06347, equation 7), negated and summed over tokens by weight.
 
-    log_ratio float32 [B, L] or [B, 1], advantages [B], weights [B, L] (0 leaves a token out) -> (sum as a scalar,
-    statistics). Divide by the global weight of the kept tokens with `normalise`, not by this batch's: only then do
-    micro-batches and ranks add up. Statistics, detached scalars, means by weight: "clip_fraction" of the tokens
+    log_ratio float32 [B, L] or [B, 1], advantages [B] or as log_ratio, weights [B, L] (0 leaves a token out) -> (sum as
+    a scalar, statistics). Divide by the global weight of the kept tokens with `normalise`, not by this batch's: only
+    then do micro-batches and ranks add up. Statistics, detached scalars, means by weight: "clip_fraction" of the tokens
     whose gradient clipping took away, "approx_kl" of old to new policy in nats (k3), "ratio_mean", "ratio_max", and
     "kept", the sum of the weights. No host synchronisation.
     """
@@ -19,7 +19,7 @@ def clipped_loss(
     # before the exponential: an infinite ratio at weight 0 would make the gradient NaN
     log_ratio = torch.where(kept, log_ratio, 0)
     ratio = log_ratio.exp()
-    advantages = advantages[:, None]
+    advantages = advantages[:, None] if advantages.dim() == 1 else advantages
     surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages)
     with torch.no_grad():
         total = weights.sum()

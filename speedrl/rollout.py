@@ -30,6 +30,7 @@ class Rollout(NamedTuple):
     terms: Tensor | None = None  # int64 [B, S], its number of terms
     left: Tensor | None = None  # int64 [B, S], the steps left that the policy chose, 0 once a sample is finished
     left_log_probs: Tensor | None = None  # float32 [B, S], log p of these choices
+    guess: Tensor | None = None  # int64 [B, S, L], each state with the likeliest token wherever it is masked
 
 
 class Noise(NamedTuple):
@@ -205,6 +206,7 @@ def rollout(
     grid: tuple[int, int] | None = None,
     record: bool = False,
     sparse: bool = False,
+    guess: bool = False,
     at_most: int | None = None,
     step: Callable[..., Step] = step,
 ) -> Rollout:
@@ -217,7 +219,8 @@ def rollout(
     mask_id. `noise` is [B, S or more, L]. `temperature` is that of the confidence noise at the first step; it
     falls linearly to 0 at the last. order "confidence" reveals the likeliest tokens first, "random" any, "halton" those
     of `halton_order` on the `grid` of rows and columns. N = 1 draws every token at once. `record` keeps the draws and
-    the order that `exact_log_prob` needs, and its values: then all samples and places are asked for. `step` may be a
+    the order that `exact_log_prob` needs, and its values: then all samples and places are asked for. `guess` keeps what
+    the policy would most likely finish from each state. `step` may be a
     compiled `speedrl.rollout.step`. The host waits for the device once, at the start. ValueError for shapes that do not
     fit and for another order.
 
@@ -249,7 +252,7 @@ def rollout(
     tokens = torch.full((batch, length), mask_id, device=device)
     reveal_step = torch.zeros_like(tokens)
     log_probs = torch.zeros(batch, length, device=device)
-    recorded = []
+    recorded, guessed = [], []
     for s, (samples, count) in enumerate(asked):
         seen = tokens[samples]  # [n, L]
         every = torch.arange(length, device=device).expand_as(seen)
@@ -277,6 +280,10 @@ def rollout(
             temperature = plan.temperature[:, s]
             exact = exact_log_prob(done.log_probs, done.rank, seen == mask_id, done.revealed, temperature, order=order)
             recorded.append((done.drawn, done.rank, *exact))
+        if guess:
+            likely = tokens.clone()
+            likely.view(-1)[where] = torch.where(before == mask_id, logits.argmax(-1), before)
+            guessed.append(likely)
         tokens.view(-1)[where] = done.tokens
         reveal_step.view(-1)[where] = reveal_step.view(-1)[where].masked_fill(done.revealed, s)
         log_probs.view(-1)[where] = torch.where(done.revealed, done.log_probs, log_probs.view(-1)[where])
@@ -284,7 +291,8 @@ def rollout(
         steps = (plan.left > 0).sum(-1)
         plan = Plan(*(part[:, : s + 1] for part in plan))
     of_record = [torch.stack(parts, 1) for parts in zip(*recorded, strict=True)] or [None] * 4
-    return Rollout(tokens, reveal_step, steps, log_probs, plan.countdown, plan.temperature, *of_record, *plan[3:])
+    finished = Rollout(tokens, reveal_step, steps, log_probs, plan.countdown, plan.temperature, *of_record, *plan[3:])
+    return finished._replace(guess=torch.stack(guessed, 1)) if guess else finished
 
 
 def state(rollout: Rollout, step: Tensor | int, *, mask_id: int) -> Tensor:

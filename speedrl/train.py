@@ -41,6 +41,7 @@ from speedrl.schedule import StepRange, mask_ratio, step_range
 from speedrl.state import append_row, changed, drop_metrics, plain, random_states, restore, save, start, tensors
 from speedrl.track import TRACKERS, open_trackers
 from speedrl.update import fitting, follow, gradients, token_weights, trained_steps
+from speedrl.value import guesses, step_credit
 
 TREND = 20  # iterations over which rewards are watched for disagreement
 
@@ -60,6 +61,12 @@ def check(settings: dict, bounds: StepRange) -> None:
         raise ValueError(f"unknown divergence {settings['kl']!r}: choose ce, reverse, k1, k2, k3 or none")
     if settings["likelihood"] not in ("token", "sequence", "exact"):
         raise ValueError(f"unknown likelihood {settings['likelihood']!r}: choose token, sequence or exact")
+    if settings["credit"] not in (None, "step", "rollout"):
+        raise ValueError(f"unknown credit {settings['credit']!r}: choose step or rollout")
+    if settings["credit"] == "step" and settings["likelihood"] != "token":
+        raise ValueError("steps have credit of their own with the token likelihood only: give --credit rollout")
+    if not 0 <= settings["gae_lambda"] <= 1:
+        raise ValueError(f"gae-lambda must be 0 to 1, got {settings['gae_lambda']}")
     if settings["order"] not in (None, *ORDERS):
         raise ValueError(f"unknown reveal order {settings['order']!r}: choose confidence, random or halton")
     if settings["schedule"] is not None:
@@ -161,6 +168,8 @@ def train(
     percentile: float = 0.0,
     least_quality: float | None = None,
     trained: int | None = None,
+    credit: str | None = None,
+    gae_lambda: float = 0.0,
     lora: int | None = None,
     lora_alpha: float | None = None,
     lora_targets: str | None = None,
@@ -199,6 +208,9 @@ def train(
     too. A choice of the policy's is in the loss as `pace_weight` tokens: 1 is the gradient of the expected reward to
     the letter; the default is about what a step of the embedded model reveals, and makes the choices' gradient as large
     as the tokens' there, without which its head hardly moves at this `eps`.
+    With `credit` "step", the default with the token likelihood, a step's advantage is what it changed of its state's
+    value (`value`), and with `gae_lambda` above 0 a share of what later steps changed; with "rollout" every step has
+    the advantage of its whole rollout, as in the paper.
     `checkpointing` computes each block again in the backward pass, for memory; `micro_batch` is halved where memory
     runs out. `trained` steps of each rollout, all by default, enter the loss, scaled so that its gradient is that of
     all in expectation. `percentile` and `least_quality` filter groups and samples (`std_percentile`, `low_quality`).
@@ -233,6 +245,7 @@ def train(
     temperature = generator.temperature if temperature is None else temperature
     reference_guidance = generator.guidance if reference_guidance is None else reference_guidance
     schedule, order = schedule or generator.schedule, order or generator.order
+    credit = credit or ("step" if likelihood == "token" else "rollout")
     scores, shares = load_qualities(quality, device=device, weights=reward_weights)
 
     empty = encode_prompts(generator, [generator.negative])
@@ -256,12 +269,17 @@ def train(
     checkpoint, complaints = start(out, resume=resume)
     record = restore(checkpoint, learned, optimizer, average, random, device) if checkpoint else {}
     first, skipped = record.get("iteration", 0), record.get("skipped", 0)
+    fit = torch.tensor(record.get("fit", [[0.0] * 4] * 3), dtype=torch.float64)  # of values to guesses
     moments = {name: Moments(*record.get("moments", {}).get(name, ())) for name in scores}
     recent = deque((row for row in record.get("recent", ()) if row.keys() == scores.keys()), maxlen=TREND)
     autocast, done, saved, stop, unwritten = bf16_autocast(device), first, first, 0, []
     if loud and resume:
         drop_metrics(out, first)
     track = open_trackers(trackers if loud else (), out, settings)
+
+    def judged(tokens: Tensor, texts: list[str]) -> dict[str, Tensor]:
+        pictures = decode(generator, tokens, bf16=bf16_is_fast(device))
+        return {name: rate(name, score, pictures, texts).to(device) for name, score in scores.items()}
 
     display = Display(first=first, total=iterations, console=Console(quiet=not loud))
     with display, interruptible() as stopped, distributed.lost_contact():
@@ -284,21 +302,31 @@ def train(
                 batch = rollout(
                     policy, counts[mine], noise, length=length, mask_id=generator.mask_id, temperature=temperature,
                     schedule=schedule, order=order, grid=grid, record=likelihood == "exact", sparse=True,
-                    at_most=bounds.most if bounds.chosen else None,
+                    guess=credit == "step", at_most=bounds.most if bounds.chosen else None,
                 )  # fmt: skip
             taken = gathered(batch.steps)
 
             # REWARDS, of all ranks' samples on every rank
-            pictures = decode(generator, batch.tokens, bf16=bf16_is_fast(device))
-            scored = agreed(lambda: {name: rate(name, score, pictures, asked[mine]) for name, score in scores.items()})  # noqa: B023
-            parts = {name: gathered(values.to(device)) for name, values in scored.items()}
-            moments = {name: observe(moments[name], values) for name, values in parts.items()}
+            texts_of = asked[mine]
+            scored = agreed(lambda: judged(batch.tokens, texts_of))  # noqa: B023
+            parts = {name: gathered(part) for name, part in scored.items()}
+            moments = {name: observe(moments[name], part) for name, part in parts.items()}
             quality_of = mixture(parts, shares, moments, clip=quality_clip)  # [B]
             speed = speed_reward(taken, max_steps=bounds.most)
             rewards = combine(quality_of, speed, steps_reward=steps_reward, gate=quality_gate)
-            advantages = group_advantages(rewards.view(groups, -1)).flatten()
             by_group = quality_of.view(groups, -1)
             keep = std_percentile(by_group, percentile=percentile) * low_quality(by_group, threshold=least_quality)
+
+            # ADVANTAGES [b, S], of each step of this rank's samples
+            if credit == "step":
+                at_states = lambda *drawn: mixture(judged(*drawn), shares, moments, clip=quality_clip)  # noqa: B023, E731
+                guessed = agreed(lambda: guesses(batch, texts_of, at_states))  # noqa: B023
+                advantages, fit = step_credit(
+                    batch, guessed, rewards, quality_of, fit, mine=mine, group_size=group_size, gae_lambda=gae_lambda,
+                    steps_reward=steps_reward, max_steps=bounds.most,
+                )  # fmt: skip
+            else:
+                advantages = group_advantages(rewards.view(groups, -1)).view(-1, 1)[mine].expand(batch.countdown.shape)
 
             # TRAINING
             for group in optimizer.param_groups:
@@ -309,7 +337,7 @@ def train(
                 kept = keep.sum() * length  # of all steps and all ranks, whichever train
                 totals, micro_batch = fitting(
                     lambda size: gradients(
-                        transformer, reference, batch, which, prompt, empty, advantages[mine], weights, kept,  # noqa: B023
+                        transformer, reference, batch, which, prompt, empty, advantages, weights, kept,  # noqa: B023
                         micro_batch=size, mask_id=generator.mask_id, autocast=autocast, grid=grid, guidance=guidance,
                         reference_guidance=reference_guidance, order=order, likelihood=likelihood,
                         clip_range=clip_range, kl=kl, kl_weight=kl_weight, pace=pace, pace_weight=pace_weight,
@@ -357,7 +385,8 @@ def train(
                 display.warn(problem) if problem else None
             stop = int(total(torch.tensor(stopped()), largest=True))
             if done % save_every == 0 or done == iterations or stop:
-                record = {"skipped": skipped, "moments": moments, "recent": list(recent), "settings": settings}
+                record = {"skipped": skipped, "moments": moments, "fit": fit.tolist(), "recent": list(recent),
+                          "settings": settings}  # fmt: skip
                 try:
                     save(out, done, tensors(learned, optimizer, average), random_states(random, device), record,
                          keep=keep_checkpoints, sharded=sharded)  # fmt: skip

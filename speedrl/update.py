@@ -125,14 +125,14 @@ def pace_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`clipped_loss` of the numbers of steps left that the policy chose, one in each of R rows.
 
-    features [R, L, C], those of the prompt; advantages [m]; weights [m, L] of the tokens: a choice weighs as much as
+    features [R, L, C], those of the prompt; advantages [m, S]; weights [m, L] of the tokens: a choice weighs as much as
     one token of its sample that trains.
     """
     masked, left = part.tokens != batch.tokens[part.sample], batch.left[part.sample, part.step]
     logits = within(pace(features, masked, part.timestep + 1), pace.most - part.step)
     ratio = log_ratio(pace_log_prob(logits, left), batch.left_log_probs[part.sample, part.step])
     weight = weights.amax(-1)[part.sample]  # every step that trains has tokens, which weigh the same
-    return clipped_loss(ratio[:, None], advantages[part.sample], weight[:, None], clip_range=clip_range)
+    return clipped_loss(ratio[:, None], advantages[part.sample, part.step], weight[:, None], clip_range=clip_range)
 
 
 def micro_batch_loss(
@@ -158,9 +158,9 @@ def micro_batch_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped loss plus weighted KL of some samples, summed over their trained tokens; see `clipped_loss`.
 
-    batch: m samples; part: their rows; prompts and empty: of each row; advantages [m]; weights [m, L], 0 for tokens
-    that do not train. The caller divides by the weight of the whole batch. With a `pace` that of its choices is added,
-    each as `pace_weight` tokens.
+    batch: m samples; part: their rows; prompts and empty: of each row; advantages [m, S], which may differ between the
+    steps with likelihood "token"; weights [m, L], 0 for tokens that do not train. The caller divides by the weight of
+    the whole batch. With a `pace` that of its choices is added, each as `pace_weight` tokens.
     """
     features = row_features(transformer, part, prompts, empty, guidance=guidance, grid=grid)
     chosen = None
@@ -182,7 +182,7 @@ def micro_batch_loss(
         masked = part.tokens != batch.tokens[part.sample]
         rank, temperature = batch.rank[part.sample, part.step], batch.temperature[part.sample, part.step]
         value, terms = exact_log_prob(token.view_as(rank), rank, masked, revealed, temperature, order=order)
-        new, old = (torch.zeros_like(advantages).index_add(0, part.sample, v)
+        new, old = (torch.zeros_like(advantages[:, 0]).index_add(0, part.sample, v)
                     for v in (value, batch.exact[part.sample, part.step]))  # fmt: skip
         count = torch.zeros_like(batch.steps).index_add(0, part.sample, terms)
         ratio = log_ratio(new, old, level="exact", terms=count)
@@ -191,7 +191,8 @@ def micro_batch_loss(
         old = batch.log_probs
         new = old.flatten().index_put((where,), token).view_as(old)
         ratio = log_ratio(new, old, level=likelihood, weights=weights)
-    loss, stats = clipped_loss(ratio, advantages, weights, clip_range=clip_range)
+    of_tokens = advantages.gather(1, batch.reveal_step) if likelihood == "token" else advantages[:, :1]
+    loss, stats = clipped_loss(ratio, of_tokens, weights, clip_range=clip_range)
     if chosen is not None:
         loss = loss + pace_weight * chosen[0]
         stats |= {"ratio_max": torch.maximum(stats["ratio_max"], chosen[1]["ratio_max"])}
@@ -228,7 +229,7 @@ def gradients(
 ) -> dict[str, float]:
     """Adds the gradient of B samples to the parameters', `micro_batch` samples at a time, whatever their number.
 
-    which bool [B, S], the steps that train; prompt of B; advantages [B]; weights [B, L]; kept, the weight of all
+    which bool [B, S], the steps that train; prompt of B; advantages [B, S]; weights [B, L]; kept, the weight of all
     samples of all ranks; `how` as of `micro_batch_loss`. Returns its statistics, summed.
     """
     totals: dict[str, float] = {}

@@ -46,11 +46,11 @@ def calls(monkeypatch):
 
 def test_one_report_of_all_variants(calls, tmp_path, capsys):
     rows = ablate("likelihood", out=tmp_path, seeds=(0, 1), iterations=3, eval_steps=(2,))
-    assert [row["model"] for row in rows] == ["start", "token", "sequence", "exact"]
-    assert [row["reward"] for row in rows] == [-1.0, 5.5, 8.5, 5.5] and all(row["steps"] == 2 for row in rows)
+    assert [row["model"] for row in rows] == ["start", "token", "sequence", "exact", "token, credit of a rollout"]
+    assert [row["reward"] for row in rows] == [-1.0, 5.5, 8.5, 5.5, 5.5] and all(row["steps"] == 2 for row in rows)
     assert rows[0]["reward_spread"] is None and rows[1]["reward_spread"] == pytest.approx(0.5**0.5)
     assert rows[1]["reward_interval"] == pytest.approx(12.706 * 0.5, rel=1e-4)  # t of one degree of freedom
-    assert len(calls) == 6 and all(options["iterations"] == 3 for _, _, options in calls)
+    assert len(calls) == 8 and all(options["iterations"] == 3 for _, _, options in calls)
     written = json.loads((tmp_path / "report-likelihood/likelihood.json").read_text())
     assert [row["model"] for row in written["rows"]] == [row["model"] for row in rows]
     found = {d["variant"]: d for d in written["differences"]}
@@ -99,14 +99,14 @@ def test_finished_runs_are_kept_interrupted_ones_go_on_and_others_are_refused(ca
     (folder / "run/model").rmdir()
     (folder / "run/checkpoints/000002").mkdir(parents=True)
     ablate("likelihood", out=tmp_path, seeds=(0,), iterations=3)
-    assert [(out, resume) for out, resume, _ in calls[3:]] == [(folder / "run", True)]
+    assert [(out, resume) for out, resume, _ in calls[4:]] == [(folder / "run", True)]
     with pytest.raises(ValueError, match="other options"):
         ablate("likelihood", out=tmp_path, seeds=(0,), iterations=4)
 
 
 def test_a_failing_variant_stops_no_other(calls, tmp_path, capsys):
     rows = ablate("likelihood", out=tmp_path, seeds=(0,), lr=0.5)
-    assert [row["model"] for row in rows] == ["start", "token", "exact"]
+    assert [row["model"] for row in rows] == ["start", "token", "exact", "token, credit of a rollout"]
     written = json.loads((tmp_path / "report-likelihood/likelihood.json").read_text())
     assert written["failed"] == {"sequence, seed 0": "it fell over badly"}
     assert "it fell over badly" in capsys.readouterr().out

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from experiments.study import credit
 from experiments.study.gradients import Tally, draw, gradient, in_words, perturbed, study, summary
 from speedrl.models.checkpoint import load_generator
 from tests.test_train import red
@@ -74,3 +75,28 @@ def test_likelihoods_differ_only_where_an_older_policy_sampled(moved):
                                   for n in ("token", "sequence", "exact"))  # fmt: skip
         assert torch.allclose(token, sequence, atol=1e-5) == alike
         assert not torch.allclose(token, exact, atol=1e-5)
+
+
+def test_credit_of_a_step_is_less_noisy_and_leaves_the_network_as_it_was(moved):
+    generator, _ = moved
+    before = copy.deepcopy(generator.transformer.state_dict())
+    found = credit.study(
+        generator, ["an owl", "a fox"], red, batches=4, test_batches=2, sizes=(1.0,), groups=2, group_size=4, steps="3"
+    )
+    assert [row["credit"] for row in found] == ["rollout", "lambda 1", "lambda 0", "state"]
+    rows = {row["credit"]: row for row in found}
+    assert rows["lambda 0"]["norm_squared"] < rows["rollout"]["norm_squared"]
+    assert all(row["error_1"] > 0 for row in found)
+    after = generator.transformer.state_dict()
+    assert all(torch.allclose(after[name], value, atol=1e-6) for name, value in before.items())
+    assert credit.in_words(found)[0].startswith("rollout: 1 of the rollout's squared norm; reward ")
+
+
+def test_what_a_state_tells_and_what_a_step_changed_make_up_the_advantage(moved):
+    generator, _ = moved
+    options = dict(steps="3", groups=2, group_size=4, guidance=1.0, temperature=1.0, order="confidence", seed=0)
+    batch = draw(generator, ["an owl", "a fox"], red, number=0, **options)
+    found, fit = credit.credits(generator, batch, red, torch.zeros(3, 4, dtype=torch.float64), group_size=4)
+    torch.testing.assert_close(found["state"] + found["lambda 1"], found["rollout"])
+    torch.testing.assert_close(found["lambda 0"].sum(1), found["rollout"][:, 0], atol=1e-4, rtol=1e-4)
+    assert fit.shape == (3, 4) and fit[0, 0] > 0

@@ -53,6 +53,15 @@ def test_ratio_is_one_and_kl_zero_before_the_first_update(options, tmp_path, lik
     assert row["grad_norm"] > 0
 
 
+@pytest.mark.parametrize("gae_lambda", [0.0, 1.0])
+def test_credit_of_each_step_learns_too_and_differs_from_that_of_the_rollout(options, tmp_path, gae_lambda):
+    for name, how in (("step", {"gae_lambda": gae_lambda}), ("rollout", {"credit": "rollout"})):
+        train(out=tmp_path / name, iterations=25, kl_weight=0.0, **how, **options)
+    step, rollout = (metrics(tmp_path / name) for name in ("step", "rollout"))
+    assert sum(r["quality"] for r in step[-5:]) > sum(r["quality"] for r in step[:5])
+    assert step[0]["quality"] == rollout[0]["quality"] and step[0]["grad_norm"] != rollout[0]["grad_norm"]
+
+
 def test_a_policy_without_guidance_is_drawn_to_the_guided_reference(options, tmp_path):
     train(out=tmp_path / "run", iterations=15, kl_weight=30.0, reference_guidance=3.0, warmup=0, **options)
     rows = metrics(tmp_path / "run")
@@ -121,7 +130,9 @@ def test_a_run_is_not_overwritten_and_a_damaged_checkpoint_is_named(options, tmp
     ("change", "message"),
     [({"steps": "0"}, "at least 1"), ({"steps": "many"}, "a range or auto"), ({"steps": "99"}, "more than the 16"),
      ({"group_size": 1}, "group-size"), ({"lr": 0.0}, "lr"), ({"kl": "k9"}, "divergence"), ({"trained": 9}, "trained"),
-     ({"iterations": 0}, "iterations"), ({"order": "best"}, "'best'"), ({"schedule": "cubic"}, "'cubic'")],
+     ({"iterations": 0}, "iterations"), ({"order": "best"}, "'best'"), ({"schedule": "cubic"}, "'cubic'"),
+     ({"credit": "half"}, "step or rollout"), ({"gae_lambda": 1.5}, "gae-lambda"),
+     ({"credit": "step", "likelihood": "exact"}, "--credit rollout")],
 )  # fmt: skip
 def test_settings_that_cannot_work_are_named_before_anything_is_written(options, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):

@@ -82,8 +82,8 @@ def update(
         with autocast:
             loss, _ = micro_batch_loss(
                 model, reference, part, states, take(prompts, index[states.sample]),
-                repeat(empty, len(states.sample)), advantages[index], weights[index], grid=sizes.grid,
-                guidance=sizes.guidance, reference_guidance=sizes.guidance, order="confidence",
+                repeat(empty, len(states.sample)), advantages[index, None].expand(-1, sizes.steps), weights[index],
+                grid=sizes.grid, guidance=sizes.guidance, reference_guidance=sizes.guidance, order="confidence",
                 likelihood="token", clip_range=0.2, kl="ce", kl_weight=sizes.kl_weight,
             )  # fmt: skip
         normalise(loss, torch.tensor(float(sizes.batch * length), device=device)).backward()

@@ -51,7 +51,9 @@ class Batch(NamedTuple):
 
     rollout: Rollout
     prompts: Prompts
-    advantages: Tensor  # [G * n]
+    advantages: Tensor  # [G * n, S]
+    texts: list[str]  # of G * n
+    rewards: Tensor  # [G * n]
 
 
 class Tally(NamedTuple):
@@ -86,10 +88,11 @@ def draw(
     policy = guided_policy(generator.transformer, prompts, empty, guidance=guidance, grid=generator.grid)
     done = rollout(
         policy, counts, noise, length=length, mask_id=generator.mask_id, temperature=temperature, order=order,
-        grid=generator.grid, record=True,
+        grid=generator.grid, record=True, guess=True,
     )  # fmt: skip
     rewards = score(decode(generator, done.tokens), wanted).to(device)
-    return Batch(done, prompts, group_advantages(rewards.view(groups, -1)).flatten())
+    advantages = group_advantages(rewards.view(groups, -1)).view(-1, 1)
+    return Batch(done, prompts, advantages.expand(done.countdown.shape), wanted, rewards)
 
 
 def gradient(
@@ -100,7 +103,7 @@ def gradient(
 
     A KL estimator alone, without the surrogate; or the surrogate with a likelihood, without KL.
     """
-    transformer, (done, prompts, advantages) = generator.transformer, batch
+    transformer, (done, prompts, advantages, *_) = generator.transformer, batch
     of_kl = name not in LIKELIHOODS
     learned = [p for p in transformer.parameters() if p.requires_grad]
     empty = encode_prompts(generator, [generator.negative])
@@ -223,6 +226,22 @@ def in_words(found: list[dict[str, Any]]) -> list[str]:
     return words
 
 
+def write(out: Path, name: str, title: str, found: list[dict[str, Any]], words: list[str], about: dict) -> None:
+    """Writes OUT/NAME.json, OUT/NAME.md and OUT/index.html of a table and what it says, and prints it."""
+    header = [key.replace("_", " ") for key in found[0]]
+    lines = [
+        [f"{v:.4g}" if isinstance(v, float) else "–" if v is None else str(v) for v in row.values()] for row in found
+    ]
+    rule = ["--:" if isinstance(v, float | int | None) else "---" for v in found[0].values()]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *lines))
+    text = f"# {title}\n\n" + table + "\n\n" + "\n\n".join(words) + "\n"
+    write_json(out / f"{name}.json", about | {"rows": found})
+    write_atomically(out / f"{name}.md", lambda partial: partial.write_text(text))
+    write_page(out / "index.html", title, [Section(about["model"], words, tables=[(header, lines)])])
+    Console().print(text, soft_wrap=True, highlight=False)
+    print(json.dumps({"wrote": str(out / "index.html")}))
+
+
 def main(
     *,
     model: Annotated[
@@ -258,23 +277,8 @@ def main(
         reference_batches=reference_batches, group_size=group_size, steps=steps, guidance=guidance, order=order,
         behaviour=behaviour, seed=seed,
     )  # fmt: skip
-    header = [name.replace("_", " ") for name in found[0]]
-    lines = [
-        [f"{v:.4g}" if isinstance(v, float) else "–" if v is None else str(v) for v in row.values()] for row in found
-    ]
-    words = in_words(found)
-    table = "\n".join(
-        "| " + " | ".join(line) + " |" for line in (header, ["---"] * 2 + ["--:"] * (len(header) - 2), *lines)
-    )
-    text = "# Noise of the gradient\n\n" + table + "\n\n" + "\n\n".join(words) + "\n"
-    write_json(
-        out / "gradients.json",
-        {"model": model, "base": base, "order": order, "stale": stale, "away": away, "seed": seed, "rows": found},
-    )
-    write_atomically(out / "gradients.md", lambda partial: partial.write_text(text))
-    write_page(out / "index.html", "Noise of the gradient", [Section(model, words, tables=[(header, lines)])])
-    Console().print(text, soft_wrap=True, highlight=False)
-    print(json.dumps({"wrote": str(out / "index.html")}))
+    about = {"model": model, "base": base, "order": order, "stale": stale, "away": away, "seed": seed}
+    write(out, "gradients", "Noise of the gradient", found, in_words(found), about)
 
 
 if __name__ == "__main__":
