@@ -35,21 +35,21 @@ def ablations() -> dict[str, dict[str, dict]]:
 
     speed-reward: the paper's first question. Where step counts are fixed or drawn from a range, the policy does not
     choose them, and the speed reward's expected gradient is 0 (see `speed_reward`): it can only shift the baselines.
-    With the gate it depends on the quality, and it has one. There every sample draws a count of its own, as in a group
-    that shares one the speed reward is the same for all; shared-steps compares the two.
+    With the gate it depends on the quality, and it has one. There every sample draws a count of its own and has one
+    advantage, as among samples of one count the speed reward is the same for all; shared-steps compares the two.
     likelihood: sequence and exact have the credit of whole rollouts, so token is there with it too.
     group-size: always 64 pictures an iteration. guidance: in rollouts and in scoring alike.
     """
-    drawn = {"steps": "2-16", "shared_steps": False}
+    drawn = {"steps": "2-16", "shared_steps": False, "credit": "rollout"}
     speed = {f"2-16 steps, speed {weight:g}": drawn | {"steps_reward": weight} for weight in (0, 0.1, 0.25, 0.5, 1)}
     gated = {"2-16 steps, speed 0.5, gated": drawn | {"steps_reward": 0.5, "quality_gate": MEDIAN}}
-    fixed = {f"8 steps, speed {weight:g}": {"steps": "8", "steps_reward": weight} for weight in (0, 0.5)}
-    weights = {f"ce, weight {weight:g}": {"kl": "ce", "kl_weight": weight} for weight in (1, 0.02, 0.1, 0.3, 3)}
+    fixed = {f"4 steps, speed {weight:g}": {"steps": "4", "steps_reward": weight} for weight in (0, 0.5)}
+    weights = {f"ce, weight {weight:g}": {"kl": "ce", "kl_weight": weight} for weight in (0.2, 0.02, 0.07, 0.6, 2)}
     return {
         "speed-reward": speed | gated | fixed,
-        "shared-steps": {"a count for each group": {"steps": "2-16"}, "a count for each sample": drawn},
+        "shared-steps": {"a count for each group": drawn | {"shared_steps": True}, "a count for each sample": drawn},
         "kl": weights
-        | {f"{kind}, weight 1": {"kl": kind, "kl_weight": 1} for kind in ("reverse", "k2", "k3")}
+        | {f"{kind}, weight 0.2": {"kl": kind, "kl_weight": 0.2} for kind in ("reverse", "k2", "k3")}
         | {"none": {"kl": "none"}},
         "credit": {f"of a step, lambda {x:g}": {"gae_lambda": x} for x in (0.0, 0.5, 1.0)}
         | {"of a rollout": {"credit": "rollout"}},
@@ -63,7 +63,7 @@ def ablations() -> dict[str, dict[str, dict]]:
         },
         "group-size": {f"{64 // n} groups of {n}": {"groups": 64 // n, "group_size": n} for n in (8, 4, 16, 32)},
         "guidance": {f"guidance {g:g}": {"guidance": g} for g in (1.0, 1.5, 2.0, 4.0)},
-        "trained-steps": {f"{n or 'all'} steps train": {"trained": n} for n in (None, 4, 2, 1)},
+        "trained-steps": {f"{n or 'all'} steps train": {"trained": n} for n in (None, 3, 2, 1)},
         "lr": {f"lr {lr:g}": {"lr": lr} for lr in (5e-4, 1e-4, 2e-4, 1e-3)}
         | {f"Adam as usual, lr {lr:g}": {"lr": lr, "eps": 1e-8} for lr in (3e-5, 1e-4, 3e-4)},
         "order": {"the model's order": {"order": None}, "random": {"order": "random"}, "halton": {"order": "halton"}},

@@ -221,9 +221,7 @@ def train(
         str | None, Option(help="Layers that get an adapter, like to_q,to_k,to_v. [default: all linear ones]")
     ],
     merge: Annotated[bool, Option(help="Also save the model with its adapter merged.")],
-    ema: Annotated[
-        float | None, Option(help="Save the moving average of the weights, of this decay, like 0.99. [default: none]")
-    ],
+    ema: Annotated[float, Option(help="Decay of the moving average of the weights, which is what is saved; 0: none.")],
     checkpointing: Annotated[bool, Option(help="Compute blocks again in the backward pass: slower, less memory.")],
     updates: Annotated[int, Option(help="Updates on each rollout.")],
     micro_batch: Annotated[int, Option(help="Pictures of one backward pass.")],

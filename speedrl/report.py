@@ -41,8 +41,9 @@ def report(
     The rows: the base at its own steps and guidance; the base at the trained model's steps, at its own guidance and
     without, each at its own and at twice its temperature (what few steps give without training); the trained model
     as it was trained, and where it chooses its steps also at their rounded mean, which then counts as its steps; and
-    both without guidance, or as the trained model has it, at a quarter of the network calls of the first row. On the
-    first `some` prompts of each set, `count` pictures of each for each of `seeds` seeds.
+    both without guidance, or as the trained model has it, at twice and four times its steps and so on, up to a quarter
+    of the network calls of the first row. On the first `some` prompts of each set, `count` pictures of each for each of
+    `seeds` seeds.
     Writes OUT/comparison.json and OUT/before_after.png and prints the table.
     """
     out, trained, console = Path(out), str(trained), Console()
@@ -58,8 +59,9 @@ def report(
     settings = [(base, before, before.steps, before.guidance, heat)]
     settings += [(base, before, few, g, t) for g in dict.fromkeys((before.guidance, 1.0)) for t in (heat, 2 * heat)]
     quarter = max(1, network_calls(before.steps, before.guidance) // (4 * network_calls(1, after.guidance)))
-    settings += [(base, before, quarter, after.guidance, heat)] if quarter != few else []
-    settings += [(trained, after, n, after.guidance, after.temperature) for n in dict.fromkeys((*own, quarter))]
+    more = [few * 2**k for k in range(1, quarter.bit_length()) if few * 2**k < quarter] + [quarter]
+    settings += [(base, before, n, after.guidance, heat) for n in more if n != few]
+    settings += [(trained, after, n, after.guidance, after.temperature) for n in dict.fromkeys((*own, *more))]
     rows = []
     for which in sets:
         for model, generator, steps, guidance, temperature in track(settings, f"comparing, {which} prompts"):

@@ -61,7 +61,7 @@ def check(settings: dict, bounds: StepRange) -> None:
         raise ValueError(f"unknown divergence {settings['kl']!r}: choose ce, reverse, k1, k2, k3 or none")
     if settings["likelihood"] not in ("token", "sequence", "exact"):
         raise ValueError(f"unknown likelihood {settings['likelihood']!r}: choose token, sequence or exact")
-    if settings["credit"] not in (None, "step", "rollout"):
+    if settings["credit"] not in ("step", "rollout"):
         raise ValueError(f"unknown credit {settings['credit']!r}: choose step or rollout")
     if settings["credit"] == "step" and settings["likelihood"] != "token":
         raise ValueError("steps have credit of their own with the token likelihood only: give --credit rollout")
@@ -77,8 +77,8 @@ def check(settings: dict, bounds: StepRange) -> None:
         raise ValueError(f"{settings['model']} is an adapter already: train it with --merge, and go on from that model")
     if settings["lora"] is None and (settings["merge"] or settings["lora_alpha"] or settings["lora_targets"]):
         raise ValueError("merge, lora-alpha and lora-targets are about an adapter: give its rank by --lora")
-    if settings["ema"] is not None and not 0 < settings["ema"] < 1:
-        raise ValueError(f"ema is a decay between 0 and 1, like 0.99, got {settings['ema']}")
+    if not 0 <= settings["ema"] < 1:
+        raise ValueError(f"ema is a decay from 0 (off) to below 1, like 0.99, got {settings['ema']}")
     if settings["offload"] and settings["parallel"] != "fsdp":
         raise ValueError("offload goes with --parallel fsdp")
     for name in settings["trackers"]:
@@ -93,8 +93,10 @@ def check(settings: dict, bounds: StepRange) -> None:
 def idle(settings: Mapping[str, Any], bounds: StepRange) -> list[str]:
     """A line about each setting that does nothing beside the others."""
     drawn = bounds.least < bounds.most and not bounds.chosen
-    if drawn and settings["shared_steps"] and settings["steps_reward"] and settings["quality_gate"] is None:
-        return ["pictures of a group share their step count, so the speed reward cancels: see --no-shared-steps"]
+    alike = settings["shared_steps"] or settings["credit"] == "step"
+    if drawn and alike and settings["steps_reward"] and settings["quality_gate"] is None:
+        needed = "--no-shared-steps and --credit rollout, or --steps auto"
+        return [f"pictures are compared at equal step counts, so the speed reward cancels: it needs {needed}"]
     return []
 
 
@@ -143,14 +145,14 @@ def train(
     model: str = "embedded",
     prompts: str | Path | None = None,
     quality: str = "embedded",
-    steps: str = "8",
+    steps: str = "4",
     shared_steps: bool = True,
     pace_weight: float = 32.0,
     steps_reward: float = 0.0,
     quality_gate: float | None = None,
     quality_clip: float | None = None,
     reward_weights: Sequence[str] = (),
-    iterations: int = 30,
+    iterations: int = 60,
     groups: int = 8,
     group_size: int = 8,
     lr: float = 5e-4,
@@ -164,7 +166,7 @@ def train(
     likelihood: str = "token",
     clip_range: float = 0.2,
     kl: str = "ce",
-    kl_weight: float = 1.0,
+    kl_weight: float = 0.2,
     percentile: float = 0.0,
     least_quality: float | None = None,
     trained: int | None = None,
@@ -174,7 +176,7 @@ def train(
     lora_alpha: float | None = None,
     lora_targets: str | None = None,
     merge: bool = False,
-    ema: float | None = None,
+    ema: float = 0.9,
     checkpointing: bool = False,
     updates: int = 1,
     micro_batch: int = 16,
@@ -194,10 +196,10 @@ def train(
     """Trains `model` to need fewer network calls, and saves it to OUT/model in the layout it was loaded from.
 
     With `lora`, a rank, an adapter is trained in place of the weights and saved to OUT/adapter in peft's layout; OUT is
-    then a model as well, and with `merge` OUT/model is saved too (`add_lora` for alpha and targets). With `ema`, a
-    decay, what is saved is the exponential moving average of the weights.
+    then a model as well, and with `merge` OUT/model is saved too (`add_lora` for alpha and targets). What is saved
+    is the exponential moving average of the weights of decay `ema`, or the weights themselves at 0.
 
-    Each iteration samples `group_size` pictures of `groups` prompts in `steps` steps ("8"; "2-16": drawn anew;
+    Each iteration samples `group_size` pictures of `groups` prompts in `steps` steps ("4"; "2-16": drawn anew;
     "auto:16", or "auto": at each state the policy chooses how many are left, see `pace`), rewards each with its quality
     (`mixture`) plus steps_reward times `speed_reward`, and makes `updates` updates on the clipped loss plus kl_weight
     times the divergence from the starting model at the revealed tokens.
@@ -230,6 +232,7 @@ def train(
     none yet. Returns the folder of the model or adapter. ValueError and FileNotFoundError for what cannot be used,
     before anything is written; `Stopped` after SIGINT or SIGTERM.
     """
+    credit = credit or ("step" if likelihood == "token" else "rollout")
     settings = plain(locals())
     out, bounds = Path(out), step_range(steps)
     check(settings, bounds)
@@ -245,7 +248,6 @@ def train(
     temperature = generator.temperature if temperature is None else temperature
     reference_guidance = generator.guidance if reference_guidance is None else reference_guidance
     schedule, order = schedule or generator.schedule, order or generator.order
-    credit = credit or ("step" if likelihood == "token" else "rollout")
     scores, shares = load_qualities(quality, device=device, weights=reward_weights)
 
     empty = encode_prompts(generator, [generator.negative])
@@ -349,7 +351,7 @@ def train(
                 norm = norm.full_tensor() if sharded else norm
                 if norm.isfinite():
                     optimizer.step()
-                    follow(average, learned, decay=ema or 0.0, updates=iteration)
+                    follow(average, learned, decay=ema, updates=iteration)
                 skipped = 0 if norm.isfinite() else skipped + 1
                 optimizer.zero_grad(set_to_none=True)
                 if skipped:

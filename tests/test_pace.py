@@ -239,7 +239,8 @@ def speed_gradient(network, pace, *, at_most):
     prompts = Prompts(torch.zeros(count, 1, 1), torch.zeros(count, 1), torch.zeros(count, 5))
     loss, stats = micro_batch_loss(
         network, None, result, part, take(prompts, part.sample),
-        repeat(take(prompts, torch.tensor([0])), len(part.sample)), speed_reward(result.steps, max_steps=3),
+        repeat(take(prompts, torch.tensor([0])), len(part.sample)),
+        speed_reward(result.steps, max_steps=3)[:, None].expand(-1, 3),
         probability[:, None].expand(-1, 3), grid=(1, 3), guidance=1.0, reference_guidance=1.0, order="halton",
         likelihood="token", clip_range=0.2, kl="none", kl_weight=0.0, pace=None if at_most is None else pace,
         pace_weight=1.0,

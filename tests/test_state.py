@@ -215,7 +215,7 @@ class Full:
 
 def test_on_a_full_disk_training_goes_on_and_what_was_saved_stands(options, tmp_path, monkeypatch, capsys):
     full = Full(monkeypatch)
-    plain = speedrl.train.decode
+    plain, options = speedrl.train.decode, options | {"credit": "rollout"}  # which decodes once an iteration
 
     def decode(*arguments, **options):
         rows = len(metrics(tmp_path / "run")) if (tmp_path / "run/metrics.jsonl").exists() else 0
@@ -447,7 +447,7 @@ def test_killed_at_random_moments_a_run_ends_as_the_uninterrupted_one(options, t
 
 def test_a_stop_whose_state_cannot_be_written_says_what_is_saved(options, tmp_path, monkeypatch):
     full = Full(monkeypatch)
-    plain = speedrl.train.decode
+    plain, options = speedrl.train.decode, options | {"credit": "rollout"}  # which decodes once an iteration
 
     def decode(*a, **options):
         if (tmp_path / "run/checkpoints/000002").exists():

@@ -41,13 +41,19 @@ def sampled(generator, *, guidance: float, record: bool = False, steps: torch.Te
     return result, prompts, empty
 
 
+def advantages_of(batch, likelihood: str) -> torch.Tensor:
+    """[4, S], of each step its own where the likelihood allows it."""
+    step = torch.arange(batch.countdown.shape[1])
+    return ADVANTAGES[:, None] * (1 + 0.3 * step * (likelihood == "token"))
+
+
 def loss_of(model, reference, batch, prompts, empty, weights, *, guidance, likelihood, kl, which, mask_id):
     """`micro_batch_loss` of a whole batch at its usual settings."""
     part = rows(batch, which, mask_id=mask_id, every_place=likelihood == "exact")
     return micro_batch_loss(
-        model, reference, batch, part, take(prompts, part.sample), repeat(empty, len(part.sample)), ADVANTAGES,
-        weights, grid=GRID, guidance=guidance, reference_guidance=guidance, order="confidence",
-        likelihood=likelihood, clip_range=0.2, kl=kl, kl_weight=0.3,
+        model, reference, batch, part, take(prompts, part.sample), repeat(empty, len(part.sample)),
+        advantages_of(batch, likelihood), weights, grid=GRID, guidance=guidance, reference_guidance=guidance,
+        order="confidence", likelihood=likelihood, clip_range=0.2, kl=kl, kl_weight=0.3,
     )  # fmt: skip
 
 
@@ -75,7 +81,12 @@ def plain_loss(model, reference, batch, prompts, empty, weights, *, guidance, li
         ratio = log_ratio(exact_new, exact_old, level="exact", terms=terms)
     else:
         ratio = log_ratio(token, batch.log_probs, level=likelihood, weights=weights)
-    loss, stats = clipped_loss(ratio, ADVANTAGES, weights, clip_range=0.2)
+    advantages = advantages_of(batch, likelihood)
+    if likelihood == "token":
+        advantages = torch.stack([advantages[b, step] for b, step in enumerate(batch.reveal_step)])
+    else:
+        advantages = advantages[:, 0]
+    loss, stats = clipped_loss(ratio, advantages, weights, clip_range=0.2)
     total = (away * weights).sum()
     return loss + 0.3 * total, stats | {"kl": total.detach()}
 
