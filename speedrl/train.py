@@ -152,7 +152,7 @@ def train(
     quality_gate: float | None = None,
     quality_clip: float | None = None,
     reward_weights: Sequence[str] = (),
-    iterations: int = 60,
+    iterations: int = 40,
     groups: int = 8,
     group_size: int = 8,
     lr: float = 5e-4,

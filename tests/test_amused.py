@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_tokenizer
 
 from speedrl.models.checkpoint import decode, encode_prompts, load_generator, save_generator
 from speedrl.platform import import_torchvision
@@ -14,6 +13,7 @@ from speedrl.rollout import draw_noise, rollout
 from speedrl.sample import draw, generate, guided_policy, sample
 from speedrl.schedule import timesteps
 from speedrl.train import train
+from tests.conftest import write_tokenizer
 
 import_torchvision()
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_tokenizer
 from safetensors.torch import save_file
 
 import speedrl.reward
@@ -24,6 +23,7 @@ from speedrl.models.scorers import (
 )
 from speedrl.platform import import_torchvision
 from speedrl.reward import Moments, disagreeing, load_qualities, load_quality, mixture, observe, parse_quality
+from tests.conftest import write_tokenizer
 
 EMBEDDED = Path(speedrl.reward.__file__).parent / "models" / "embedded" / "reward"
 shipped = pytest.mark.skipif(
