@@ -38,11 +38,11 @@ def weights(name: str, folder: Path) -> Path:
 
 
 def scorer(name: str, whose: str, path: Path):
-    """A function of PIL pictures, as the packages are called; ours takes their tensors."""
-    if whose == "ours":
+    """A function of PIL pictures, as the packages are called; ours takes their tensors, in float32 or as it comes."""
+    if whose != "package":
         from speedrl.models import scorers
 
-        score = getattr(scorers, f"{name}_score")(weights=str(path), bf16=False)
+        score = getattr(scorers, f"{name}_score")(weights=str(path), bf16=False if whose == "ours in fp32" else None)
         return lambda images: score(tensors(images), [PROMPT] * len(images))
     if name == "imagereward":
         package = reference.image_reward(path.parent / "vocab.txt")
@@ -87,7 +87,7 @@ def main(
         return
     rows, console = [], Console()
     for name in ("imagereward", "hpsv2"):
-        for whose in ("package", "ours"):
+        for whose in ("package", "ours in fp32", "ours"):
             command = ["--one", f"{name}:{whose}", "--cache", str(cache), "--batch", str(batch)]
             with console.status(f"{name}, {whose}"):
                 done = subprocess.run(
