@@ -14,7 +14,6 @@ from speedrl.files import write_atomically, write_json
 from speedrl.interval import caution, interval, paired, say
 from speedrl.models.checkpoint import load_generator
 from speedrl.page import Section, write_page
-from speedrl.prompts import read_prompts
 from speedrl.report import plot_curves
 from speedrl.reward import load_qualities
 from speedrl.runs import commands_of, metrics_file, refuse_other, run_all, run_folder
@@ -199,7 +198,7 @@ def quality_levels(folder: Path, options: dict, *, device: str, pictures: int = 
         found = {MEDIAN: 0.0, QUARTILE: round(statistics.NormalDist().inv_cdf(0.25), 4)}
     else:
         generator = load_generator(defaults["model"], device=device, **(defaults["loading"] or {}))
-        texts = read_prompts(defaults["prompts"]) if defaults["prompts"] else list(training_prompts(defaults["model"]))
+        texts = list(training_prompts(defaults["model"], defaults["prompts"]))
         texts = (texts * pictures)[:pictures]
         steps = step_range(defaults["steps"])[1]
         images = sample(generator, texts, steps=steps, guidance=defaults["guidance"])

@@ -117,8 +117,11 @@ def check_numbers(settings: Mapping[str, Any]) -> None:
         raise ValueError(f"groups {settings['groups']} times group-size {settings['group_size']} are too many pictures")
 
 
-def training_prompts(model: str) -> Sequence[str]:
-    """The prompts that come with the embedded model. ValueError for another model, which has none."""
+def training_prompts(model: str, prompts: str | Path | None = None) -> Sequence[str]:
+    """The prompts to train on: those of `open_prompts`, or without any given those that come with the embedded model.
+    ValueError for another model, which has none."""
+    if prompts:
+        return open_prompts(prompts)
     if model != "embedded":
         raise ValueError(f"{model} comes without prompts: give a file with one prompt a line by --prompts")
     return open_prompts(find(model) / "prompts/train.txt")
@@ -239,7 +242,7 @@ def train(
     device = distributed.join(device, parallel=parallel)
     mine, sharded, loud = distributed.share(groups), parallel == "fsdp", distributed.rank() == 0
     size, mine = groups * group_size, slice(mine.start * group_size, mine.stop * group_size)  # of samples
-    texts = open_prompts(prompts) if prompts else training_prompts(model)
+    texts = training_prompts(model, prompts)
     adapted = {"rank": lora, "alpha": lora_alpha, "targets": lora_targets, "seed": seed}
     generator = paced(load_generator(model, device=device, **(loading or {})), bounds)
     length, grid = generator.grid[0] * generator.grid[1], generator.grid

@@ -32,7 +32,7 @@ def guesses(rollout: Rollout, texts: list[str], score: Callable[[Tensor, list[st
     found = torch.zeros(rollout.guess.shape[:2], device=rollout.tokens.device)
     for step in range(1, found.shape[1]):
         running = (rollout.steps > step).nonzero().squeeze(-1)
-        found[running, step] = score(rollout.guess[running, step], [texts[i] for i in running]).to(found)
+        found[running, step] = score(rollout.guess[running, step], [texts[i] for i in running.tolist()]).to(found)
     return found
 
 
@@ -49,23 +49,23 @@ def features(rollout: Rollout, guessed: Tensor, *, group_size: int) -> Tensor:
     step = torch.arange(guessed.shape[1], device=guessed.device)
     share = (rollout.reveal_step[:, None] < step[:, None]).float().mean(-1)
     above = above_group(guessed, step < rollout.steps[:, None], group_size=group_size)
-    return above[..., None] * share[..., None] ** torch.arange(3)
+    return above[..., None] * share[..., None] ** torch.arange(3, device=share.device)
 
 
 def sums(features: Tensor, returns: Tensor) -> Tensor:
     """Sums over states for least squares: features [B, S, 3], returns [B] -> float64 [3, 4], X^T X beside X^T y.
 
-    They add up over ranks, and over iterations to a `fit`.
+    They add up over ranks, and over iterations to a `fit`; on the CPU, as not every device has float64.
     """
-    x = features.double()
-    y = returns.double()[:, None, None].expand(*x.shape[:2], 1)
+    x = features.cpu().double()
+    y = returns.cpu().double()[:, None, None].expand(*x.shape[:2], 1)
     return torch.einsum("bsi,bsj->ij", x, torch.cat([x, y], -1))
 
 
 def values(features: Tensor, fit: Tensor) -> Tensor:
     """What is to be expected of each state above its group's mean: features [B, S, 3], fit [3, 4] -> float32 [B, S]."""
     slopes = torch.linalg.pinv(fit[:, :3], hermitian=True) @ fit[:, 3]  # 0 where nothing was seen
-    return (features.double() @ slopes.to(features.device)).float()
+    return (features.cpu().double() @ slopes).to(features)
 
 
 def step_credit(

@@ -10,7 +10,6 @@ from torch import nn
 
 from speedrl.files import append_lines, write_json
 from speedrl.models.checkpoint import Generator, Prompts, encode_prompts, load_generator, save_generator, take
-from speedrl.prompts import read_prompts
 from speedrl.state import plain
 from speedrl.train import draw_prompts, training_prompts
 
@@ -39,7 +38,7 @@ def start(model: str, prompts: str | Path | None, *, device: str) -> Student:
     teacher = load_generator(model, device=device)
     transformer = copy.deepcopy(teacher.transformer)
     teacher.transformer.requires_grad_(False)
-    texts = read_prompts(prompts) if prompts else list(training_prompts(model))
+    texts = list(training_prompts(model, prompts))
     return Student(
         teacher, transformer, encode_prompts(teacher, texts), texts, encode_prompts(teacher, [teacher.negative])
     )

@@ -30,7 +30,6 @@ from speedrl.judge import load_judge
 from speedrl.models.checkpoint import load_generator
 from speedrl.page import Section, write_page
 from speedrl.platform import quiet_allocator
-from speedrl.prompts import read_prompts
 from speedrl.report import plot_pareto
 from speedrl.runs import command, trained_once
 from speedrl.sample import contact_sheet, sample, save_png
@@ -235,7 +234,7 @@ def main(
     grid, costs = [float(lr) for lr in lrs.split(",")], sorted({int(budget) for budget in budgets.split(",")})
     if quick:
         seeds, iterations, pictures, grid, costs, count, calls = 2, 1, 8, grid[:2], [1, 4], 2, 4
-    training = read_prompts(prompts) if prompts else list(training_prompts(base))
+    training = list(training_prompts(base, prompts))
     texts = {"selection": training[-4 if quick else -48 :]}
     for name, lines in prompt_sets(eval_prompts, None).items():
         texts[name] = lines[:4] if quick else lines

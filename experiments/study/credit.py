@@ -20,14 +20,10 @@ from torch import Tensor, nn
 from typer import Option
 
 from experiments.study.gradients import Batch, draw, gradient, write
-from speedrl.advantage import group_advantages
 from speedrl.models.checkpoint import Generator, decode, load_generator
-from speedrl.prompts import read_prompts
 from speedrl.reward import Score, load_quality
 from speedrl.train import training_prompts
 from speedrl.value import guesses, step_credit
-
-LAMBDAS = {"lambda 1": 1.0, "lambda 0": 0.0}
 
 
 def credits(generator: Generator, batch: Batch, score: Score, fit: Tensor, *, group_size: int) -> tuple[dict, Tensor]:
@@ -36,15 +32,18 @@ def credits(generator: Generator, batch: Batch, score: Score, fit: Tensor, *, gr
     guessed = guesses(
         batch.rollout, batch.texts, lambda tokens, texts: score(decode(generator, tokens), texts).to(device)
     )
-    returns = group_advantages(batch.rewards.view(-1, group_size), scale=False).flatten()
-    whole = (returns / (returns.square().mean().sqrt() + 1e-4))[:, None].expand(guessed.shape)
-    found = {"rollout": whole}
-    for name, gae_lambda in LAMBDAS.items():
+    kinds = {  # where guesses tell nothing, all values are 0
+        "rollout": (torch.zeros_like(guessed), 1.0),
+        "lambda 1": (guessed, 1.0),
+        "lambda 0": (guessed, 0.0),
+    }
+    found = {}
+    for name, (told, gae_lambda) in kinds.items():
         found[name], after = step_credit(
-            batch.rollout, guessed, batch.rewards, batch.rewards, fit, mine=slice(None), group_size=group_size,
+            batch.rollout, told, batch.rewards, batch.rewards, fit, mine=slice(None), group_size=group_size,
             gae_lambda=gae_lambda, steps_reward=0.0, max_steps=guessed.shape[1],
         )  # fmt: skip
-    return found | {"state": whole - found["lambda 1"]}, after
+    return found | {"state": found["rollout"] - found["lambda 1"]}, after
 
 
 @torch.no_grad()
@@ -145,7 +144,7 @@ def main(
 ) -> None:
     """Measure what the credit of each step does to the gradient and to the reward."""
     generator = load_generator(model, device=device)
-    texts = read_prompts(prompts) if prompts else list(training_prompts(model))
+    texts = list(training_prompts(model, prompts))
     found = study(
         generator, texts, load_quality(quality, device=device), batches=batches, test_batches=test_batches,
         groups=groups, group_size=group_size, steps=steps, guidance=guidance, order=order, seed=seed,

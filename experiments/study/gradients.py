@@ -31,7 +31,6 @@ from speedrl.files import write_atomically, write_json
 from speedrl.loss import normalise
 from speedrl.models.checkpoint import Generator, Prompts, decode, encode_prompts, load_generator, repeat, take
 from speedrl.page import Section, write_page
-from speedrl.prompts import read_prompts
 from speedrl.reward import Score, load_quality
 from speedrl.rollout import Rollout, draw_noise, rollout
 from speedrl.sample import guided_policy
@@ -271,7 +270,7 @@ def main(
     behaviour = generator._replace(transformer=copy.deepcopy(generator.transformer)) if stale else None
     if behaviour:
         perturbed(behaviour.transformer, away=stale, seed=seed + 1)
-    texts = read_prompts(prompts) if prompts else list(training_prompts(base))
+    texts = list(training_prompts(base, prompts))
     found = study(
         generator, reference, texts, load_quality(quality, device=device), batches=batches, groups=groups,
         reference_batches=reference_batches, group_size=group_size, steps=steps, guidance=guidance, order=order,
