@@ -43,15 +43,19 @@ def ablations() -> dict[str, dict[str, dict]]:
     speed = {f"2-16 steps, speed {weight:g}": drawn | {"steps_reward": weight} for weight in (0, 0.1, 0.25, 0.5, 1)}
     gated = {"2-16 steps, speed 0.5, gated": drawn | {"steps_reward": 0.5, "quality_gate": MEDIAN}}
     fixed = {f"4 steps, speed {weight:g}": {"steps": "4", "steps_reward": weight} for weight in (0, 0.5)}
-    weights = {f"ce, weight {weight:g}": {"kl": "ce", "kl_weight": weight} for weight in (0.2, 0.02, 0.07, 0.6, 2)}
+    weights = {
+        f"ce, weight {weight:g}": {"kl": "ce", "kl_weight": weight} for weight in (0.02, 0.002, 0.007, 0.06, 0.2)
+    }
     return {
         "speed-reward": speed | gated | fixed,
         "shared-steps": {"a count for each group": drawn | {"shared_steps": True}, "a count for each sample": drawn},
         "kl": weights
-        | {f"{kind}, weight 0.2": {"kl": kind, "kl_weight": 0.2} for kind in ("reverse", "k2", "k3")}
+        | {f"{kind}, weight 0.02": {"kl": kind, "kl_weight": 0.02} for kind in ("reverse", "k2", "k3")}
         | {"none": {"kl": "none"}},
-        "credit": {f"of a step, lambda {x:g}": {"gae_lambda": x} for x in (0.0, 0.5, 1.0)}
+        "credit": {"of a token": {"credit": None}}
+        | {f"of a step, lambda {x:g}": {"credit": "step", "gae_lambda": x} for x in (0.0, 0.5, 1.0)}
         | {"of a rollout": {"credit": "rollout"}},
+        "tuning": {"learned": {"tune": True}, "hand-set": {"tune": False}},
         "likelihood": {"token": {"likelihood": "token"}, "sequence": {"likelihood": "sequence"}}
         | {"exact": {"likelihood": "exact"}, "token, credit of a rollout": {"credit": "rollout"}},
         "percentile": {f"percentile {p:g}": {"percentile": p} for p in (0.0, 25.0, 50.0, 75.0)},
@@ -63,8 +67,8 @@ def ablations() -> dict[str, dict[str, dict]]:
         "group-size": {f"{64 // n} groups of {n}": {"groups": 64 // n, "group_size": n} for n in (8, 4, 16, 32)},
         "guidance": {f"guidance {g:g}": {"guidance": g} for g in (1.0, 1.5, 2.0, 4.0)},
         "trained-steps": {f"{n or 'all'} steps train": {"trained": n} for n in (None, 3, 2, 1)},
-        "lr": {f"lr {lr:g}": {"lr": lr} for lr in (5e-4, 1e-4, 2e-4, 1e-3)}
-        | {f"Adam as usual, lr {lr:g}": {"lr": lr, "eps": 1e-8} for lr in (3e-5, 1e-4, 3e-4)},
+        "lr": {f"lr {lr:g}": {"lr": lr} for lr in (5e-5, 1e-5, 2e-5, 1e-4)}
+        | {f"Adam's eps 1e-3, lr {lr:g}": {"lr": lr, "eps": 1e-3} for lr in (5e-4, 2e-3)},
         "order": {"the model's order": {"order": None}, "random": {"order": "random"}, "halton": {"order": "halton"}},
     }
 

@@ -26,7 +26,9 @@ Negative = Annotated[str | None, Option(help="What guidance leads away from. [de
 MicroConds = Annotated[
     str | None, Option(help="Width, height, crop top, crop left, aesthetic score. [default: the size,0,0,6]")
 ]
-Schedule = Annotated[str | None, Option(help="Mask schedule: cosine, linear, square or arccos. [default: the model's]")]
+Schedule = Annotated[
+    str | None, Option(help="Mask schedule: cosine, linear, square, arccos or power:X. [default: the model's]")
+]
 Order = Annotated[str | None, Option(help="Order of reveal: confidence, random or halton. [default: the model's]")]
 Precision = Annotated[str, Option(help="fp32, bf16 or fp16, of transformer and text encoder.")]
 
@@ -191,7 +193,7 @@ def train(
     group_size: Annotated[int, Option(help="Pictures of each prompt.")],
     lr: Annotated[float, Option(help="Learning rate.")],
     warmup: Annotated[int, Option(help="Iterations over which the learning rate rises.")],
-    eps: Annotated[float, Option(help="Adam's epsilon; 1e-8 moves all weights alike, which large models want.")],
+    eps: Annotated[float, Option(help="Adam's epsilon; 1e-8 moves all weights alike, 1e-3 as their gradients.")],
     guidance: Annotated[float, Option(help="Guidance of sampling and training; 1 is none.")],
     reference_guidance: Annotated[
         float | None, Option(help="Guidance of the reference that the divergence is from. [default: the model's]")
@@ -210,9 +212,14 @@ def train(
     ],
     least_quality: Annotated[float | None, Option(help="Pictures under this quality do not train. [default: all do]")],
     trained: Annotated[int | None, Option(help="Steps of each rollout that train. [default: all]")],
+    tune: Annotated[bool, Option(help="Also learn how steps are sampled: schedule, temperature, sharpness.")],
+    tune_rate: Annotated[float, Option(help="How fast that is learned at first.")],
     credit: Annotated[
         str | None,
-        Option(help="A step earns what it changed (step) or all (rollout). [default: step if it can]"),
+        Option(
+            help="token: of the reward's slope at it; step: of what it changed; rollout: of the whole reward. "
+            "[default: token if the reward has a gradient, else step]"
+        ),
     ],
     gae_lambda: Annotated[float, Option(help="How much of the later steps' credit a step has too, 0 to 1.")],
     lora: Annotated[int | None, Option(help="Train an adapter of this rank. [default: all weights]")],
@@ -340,8 +347,8 @@ def ablate(
     name: Annotated[
         str,
         Argument(
-            help="speed-reward, shared-steps, kl, credit, likelihood, percentile, low-quality, group-size, guidance, "
-            "trained-steps, lr, order or all."
+            help="speed-reward, shared-steps, kl, credit, tuning, likelihood, percentile, low-quality, group-size, "
+            "guidance, trained-steps, lr, order or all."
         ),
     ],
     out: Annotated[Path, Option(help="Folder of the runs and the report; finished runs are kept.")],

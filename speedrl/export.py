@@ -16,9 +16,10 @@ from speedrl.state import newest, read_tensors, stored
 
 
 def save_trained(
-    out: Path, generator: Generator, learned: Mapping[str, Tensor], settings: Mapping[str, Any]
+    out: Path, generator: Generator, learned: Mapping[str, Tensor], table: Tensor | None, settings: Mapping[str, Any]
 ) -> Path:  # fmt: skip
     """Saves what was learned, by name, to OUT/model, or to OUT/adapter and with `merge` to both; returns the folder.
+    `table` is the tuning.
 
     `generator` is as it was trained, with its adapter and its pace if there are any.
     """
@@ -26,7 +27,7 @@ def save_trained(
         own = parameters(generator)
         for name, value in learned.items():
             own[name].copy_(value)
-    how = sampled_as(generator, settings)
+    how = sampled_as(generator, settings) | ({} if table is None else {"tuning": table.tolist()})
     if settings["lora"] is not None:
         kept = (settings["loading"] or {}).items()
         beside = {name: value for name, value in kept if name in ("text_encoder", "size")}
@@ -55,7 +56,8 @@ def export(checkpoint: str | Path, *, out: str | Path, raw: bool = False) -> Pat
         raise FileNotFoundError(f"{checkpoint} is no checkpoint: give one, like RUN/checkpoints/000010")
     if wrong := damage(folder):
         raise ValueError(f"checkpoint {folder} is damaged: {wrong}")
-    settings = json.loads((folder / "state.json").read_text())["settings"]
+    record = json.loads((folder / "state.json").read_text())
+    settings, table = record["settings"], record.get("tuning")
     generator = paced(load_generator(settings["model"], **(settings["loading"] or {})), step_range(settings["steps"]))
     if settings["lora"] is not None:
         alpha, targets = settings["lora_alpha"], settings["lora_targets"]
@@ -65,7 +67,7 @@ def export(checkpoint: str | Path, *, out: str | Path, raw: bool = False) -> Pat
     wanted = {name: torch.empty(value.size) for name, value in held.items() if name.startswith(kind)}
     read_tensors(folder, wanted)
     learned = {name.removeprefix(kind): value for name, value in wanted.items()}
-    return save_trained(Path(out), generator, learned, settings)
+    return save_trained(Path(out), generator, learned, None if table is None else torch.tensor(table), settings)
 
 
 def sampled_as(generator: Generator, settings: Mapping[str, Any]) -> dict[str, Any]:

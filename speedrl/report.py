@@ -39,11 +39,11 @@ def report(
     """Compares a trained model with its base on the same prompts and noise; returns rows as `evaluate` does.
 
     The rows: the base at its own steps and guidance; the base at the trained model's steps, at its own guidance and
-    without, each at its own and at twice its temperature (what few steps give without training); the trained model
-    as it was trained, and where it chooses its steps also at their rounded mean, which then counts as its steps; and
-    both without guidance, or as the trained model has it, at twice and four times its steps and so on, up to a quarter
-    of the network calls of the first row. On the first `some` prompts of each set, `count` pictures of each for each of
-    `seeds` seeds.
+    without, each at its own and at twice its temperature, and with the tuning that was learned beside the trained
+    weights, if there is one (what few steps give without training); the trained model as it was trained, and where it
+    chooses its steps also at their rounded mean, which then counts as its steps; and both without guidance, or as the
+    trained model has it, at twice and four times its steps and so on, up to a quarter of the network calls of the first
+    row. On the first `some` prompts of each set, `count` pictures of each for each of `seeds` seeds.
     Writes OUT/comparison.json and OUT/before_after.png and prints the table.
     """
     out, trained, console = Path(out), str(trained), Console()
@@ -58,6 +58,9 @@ def report(
         own = ["auto", few]
     settings = [(base, before, before.steps, before.guidance, heat)]
     settings += [(base, before, few, g, t) for g in dict.fromkeys((before.guidance, 1.0)) for t in (heat, 2 * heat)]
+    if after.tuning is not None:
+        tuned = before._replace(tuning=after.tuning)
+        settings += [(f"{base}, tuned", tuned, few, g, heat) for g in dict.fromkeys((before.guidance, 1.0))]
     quarter = max(1, network_calls(before.steps, before.guidance) // (4 * network_calls(1, after.guidance)))
     more = [few * 2**k for k in range(1, quarter.bit_length()) if few * 2**k < quarter] + [quarter]
     settings += [(base, before, n, after.guidance, heat) for n in more if n != few]
@@ -83,7 +86,8 @@ def report(
     sheet = [sample(generator, shown, steps=steps).cpu() for _, generator, steps in lines]
     scale = max(1, 96 // sheet[0].shape[-1])
     save_png(contact_sheet(sheet, labels=labels, titles=shown, scale=scale), out / "before_after.png")
-    named = [row | {"model": "before" if row["model"] == base else "after"} for row in rows]
+    names = {base: "before", f"{base}, tuned": "before, tuned", trained: "after"}
+    named = [row | {"model": names[row["model"]]} for row in rows]
     console.print(table(named, width=console.width))
     console.print(f"wrote {out / 'before_after.png'} and {out / 'comparison.json'}", soft_wrap=True)
     return rows

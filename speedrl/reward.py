@@ -109,10 +109,21 @@ def loader(name: str, *, device: torch.device | str, weights: str | None, bf16: 
     )
 
 
+def with_pictures_gradient(score: Score) -> Score:
+    """The same score, with a gradient where the pictures have one: no other is ever asked for."""
+
+    @functools.wraps(score)
+    def scored(pictures: Tensor, prompts: list[str]) -> Tensor:
+        with torch.set_grad_enabled(pictures.requires_grad and torch.is_grad_enabled()):
+            return score(pictures, prompts)
+
+    return scored
+
+
 def load_quality(
     name: str = "embedded", *, device: torch.device | str = "cpu", weights: str | None = None, bf16: bool | None = None
 ) -> Score:
-    """A quality reward: score(images float [B, 3, H, W] in [0, 1], B prompts) -> float32 [B], without gradient.
+    """A quality reward: score(images float [B, 3, H, W] in [0, 1], B prompts) -> float32 [B].
 
     `name` is one of
       embedded                    the small CLIP that comes with the embedded model
@@ -127,7 +138,7 @@ def load_quality(
     """
     load = loader(name, device=device, weights=weights, bf16=bf16)
     try:
-        score = torch.no_grad()(load())
+        score = with_pictures_gradient(load())
     except Exception as error:  # open_clip, safetensors and the user's module raise many kinds
         raise ValueError(f"reward {name}: cannot be loaded: {first_line(error)}") from error
     pictures = torch.linspace(0, 1, 2 * 3 * 64 * 64, device=device).view(2, 3, 64, 64)
@@ -141,6 +152,16 @@ def load_quality(
     if not tried.isfinite().all():
         raise ValueError(f"reward {name}: gives {tried.tolist()} for two pictures: not finite")
     return score
+
+
+def differentiable(score: Score, *, device: torch.device | str = "cpu") -> bool:
+    """Whether a score has a gradient at its pictures: it is tried on two."""
+    pictures = torch.linspace(0, 1, 2 * 3 * 64 * 64, device=device).view(2, 3, 64, 64).requires_grad_()
+    try:
+        (slope,) = torch.autograd.grad(score(pictures, ["a red apple", "two dogs"]).sum(), pictures)
+    except Exception:  # a user's function may leave torch, and says so in its own way
+        return False
+    return bool(slope.isfinite().all() and slope.any())
 
 
 def load_qualities(

@@ -1,6 +1,5 @@
 """Rollouts: parallel decoding of masked tokens, with all that is needed to replay every state of it."""
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -10,7 +9,8 @@ from torch import Tensor
 
 from speedrl.likelihood import exact_log_prob, sample_tokens
 from speedrl.pace import advance, draw_pace, heat, pace_log_prob, within
-from speedrl.schedule import halton_order, masked_counts, temperatures, timesteps
+from speedrl.schedule import halton_order, masked_counts, seeded, temperatures, timesteps
+from speedrl.tuning import Tuning, sharpness
 
 ORDERS = ("confidence", "random", "halton")
 
@@ -30,6 +30,7 @@ class Rollout(NamedTuple):
     terms: Tensor | None = None  # int64 [B, S], its number of terms
     left: Tensor | None = None  # int64 [B, S], the steps left that the policy chose, 0 once a sample is finished
     left_log_probs: Tensor | None = None  # float32 [B, S], log p of these choices
+    sharpness: Tensor | None = None  # float32 [B, S], factor on the logits at each step, None for 1
     guess: Tensor | None = None  # int64 [B, S, L], each state with the likeliest token wherever it is masked
 
 
@@ -76,17 +77,11 @@ def draw_noise(
     A sample's noise depends on `seed` and its index alone, not on the batch around it or on the number of steps
     drawn, and is the same on every device: it is drawn on the CPU, by a generator of its own.
     """
-
-    def generator(key: str) -> torch.Generator:
-        # torch's CPU generator keeps only 32 bits of its seed: hash into them, so that neighbours are unrelated
-        digest = hashlib.blake2b(key.encode(), digest_size=4).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest))
-
     uniform, choices = torch.empty(batch, steps, 2, length), torch.empty(batch, steps) if pace else None
     for i in range(batch):
-        torch.rand(steps, 2, length, generator=generator(f"{seed},{first + i}"), out=uniform[i])
+        torch.rand(steps, 2, length, generator=seeded(f"{seed},{first + i}"), out=uniform[i])
         if pace:
-            torch.rand(steps, generator=generator(f"{seed},{first + i},pace"), out=choices[i])
+            torch.rand(steps, generator=seeded(f"{seed},{first + i},pace"), out=choices[i])
     gumbel = -(-uniform[:, :, 1].clamp(min=2**-25).log()).log()  # rand is a multiple of 2**-24, 0 included
     return Noise(uniform[:, :, 0].to(device), gumbel.to(device), choices.to(device) if pace else None)
 
@@ -149,11 +144,15 @@ def turns(masked: Iterable[Tensor], *, length: int, narrow: bool, device: torch.
         yield samples.to(device), int(before.max()) if narrow else length
 
 
-def given_plan(steps: Tensor, *, length: int, schedule: str, temperature: float) -> tuple[Plan, tuple[Tensor, ...]]:
+def given_plan(
+    steps: Tensor, tuning: Tuning | None, *, length: int, schedule: str, temperature: float
+) -> tuple[Plan, tuple[Tensor, ...]]:
     """The plan of step counts int64 [B], and the masked tokens before each step (see `turns`)."""
-    counts = masked_counts(steps.cpu(), length=length, kind=schedule)
+    counts = masked_counts(steps.cpu(), length=length, kind=schedule, warp=tuning and tuning.warp)
     before = F.pad(counts, (1, 0), value=length)[:, :-1]
-    return Plan(counts.to(steps.device), timesteps(steps), temperatures(steps, start=temperature)), before.unbind(1)
+    heat = temperatures(steps, start=temperature)
+    heat = heat if tuning is None else heat * tuning.heat[:, None]
+    return Plan(counts.to(steps.device), timesteps(steps), heat), before.unbind(1)
 
 
 def chosen_plan(
@@ -208,6 +207,7 @@ def rollout(
     sparse: bool = False,
     guess: bool = False,
     at_most: int | None = None,
+    tuning: Tuning | None = None,
     step: Callable[..., Step] = step,
 ) -> Rollout:
     """Sample a batch, each sample in its own number of steps int64 [B], from all masked to none.
@@ -229,6 +229,8 @@ def rollout(
     step is the first of a schedule of so many more (`advance`, `heat`); the network's timestep at the next state is
     what it leaves, less one. The host then waits for the device once a step, to see who has finished.
 
+    `tuning` has scalars for each sample, on the mask schedule, the temperature and the logits, of given step counts.
+
     Under torch.inference_mode the results are inference tensors, which autograd refuses: clone them before training.
     """
     if order not in ORDERS:
@@ -237,11 +239,13 @@ def rollout(
         raise ValueError(f"the order halton needs a grid of {length} tokens, got {grid}")
     if at_most is not None and noise.pace is None:
         raise ValueError("a policy that chooses needs noise for it: draw_noise(..., pace=True)")
+    if at_most is not None and tuning is not None:
+        raise ValueError("tuning is of given step counts, not of chosen ones")
     device, narrow = steps.device, sparse and not record
     order_of = halton_order(*grid).to(device) if order == "halton" else None
     how = {"length": length, "schedule": schedule, "temperature": temperature}
     if at_most is None:
-        (plan, masked), settle = given_plan(steps, **how), None
+        (plan, masked), settle = given_plan(steps, tuning, **how), None
     else:
         plan, masked, settle = chosen_plan(steps, noise.pace, at_most=at_most, **how)
     asked = turns(masked, length=length, narrow=narrow, device=device)
@@ -253,6 +257,7 @@ def rollout(
     reveal_step = torch.zeros_like(tokens)
     log_probs = torch.zeros(batch, length, device=device)
     recorded, guessed = [], []
+    sharp = None if tuning is None else sharpness(tuning, steps)  # [B, S]
     for s, (samples, count) in enumerate(asked):
         seen = tokens[samples]  # [n, L]
         every = torch.arange(length, device=device).expand_as(seen)
@@ -262,6 +267,8 @@ def rollout(
         if settle:
             logits, choices = logits
             settle(s, samples, choices)
+        if sharp is not None:
+            logits = logits.float() * sharp[samples, s, None, None]
         if logits.shape[-1] > mask_id:
             raise ValueError(f"logits over {logits.shape[-1]} codes would draw the mask token {mask_id}: slice them")
         before = seen.gather(1, places)
@@ -292,7 +299,7 @@ def rollout(
         plan = Plan(*(part[:, : s + 1] for part in plan))
     of_record = [torch.stack(parts, 1) for parts in zip(*recorded, strict=True)] or [None] * 4
     finished = Rollout(tokens, reveal_step, steps, log_probs, plan.countdown, plan.temperature, *of_record, *plan[3:])
-    return finished._replace(guess=torch.stack(guessed, 1)) if guess else finished
+    return finished._replace(sharpness=sharp, guess=torch.stack(guessed, 1) if guess else None)
 
 
 def state(rollout: Rollout, step: Tensor | int, *, mask_id: int) -> Tensor:

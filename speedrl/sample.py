@@ -24,6 +24,7 @@ from speedrl.models.checkpoint import (
 from speedrl.pace import Pace, first_plan
 from speedrl.rollout import Noise, draw_noise, rollout
 from speedrl.schedule import step_range
+from speedrl.tuning import settled
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -123,7 +124,8 @@ def draw(
 
     `steps` is their number or "auto", where the model chooses ("auto:8": at most 8 of them); None is "auto" for a model
     that was trained to choose and 8 for another. Guidance, temperature, mask schedule and reveal order None are the
-    generator's own, and guidance leads away from its negative prompt. The noise of sample i depends on (seed, i) alone.
+    generator's own, to which its tuning is applied where the steps are given, and guidance leads away from its negative
+    prompt. The noise of sample i depends on (seed, i) alone.
     ValueError for no prompts, for steps outside 1 .. L or that the model cannot choose, and for an unknown schedule or
     order.
     """
@@ -132,6 +134,7 @@ def draw(
     guidance = generator.guidance if guidance is None else guidance
     temperature = generator.temperature if temperature is None else temperature
     schedule, order = schedule or generator.schedule, order or generator.order
+    tuned = generator.tuning is not None and at_most is None
     batch = fitting_batch(generator) if batch is None else batch
     encoded, empty = encode_prompts(generator, prompts), encode_prompts(generator, [generator.negative])
     device = encoded.text.device
@@ -146,9 +149,10 @@ def draw(
             beyond = Noise(noise.uniform[:, most], noise.gumbel[:, most])  # what no step uses
             policy = from_random(policy, beyond, share=generator.random_share, mask_id=generator.mask_id,
                                  codes=generator.codes)  # fmt: skip
+        counts = torch.full((size,), first_steps, device=device)
         finished = rollout(
             policy,
-            torch.full((size,), first_steps, device=device),
+            counts,
             noise,
             length=length,
             mask_id=generator.mask_id,
@@ -158,6 +162,7 @@ def draw(
             grid=generator.grid,
             sparse=True,
             at_most=at_most,
+            tuning=settled(generator.tuning, counts) if tuned else None,
         )
         tokens.append(finished.tokens)
         taken.append(finished.steps)

@@ -2,6 +2,7 @@
 fixed orders, in which positions take their turn."""
 
 import functools
+import hashlib
 import math
 from typing import NamedTuple
 
@@ -13,8 +14,11 @@ def mask_ratio(progress: Tensor, *, kind: str = "cosine") -> Tensor:
     """Share of the tokens still masked after `progress` in [0, 1] of the steps: 1 at 0, falling to 0 at 1.
 
     Any shape, floating dtype; the result has both. Kinds, for progress p: "cosine" cos(pi/2 p), "linear" 1 - p,
-    "square" 1 - p^2, "arccos" 2/pi arccos(p) (MaskGIT, arXiv 2202.04200, section 3.3). ValueError for another kind.
+    "square" 1 - p^2, "arccos" 2/pi arccos(p) (MaskGIT, arXiv 2202.04200, section 3.3), and "power:X" 1 - p^X.
+    ValueError for another kind.
     """
+    if kind.startswith("power:"):
+        return 1 - progress ** exponent(kind)
     match kind:
         case "cosine":
             return torch.cos(progress * math.pi / 2)
@@ -24,14 +28,26 @@ def mask_ratio(progress: Tensor, *, kind: str = "cosine") -> Tensor:
             return 1 - progress**2
         case "arccos":
             return torch.acos(progress) * (2 / math.pi)
-    raise ValueError(f"unknown mask schedule {kind!r}: choose cosine, linear, square or arccos")
+    raise ValueError(f"unknown mask schedule {kind!r}: choose cosine, linear, square, arccos or power:X")
 
 
-def masked_counts(steps: Tensor, *, length: int, kind: str = "cosine") -> Tensor:
+def exponent(kind: str) -> float:
+    """The X of a mask schedule "power:X". ValueError where it is no positive number."""
+    try:
+        value = float(kind.removeprefix("power:"))
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise ValueError(f"mask schedule {kind!r}: write power:X with a positive number, like power:2.5")
+    return value
+
+
+def masked_counts(steps: Tensor, *, length: int, kind: str = "cosine", warp: Tensor | None = None) -> Tensor:
     """Tokens still masked after each step: steps int64 [B] -> int64 [B, S] with S = steps.max().
 
     For a sample of N steps over L tokens, step s leaves max(1, min(previous - 1, floor(L ratio((s + 1) / N)))), the
-    last step leaves 0, and so does every step after it: the rule of Meissonic's and aMUSEd's schedulers, in float32 as
+    last step leaves 0, and so does every step after it, with the progress to the power of `warp` float32 [B] if it is
+    given: the rule of Meissonic's and aMUSEd's schedulers, in float32 as
     theirs, since that decides what floor makes of a whole number. A sample with more steps than tokens reveals nothing
     in some steps. ValueError for a step count or length below 1.
     """
@@ -40,6 +56,8 @@ def masked_counts(steps: Tensor, *, length: int, kind: str = "cosine") -> Tensor
         raise ValueError(f"step counts and length must be at least 1, got steps {n.tolist()} and length {length}")
     s = torch.arange(int(n.max()))
     progress = ((s + 1) / n[:, None]).clamp(max=1)
+    if warp is not None:
+        progress = progress ** warp.cpu()[:, None]
     wanted = (length * mask_ratio(progress, kind=kind)).floor().long()
     # m_s = min(m_{s-1} - 1, wanted_s) is a running minimum of m_s + s, started at m_0 <= L - 1
     masked = (wanted + s).clamp(max=length - 1).cummin(dim=1).values - s
@@ -93,6 +111,12 @@ def radical_inverse(index: Tensor, *, base: int, cells: int) -> Tensor:
     while index.any():
         mirrored, scale, index = mirrored * base + index % base, scale * base, index // base
     return mirrored * cells // scale
+
+
+def seeded(key: str) -> torch.Generator:
+    """A generator on the CPU for what `key` names, like "seed,sample"; those of other keys are unrelated to it."""
+    # torch's CPU generator keeps only 32 bits of its seed: hash into them, so that neighbours are unrelated
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=4).digest()))
 
 
 class StepRange(NamedTuple):

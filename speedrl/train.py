@@ -14,19 +14,33 @@ from torch import Tensor, nn
 
 from speedrl import distributed
 from speedrl.advantage import group_advantages
+from speedrl.critic import reward_slopes
 from speedrl.display import Display
 from speedrl.distributed import agreed, gathered, total
 from speedrl.errors import Stopped, interruptible
 from speedrl.export import save_trained
 from speedrl.filter import low_quality, std_percentile
-from speedrl.models.checkpoint import adapter_of, decode, encode_prompts, find, load_generator, paced, parameters, take
+from speedrl.models.checkpoint import (
+    adapter_of,
+    codebook,
+    decode,
+    decode_embeddings,
+    encode_prompts,
+    find,
+    load_generator,
+    paced,
+    parameters,
+    take,
+)
 from speedrl.models.lora import WithoutLora, add_lora
 from speedrl.pace import first_plan
 from speedrl.platform import bf16_autocast, bf16_is_fast
 from speedrl.prompts import open_prompts
 from speedrl.reward import (
     Moments,
+    Score,
     combine,
+    differentiable,
     disagreeing,
     load_qualities,
     mixture,
@@ -40,6 +54,7 @@ from speedrl.sample import guided_policy
 from speedrl.schedule import StepRange, mask_ratio, step_range
 from speedrl.state import append_row, changed, drop_metrics, plain, random_states, restore, save, start, tensors
 from speedrl.track import TRACKERS, open_trackers
+from speedrl.tuning import OCTAVES, SPREAD, Tuning, explored, improved, settled
 from speedrl.update import fitting, follow, gradients, token_weights, trained_steps
 from speedrl.value import guesses, step_credit
 
@@ -61,10 +76,10 @@ def check(settings: dict, bounds: StepRange) -> None:
         raise ValueError(f"unknown divergence {settings['kl']!r}: choose ce, reverse, k1, k2, k3 or none")
     if settings["likelihood"] not in ("token", "sequence", "exact"):
         raise ValueError(f"unknown likelihood {settings['likelihood']!r}: choose token, sequence or exact")
-    if settings["credit"] not in ("step", "rollout"):
-        raise ValueError(f"unknown credit {settings['credit']!r}: choose step or rollout")
-    if settings["credit"] == "step" and settings["likelihood"] != "token":
-        raise ValueError("steps have credit of their own with the token likelihood only: give --credit rollout")
+    if settings["credit"] not in (None, "token", "step", "rollout"):
+        raise ValueError(f"unknown credit {settings['credit']!r}: choose token, step or rollout")
+    if settings["credit"] in ("token", "step") and settings["likelihood"] != "token":
+        raise ValueError("tokens and steps have their own credit with the token likelihood only: give --credit rollout")
     if not 0 <= settings["gae_lambda"] <= 1:
         raise ValueError(f"gae-lambda must be 0 to 1, got {settings['gae_lambda']}")
     if settings["order"] not in (None, *ORDERS):
@@ -93,11 +108,23 @@ def check(settings: dict, bounds: StepRange) -> None:
 def idle(settings: Mapping[str, Any], bounds: StepRange) -> list[str]:
     """A line about each setting that does nothing beside the others."""
     drawn = bounds.least < bounds.most and not bounds.chosen
-    alike = settings["shared_steps"] or settings["credit"] == "step"
+    alike = settings["shared_steps"] or settings["credit"] != "rollout"
     if drawn and alike and settings["steps_reward"] and settings["quality_gate"] is None:
         needed = "--no-shared-steps and --credit rollout, or --steps auto"
         return [f"pictures are compared at equal step counts, so the speed reward cancels: it needs {needed}"]
     return []
+
+
+def kind_of_credit(
+    credit: str | None, likelihood: str, scores: Mapping[str, Score], shares: Mapping[str, float], *, device: str
+) -> str:
+    """The credit that is asked for, or the best that can be had. ValueError for one of tokens without a gradient."""
+    if credit in ("step", "rollout") or likelihood != "token":
+        return credit or "rollout"
+    flat = [name for name, score in scores.items() if shares[name] and not differentiable(score, device=device)]
+    if credit == "token" and flat:
+        raise ValueError(f"the reward {flat[0]} has no gradient at the pictures, so tokens have none: --credit step")
+    return "step" if flat else "token"
 
 
 def check_numbers(settings: Mapping[str, Any]) -> None:
@@ -106,7 +133,7 @@ def check_numbers(settings: Mapping[str, Any]) -> None:
         option = name.replace("_", "-")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{option} must be a finite number, got {value}")
-        if name in ("clip_range", "clip_grad", "eps") and value <= 0:
+        if name in ("clip_range", "clip_grad", "eps", "tune_rate") and value <= 0:
             raise ValueError(f"{option} must be positive, got {value}")
         positive = ("kl_weight", "pace_weight", "temperature", "quality_clip", "warmup")
         if name in positive and value is not None and value < 0:
@@ -158,9 +185,9 @@ def train(
     iterations: int = 40,
     groups: int = 8,
     group_size: int = 8,
-    lr: float = 5e-4,
+    lr: float = 5e-5,
     warmup: int = 5,
-    eps: float = 1e-3,
+    eps: float = 1e-8,
     guidance: float = 1.0,
     reference_guidance: float | None = None,
     temperature: float | None = None,
@@ -169,10 +196,12 @@ def train(
     likelihood: str = "token",
     clip_range: float = 0.2,
     kl: str = "ce",
-    kl_weight: float = 0.2,
+    kl_weight: float = 0.02,
     percentile: float = 0.0,
     least_quality: float | None = None,
     trained: int | None = None,
+    tune: bool = True,
+    tune_rate: float = 2.0,
     credit: str | None = None,
     gae_lambda: float = 0.0,
     lora: int | None = None,
@@ -212,17 +241,19 @@ def train(
     equal cost, with less variance, as what the count alone brings is in the group's mean; a speed reward cancels there
     too. A choice of the policy's is in the loss as `pace_weight` tokens: 1 is the gradient of the expected reward to
     the letter; the default is about what a step of the embedded model reveals, and makes the choices' gradient as large
-    as the tokens' there, without which its head hardly moves at this `eps`.
-    With `credit` "step", the default with the token likelihood, a step's advantage is what it changed of its state's
-    value (`value`), and with `gae_lambda` above 0 a share of what later steps changed; with "rollout" every step has
-    the advantage of its whole rollout, as in the paper.
+    as the tokens' there.
+    With `credit` "token", the default where likelihood and reward allow it, tokens have what the reward would change by
+    with another one there, to first order (`critic`); with "step" every token of a step has what the step changed of
+    its state's value (`value`), and with `gae_lambda` above 0 a share of what later steps changed; with
+    "rollout" the advantage of the whole rollout, as in the paper. Choices of the number of steps have that of a step.
+    With `tune` a few scalars of the sampler are learned for each step count, from `tune_rate`, less later (`tuning`).
     `checkpointing` computes each block again in the backward pass, for memory; `micro_batch` is halved where memory
     runs out. `trained` steps of each rollout, all by default, enter the loss, scaled so that its gradient is that of
     all in expectation. `percentile` and `least_quality` filter groups and samples (`std_percentile`, `low_quality`).
     The learning rate rises to `lr` over the first `warmup` iterations, as Adam's first updates are as large as any and
-    follow one rollout's noise. `eps`, Adam's, is beside the root mean square of a weight's gradient: far above it, as
-    by default for the embedded model, weights move in proportion to their gradient, far below it all alike, the ones
-    with nothing but noise too. An update whose gradient is not finite is skipped; `max_skipped` in a row end the
+    follow one rollout's noise. `eps`, Adam's, is beside the root mean square of a weight's gradient: far above it
+    weights move in proportion to their gradient, far below it, as by default, all alike, those with nothing but noise
+    too. An update whose gradient is not finite is skipped; `max_skipped` in a row end the
     training.
     `temperature`, the mask `schedule` and the reveal `order` None are the model's own.
     `loading` holds further options of `load_generator`, which the saved model keeps.
@@ -235,7 +266,6 @@ def train(
     none yet. Returns the folder of the model or adapter. ValueError and FileNotFoundError for what cannot be used,
     before anything is written; `Stopped` after SIGINT or SIGTERM.
     """
-    credit = credit or ("step" if likelihood == "token" else "rollout")
     settings = plain(locals())
     out, bounds = Path(out), step_range(steps)
     check(settings, bounds)
@@ -252,6 +282,7 @@ def train(
     reference_guidance = generator.guidance if reference_guidance is None else reference_guidance
     schedule, order = schedule or generator.schedule, order or generator.order
     scores, shares = load_qualities(quality, device=device, weights=reward_weights)
+    credit = settings["credit"] = kind_of_credit(credit, likelihood, scores, shares, device=device)
 
     empty = encode_prompts(generator, [generator.negative])
     transformer, pace = generator.transformer, generator.pace
@@ -273,6 +304,10 @@ def train(
     random = torch.Generator().manual_seed(seed)
     checkpoint, complaints = start(out, resume=resume)
     record = restore(checkpoint, learned, optimizer, average, random, device) if checkpoint else {}
+    by_token, by_step = credit == "token", credit == "step" or (credit == "token" and bounds.chosen)
+    codes, tuned = codebook(generator) if by_token else None, tune and not bounds.chosen
+    table = torch.zeros(OCTAVES, len(SPREAD)) if generator.tuning is None else generator.tuning
+    table = torch.tensor(record["tuning"]) if record.get("tuning") else table
     first, skipped = record.get("iteration", 0), record.get("skipped", 0)
     fit = torch.tensor(record.get("fit", [[0.0] * 4] * 3), dtype=torch.float64)  # of values to guesses
     moments = {name: Moments(*record.get("moments", {}).get(name, ())) for name in scores}
@@ -282,9 +317,16 @@ def train(
         drop_metrics(out, first)
     track = open_trackers(trackers if loud else (), out, settings)
 
-    def judged(tokens: Tensor, texts: list[str]) -> dict[str, Tensor]:
-        pictures = decode(generator, tokens, bf16=bf16_is_fast(device))
+    def judged(pictures: Tensor, texts: list[str]) -> dict[str, Tensor]:
         return {name: rate(name, score, pictures, texts).to(device) for name, score in scores.items()}
+
+    def valued(tokens: Tensor, texts: list[str]) -> Tensor:
+        pictures = decode(generator, tokens, bf16=bf16_is_fast(device))
+        return mixture(judged(pictures, texts), shares, moments, clip=quality_clip)
+
+    def sloped(embeddings: Tensor, texts: list[str]) -> Tensor:
+        pictures = decode_embeddings(generator, embeddings, bf16=bf16_is_fast(device))
+        return mixture(judged(pictures, texts), shares, moments, clip=quality_clip)
 
     display = Display(first=first, total=iterations, console=Console(quiet=not loud))
     with display, interruptible() as stopped, distributed.lost_contact():
@@ -302,18 +344,21 @@ def train(
             asked = [text for text in chosen for _ in range(group_size)]
             of_group = torch.arange(groups).repeat_interleave(group_size)[mine].to(device)
             prompt = take(encode_prompts(generator, chosen), of_group)
+            tuning, tried = explored(table, counts, seed=seed, iteration=iteration) if tuned else (None, None)
             policy = guided_policy(transformer, prompt, empty, guidance=guidance, grid=grid, pace=pace)
             with autocast, distributed.gathered_weights(transformer, pace, sharded=sharded):
                 batch = rollout(
                     policy, counts[mine], noise, length=length, mask_id=generator.mask_id, temperature=temperature,
                     schedule=schedule, order=order, grid=grid, record=likelihood == "exact", sparse=True,
-                    guess=credit == "step", at_most=bounds.most if bounds.chosen else None,
+                    guess=by_step, at_most=bounds.most if bounds.chosen else None,
+                    tuning=tuning and Tuning(*(part[mine] for part in tuning)),
                 )  # fmt: skip
             taken = gathered(batch.steps)
 
             # REWARDS, of all ranks' samples on every rank
             texts_of = asked[mine]
-            scored = agreed(lambda: judged(batch.tokens, texts_of))  # noqa: B023
+            pictures = decode(generator, batch.tokens, bf16=bf16_is_fast(device))
+            scored = agreed(lambda: judged(pictures, texts_of))  # noqa: B023
             parts = {name: gathered(part) for name, part in scored.items()}
             moments = {name: observe(moments[name], part) for name, part in parts.items()}
             quality_of = mixture(parts, shares, moments, clip=quality_clip)  # [B]
@@ -322,14 +367,21 @@ def train(
             by_group = quality_of.view(groups, -1)
             keep = std_percentile(by_group, percentile=percentile) * low_quality(by_group, threshold=least_quality)
 
-            # ADVANTAGES [b, S], of each step of this rank's samples
-            if credit == "step":
-                at_states = lambda *drawn: mixture(judged(*drawn), shares, moments, clip=quality_clip)  # noqa: B023, E731
-                guessed = agreed(lambda: guesses(batch, texts_of, at_states))  # noqa: B023
+            # ADVANTAGES in standard deviations of rewards within groups: [b, S], of each step of this rank's samples,
+            # and with credit "token" slopes [b, L, C]
+            above = group_advantages(rewards.view(groups, -1), scale=False).flatten()
+            scale = 1 / (above.square().mean().sqrt() + 1e-4)
+            if tuned:
+                table = improved(table, counts, tried, scale * above, rate=tune_rate / (1 + iteration / 8))
+            slopes = scale * agreed(lambda: reward_slopes(batch.tokens, codes, sloped, texts_of)) if by_token else None  # noqa: B023
+            if by_step:
+                guessed = agreed(lambda: guesses(batch, texts_of, valued))  # noqa: B023
                 advantages, fit = step_credit(
                     batch, guessed, rewards, quality_of, fit, mine=mine, group_size=group_size, gae_lambda=gae_lambda,
                     steps_reward=steps_reward, max_steps=bounds.most,
                 )  # fmt: skip
+            elif by_token:
+                advantages = torch.zeros_like(batch.temperature)
             else:
                 advantages = group_advantages(rewards.view(groups, -1)).view(-1, 1)[mine].expand(batch.countdown.shape)
 
@@ -343,9 +395,10 @@ def train(
                 totals, micro_batch = fitting(
                     lambda size: gradients(
                         transformer, reference, batch, which, prompt, empty, advantages, weights, kept,  # noqa: B023
-                        micro_batch=size, mask_id=generator.mask_id, autocast=autocast, grid=grid, guidance=guidance,
-                        reference_guidance=reference_guidance, order=order, likelihood=likelihood,
-                        clip_range=clip_range, kl=kl, kl_weight=kl_weight, pace=pace, pace_weight=pace_weight,
+                        slopes=slopes, codes=codes, micro_batch=size, mask_id=generator.mask_id,  # noqa: B023
+                        autocast=autocast, grid=grid, guidance=guidance, reference_guidance=reference_guidance,
+                        order=order, likelihood=likelihood, clip_range=clip_range, kl=kl, kl_weight=kl_weight,
+                        pace=pace, pace_weight=pace_weight,
                     ),
                     micro_batch, undo=lambda: optimizer.zero_grad(set_to_none=True), halve=not sharded,
                 )  # fmt: skip
@@ -380,6 +433,9 @@ def train(
             }
             if bounds.least < bounds.most:
                 row["steps_mean"] = taken.float().mean().item()
+            if tuned:
+                at_mean = settled(table, taken.float().mean().round().long()[None])
+                row |= {name: value.item() for name, value in at_mean._asdict().items()}
             if len(parts) > 1:
                 row |= {name: values.mean().item() for name, values in parts.items()}
                 recent.append({name: row[name] for name in parts})
@@ -391,7 +447,7 @@ def train(
             stop = int(total(torch.tensor(stopped()), largest=True))
             if done % save_every == 0 or done == iterations or stop:
                 record = {"skipped": skipped, "moments": moments, "fit": fit.tolist(), "recent": list(recent),
-                          "settings": settings}  # fmt: skip
+                          "tuning": table.tolist() if tuned else None, "settings": settings}  # fmt: skip
                 try:
                     save(out, done, tensors(learned, optimizer, average), random_states(random, device), record,
                          keep=keep_checkpoints, sharded=sharded)  # fmt: skip
@@ -404,11 +460,11 @@ def train(
         what = f"stopped after iteration {done}" + ("" if saved == done else f", of which {saved} are saved")
         raise Stopped(f"{what}; go on with the same command and --resume", stop)
 
-    learned = distributed.whole(average or learned)
+    weights = distributed.whole(average or learned)
     if loud and sharded:
         generator = paced(load_generator(model, **(loading or {})), bounds)
         if lora is not None:
             add_lora(generator.transformer, **adapted)
-    saved_to = save_trained(out, generator, learned, settings) if loud else out
+    saved_to = save_trained(out, generator, weights, table if tuned else generator.tuning, settings) if loud else out
     distributed.leave()
     return saved_to

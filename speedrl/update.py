@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from speedrl.critic import expected_gain
 from speedrl.kl import kl as divergence
 from speedrl.likelihood import exact_log_prob, guided, log_probs, log_ratio
 from speedrl.loss import clipped_loss, normalise
@@ -92,32 +93,40 @@ def scores(
     guidance: float,
     reference_guidance: float,
     kl: str,
+    sharpness: Tensor | None = None,
+    slopes: Tensor | None = None,
+    codes: Tensor | None = None,
     at_once: int = 2**24,
-) -> tuple[Tensor, Tensor]:
-    """Log-probability of the targets int64 [P] and the divergence there, 0 without a reference: float32 [P] twice.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the targets int64 [P] the log-probability, the divergence there, 0 without a reference, and what the policy is
+    to gain there by `slopes` [P, C] of the `codes` [V, C], 0 without: float32 [P] each.
 
-    features and of_reference as of `at_places`, each at its guidance. No more than `at_once` logits of the policy are
-    there at a time: past that the head works in chunks of places, and again in the backward pass, as keeping [P, V]
+    features and of_reference as of `at_places`, each at its guidance. `sharpness` [P] is the factor that the policy's
+    logits had in the rollout; the divergence is of the networks, without it. No more than `at_once` of its logits
+    are there at a time: past that the head works in chunks of places, and again in the backward pass, as keeping [P, V]
     would take more memory than all else. The head is a small part of the network, so that costs little.
     """
 
-    def score(features: Tensor, of_reference: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def score(
+        features: Tensor, of_reference: Tensor | None, targets: Tensor, sharpness: Tensor | None, slopes: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         logits = guided_head(transformer, features, guidance)
-        token = log_probs(logits, targets)
+        sharp = logits if sharpness is None else logits.float() * sharpness[:, None]
+        token = log_probs(sharp, targets)
+        gain = torch.zeros_like(token) if slopes is None else expected_gain(sharp, slopes, codes)
         if reference is None:
-            return token, torch.zeros_like(token)
+            return token, torch.zeros_like(token), gain
         with torch.no_grad():
             reference_logits = guided_head(reference, of_reference, reference_guidance)
-        return token, divergence(logits, reference_logits, targets, kind=kl)
+        return token, divergence(logits, reference_logits, targets, kind=kl), gain
 
     chunk = max(1, at_once // (transformer.codes * features.shape[1]))
     if len(targets) <= chunk:
-        return score(features, of_reference, targets)
-    others = itertools.repeat(None) if of_reference is None else of_reference.split(chunk)
-    parts = zip(features.split(chunk), others, targets.split(chunk), strict=False)
+        return score(features, of_reference, targets, sharpness, slopes)
+    given = (features, of_reference, targets, sharpness, slopes)
+    parts = zip(*(itertools.repeat(None) if x is None else x.split(chunk) for x in given), strict=False)
     found = [checkpoint(score, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
-    token, away = zip(*found, strict=True)
-    return torch.cat(token), torch.cat(away)
+    return tuple(torch.cat(part) for part in zip(*found, strict=True))
 
 
 def pace_loss(
@@ -153,6 +162,8 @@ def micro_batch_loss(
     clip_range: float,
     kl: str,
     kl_weight: float,
+    slopes: Tensor | None = None,
+    codes: Tensor | None = None,
     pace: Pace | None = None,
     pace_weight: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -160,7 +171,8 @@ def micro_batch_loss(
 
     batch: m samples; part: their rows; prompts and empty: of each row; advantages [m, S], which may differ between the
     steps with likelihood "token"; weights [m, L], 0 for tokens that do not train. The caller divides by the weight of
-    the whole batch. With a `pace` that of its choices is added, each as `pace_weight` tokens.
+    the whole batch. With `slopes` [m, L, C] of the `codes` [V, C] the tokens gain as `expected_gain` says, and
+    `advantages` are of the pace alone. With a `pace` that of its choices is added, each as `pace_weight` tokens.
     """
     features = row_features(transformer, part, prompts, empty, guidance=guidance, grid=grid)
     chosen = None
@@ -171,9 +183,11 @@ def micro_batch_loss(
         with torch.no_grad():
             of_reference = row_features(reference, part, prompts, empty, guidance=reference_guidance, grid=grid)
             of_reference = at_places(of_reference, part)
-    token, away = scores(
+    token, away, gain = scores(
         transformer, reference, features, of_reference, part.targets, guidance=guidance,
-        reference_guidance=reference_guidance, kl=kl,
+        reference_guidance=reference_guidance, kl=kl, codes=codes,
+        sharpness=None if batch.sharpness is None else batch.sharpness[part.sample, part.step][part.row],
+        slopes=None if slopes is None else slopes[part.sample[part.row], part.place],
     )  # fmt: skip
     where = part.sample[part.row] * weights.shape[1] + part.place  # [P], in the flat micro-batch
     trained = weights.flatten()[where]
@@ -192,7 +206,8 @@ def micro_batch_loss(
         new = old.flatten().index_put((where,), token).view_as(old)
         ratio = log_ratio(new, old, level=likelihood, weights=weights)
     of_tokens = advantages.gather(1, batch.reveal_step) if likelihood == "token" else advantages[:, :1]
-    loss, stats = clipped_loss(ratio, of_tokens, weights, clip_range=clip_range)
+    loss, stats = clipped_loss(ratio, of_tokens * (slopes is None), weights, clip_range=clip_range)
+    loss = loss - (gain * trained).sum()
     if chosen is not None:
         loss = loss + pace_weight * chosen[0]
         stats |= {"ratio_max": torch.maximum(stats["ratio_max"], chosen[1]["ratio_max"])}
@@ -225,6 +240,7 @@ def gradients(
     micro_batch: int,
     mask_id: int,
     autocast: torch.autocast,
+    slopes: Tensor | None = None,
     **how: Any,
 ) -> dict[str, float]:
     """Adds the gradient of B samples to the parameters', `micro_batch` samples at a time, whatever their number.
@@ -239,7 +255,8 @@ def gradients(
         with autocast:
             loss, stats = micro_batch_loss(
                 transformer, reference, part, states, take(prompt, index[states.sample]),
-                repeat(empty, len(states.sample)), advantages[index], weights[index], **how,
+                repeat(empty, len(states.sample)), advantages[index], weights[index],
+                slopes=None if slopes is None else slopes[index], **how,
             )  # fmt: skip
         normalise(loss, kept).backward()
         accumulate(totals, stats)

@@ -81,15 +81,24 @@ def test_credit_of_a_step_is_less_noisy_and_leaves_the_network_as_it_was(moved):
     generator, _ = moved
     before = copy.deepcopy(generator.transformer.state_dict())
     found = credit.study(
-        generator, ["an owl", "a fox"], red, batches=4, test_batches=2, sizes=(1.0,), groups=2, group_size=4, steps="3"
+        generator,
+        ["an owl", "a fox"],
+        red,
+        batches=4,
+        test_batches=2,
+        lengths=(1.0,),
+        groups=2,
+        group_size=4,
+        steps="3",
     )
-    assert [row["credit"] for row in found] == ["rollout", "lambda 1", "lambda 0", "state"]
+    assert [row["credit"] for row in found] == ["token", "rollout", "lambda 1", "lambda 0", "state"]
     rows = {row["credit"]: row for row in found}
     assert rows["lambda 0"]["norm_squared"] < rows["rollout"]["norm_squared"]
+    assert rows["token"]["norm_squared"] < rows["lambda 0"]["norm_squared"]
     assert all(row["error_1"] > 0 for row in found)
     after = generator.transformer.state_dict()
     assert all(torch.allclose(after[name], value, atol=1e-6) for name, value in before.items())
-    assert credit.in_words(found)[0].startswith("rollout: 1 of the rollout's squared norm; reward ")
+    assert credit.in_words(found)[1].startswith("rollout: 1 of the rollout's squared norm; reward ")
 
 
 def test_what_a_state_tells_and_what_a_step_changed_make_up_the_advantage(moved):

@@ -22,7 +22,16 @@ from speedrl.models.scorers import (
     normalised,
 )
 from speedrl.platform import import_torchvision
-from speedrl.reward import Moments, disagreeing, load_qualities, load_quality, mixture, observe, parse_quality
+from speedrl.reward import (
+    Moments,
+    differentiable,
+    disagreeing,
+    load_qualities,
+    load_quality,
+    mixture,
+    observe,
+    parse_quality,
+)
 from tests.conftest import write_tokenizer
 
 EMBEDDED = Path(speedrl.reward.__file__).parent / "models" / "embedded" / "reward"
@@ -58,8 +67,9 @@ def pictures(count: int, *, side: int = 64, seed: int = 0) -> torch.Tensor:
 
 
 def check_score(score) -> None:
-    """What every CLIP score keeps: range, repetition, independence of the batch, the prompt's say, no gradient."""
-    images, prompts = pictures(5).requires_grad_(), ["a cat", "a red apple", "a cat on a blue background", "", "a dog"]
+    """What every CLIP score keeps: range, repetition, independence of the batch, the prompt's say, the pictures' gradient."""
+    assert differentiable(score)
+    images, prompts = pictures(5), ["a cat", "a red apple", "a cat on a blue background", "", "a dog"]
     found = score(images, prompts)
     assert found.shape == (5,) and found.dtype == torch.float32 and not found.requires_grad
     assert not found.is_inference(), "a loss multiplied by it could not be differentiated"
@@ -180,7 +190,10 @@ def test_a_users_function_is_imported_from_the_working_directory(users):
     score = load_quality("users_reward:brightness")
     images = pictures(2).requires_grad_()
     found = score(images, ["a", "abc"])
-    assert torch.equal(found, images.detach().mean((1, 2, 3)) + torch.tensor([1, 3])) and not found.requires_grad
+    assert torch.equal(found, images.detach().mean((1, 2, 3)) + torch.tensor([1, 3])) and found.requires_grad
+    assert not score(images.detach(), ["a", "abc"]).requires_grad and differentiable(score)
+    assert not differentiable(lambda images, prompts: torch.from_numpy(images.numpy()).mean((1, 2, 3)))
+    assert not differentiable(lambda images, prompts: images.round().mean((1, 2, 3)))  # a slope of 0 everywhere
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,18 @@ from safetensors.torch import load_file, save_file
 from speedrl.models.checkpoint import encode_prompts, load_generator
 from speedrl.schedule import step_range
 from speedrl.train import train
+from speedrl.tuning import settled
 from speedrl.update import trained_steps
 
 
 def red(images, prompts):
     """A reward that a tiny generator can raise: how red a picture is."""
     return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
+
+
+def flat(images, prompts):
+    """The same, rounded in numpy: a reward without a gradient."""
+    return torch.from_numpy(red(images, prompts).numpy().round(3))
 
 
 @pytest.fixture
@@ -53,13 +59,33 @@ def test_ratio_is_one_and_kl_zero_before_the_first_update(options, tmp_path, lik
     assert row["grad_norm"] > 0
 
 
-@pytest.mark.parametrize("gae_lambda", [0.0, 1.0])
-def test_credit_of_each_step_learns_too_and_differs_from_that_of_the_rollout(options, tmp_path, gae_lambda):
-    for name, how in (("step", {"gae_lambda": gae_lambda}), ("rollout", {"credit": "rollout"})):
+@pytest.mark.parametrize("credit", [{"credit": "step"}, {"credit": "step", "gae_lambda": 1.0}, {"credit": "rollout"}])
+def test_every_kind_of_credit_learns_and_differs_from_that_of_tokens(options, tmp_path, credit):
+    for name, how in (("token", {}), ("other", credit)):
         train(out=tmp_path / name, iterations=25, kl_weight=0.0, **how, **options)
-    step, rollout = (metrics(tmp_path / name) for name in ("step", "rollout"))
-    assert sum(r["quality"] for r in step[-5:]) > sum(r["quality"] for r in step[:5])
-    assert step[0]["quality"] == rollout[0]["quality"] and step[0]["grad_norm"] != rollout[0]["grad_norm"]
+    token, other = (metrics(tmp_path / name) for name in ("token", "other"))
+    assert sum(r["quality"] for r in other[-5:]) > sum(r["quality"] for r in other[:5])
+    assert token[0]["quality"] == other[0]["quality"] and token[0]["grad_norm"] != other[0]["grad_norm"]
+
+
+def test_a_reward_without_a_gradient_trains_by_the_credit_of_steps(options, tmp_path):
+    train(out=tmp_path / "run", iterations=1, **options | {"quality": "tests.test_train:flat"})
+    settings = json.loads((tmp_path / "run/checkpoints/000001/state.json").read_text())["settings"]
+    assert settings["credit"] == "step"
+    train(out=tmp_path / "other", iterations=1, **options)
+    assert json.loads((tmp_path / "other/checkpoints/000001/state.json").read_text())["settings"]["credit"] == "token"
+
+
+def test_a_model_keeps_the_tuning_that_was_learned_and_goes_on_from_it(options, tmp_path):
+    trained = train(out=tmp_path / "run", iterations=3, **options)
+    table = load_generator(trained).tuning
+    assert table[:2].any() and not table[3:].any()  # 3 steps are between 2 and 4
+    last = metrics(tmp_path / "run")[-1]
+    assert last["warp"] == pytest.approx(settled(table, torch.tensor([3])).warp.item())
+    again = train(out=tmp_path / "again", iterations=1, tune=False, **options | {"model": str(trained)})
+    assert torch.equal(load_generator(again).tuning, table)
+    plain = train(out=tmp_path / "plain", iterations=1, tune=False, **options)
+    assert load_generator(plain).tuning is None and "warp" not in metrics(tmp_path / "plain")[0]
 
 
 def test_a_policy_without_guidance_is_drawn_to_the_guided_reference(options, tmp_path):
@@ -131,8 +157,9 @@ def test_a_run_is_not_overwritten_and_a_damaged_checkpoint_is_named(options, tmp
     [({"steps": "0"}, "at least 1"), ({"steps": "many"}, "a range or auto"), ({"steps": "99"}, "more than the 16"),
      ({"group_size": 1}, "group-size"), ({"lr": 0.0}, "lr"), ({"kl": "k9"}, "divergence"), ({"trained": 9}, "trained"),
      ({"iterations": 0}, "iterations"), ({"order": "best"}, "'best'"), ({"schedule": "cubic"}, "'cubic'"),
-     ({"credit": "half"}, "step or rollout"), ({"gae_lambda": 1.5}, "gae-lambda"),
-     ({"credit": "step", "likelihood": "exact"}, "--credit rollout")],
+     ({"credit": "half"}, "step or rollout"), ({"gae_lambda": 1.5}, "gae-lambda"), ({"tune_rate": 0.0}, "tune-rate"),
+     ({"credit": "step", "likelihood": "exact"}, "--credit rollout"),
+     ({"credit": "token", "quality": "tests.test_train:flat"}, "no gradient at the pictures")],
 )  # fmt: skip
 def test_settings_that_cannot_work_are_named_before_anything_is_written(options, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
@@ -169,7 +196,7 @@ def test_report_compares_the_trained_model_with_its_base(options, tmp_path):
     rows = report(options["model"], trained, out=tmp_path / "run", prompts=options["prompts"],
                   quality=options["quality"], count=2, seeds=2)  # fmt: skip
     assert json.loads((tmp_path / "run/comparison.json").read_text()) == rows
-    assert [row["network_calls"] for row in rows] == [12, 6, 6, 3, 3, 3]  # 6 guided steps before, 3 plain ones after
+    assert [row["network_calls"] for row in rows] == [12, 6, 6, 3, 3, 6, 3, 3]  # 6 guided steps before, 3 plain after
     assert all(row["reward"] is not None and row["reward_spread"] is not None for row in rows)
     assert (tmp_path / "run/before_after.png").read_bytes().startswith(b"\x89PNG")
 

@@ -4,6 +4,7 @@ At one parameter vector, over many batches of rollouts that all kinds of credit 
 likelihood is, and what a step along its mean over batches does to the reward. The step is measured on other rollouts,
 of the same prompts and noise before and after it:
 
+    token        the reward's slope at the token, less what the policy expects of it (`critic`), if there is one
     rollout      every step has the advantage of its whole rollout (GRPO)
     lambda 1     that advantage above the state's value, and lambda 0 what the step alone changed of it (`value`)
     state        what lambda 1 takes away: the value in the place of the advantage. It tells nothing of any action, so
@@ -20,8 +21,10 @@ from torch import Tensor, nn
 from typer import Option
 
 from experiments.study.gradients import Batch, draw, gradient, write
-from speedrl.models.checkpoint import Generator, decode, load_generator
-from speedrl.reward import Score, load_quality
+from speedrl.advantage import group_advantages
+from speedrl.critic import reward_slopes
+from speedrl.models.checkpoint import Generator, codebook, decode, decode_embeddings, load_generator
+from speedrl.reward import Score, differentiable, load_quality
 from speedrl.train import training_prompts
 from speedrl.value import guesses, step_credit
 
@@ -46,6 +49,17 @@ def credits(generator: Generator, batch: Batch, score: Score, fit: Tensor, *, gr
     return found | {"state": found["rollout"] - found["lambda 1"]}, after
 
 
+def slopes_of(generator: Generator, batch: Batch, score: Score, codes: Tensor, *, group_size: int) -> Tensor:
+    """Slopes [B, L, C] of the batch's rewards, in their standard deviations within groups."""
+
+    def reward(embeddings: Tensor, texts: list[str]) -> Tensor:
+        return score(decode_embeddings(generator, embeddings), texts)
+
+    above = group_advantages(batch.rewards.view(-1, group_size), scale=False)
+    found = reward_slopes(batch.rollout.tokens, codes, reward, batch.texts)
+    return found / (above.square().mean().sqrt() + 1e-4)
+
+
 @torch.no_grad()
 def move(network: nn.Module, along: Tensor, size: float) -> None:
     """Adds `size` times `along`, float32 [P], to the P parameters, in place."""
@@ -61,7 +75,7 @@ def study(
     *,
     batches: int = 12,
     test_batches: int = 6,
-    sizes: tuple[float, ...] = (1.0, 3.0),
+    lengths: tuple[float, ...] = (0.05, 0.1, 0.2),
     groups: int = 8,
     group_size: int = 8,
     steps: str = "4",
@@ -73,7 +87,8 @@ def study(
 
     norm_squared: of one batch's gradient. signal: of its mean, the part of the variance taken off (mean product of two
     different batches). noise_to_signal: of one batch, None where there is no signal. gain_S and its standard error:
-    change of the mean reward by a step of S times the mean gradient, down the loss, over test_batches of rollouts.
+    change of the mean reward by a step of length S along the mean gradient, down the loss, over test_batches of
+    rollouts. Lengths are comparable: the networks' parameters are the same.
     """
     if batches < 2:
         raise ValueError("a variance needs at least 2 batches")
@@ -81,11 +96,17 @@ def study(
     drawn = settings | {"steps": steps, "groups": groups, "group_size": group_size, "seed": seed,
                         "temperature": generator.temperature}  # fmt: skip
     fit, totals, squares = torch.zeros(3, 4, dtype=torch.float64), {}, {}
+    codes = (
+        codebook(generator) if differentiable(score, device=next(generator.transformer.parameters()).device) else None
+    )
     for number in track(range(batches), "gradients"):
         batch = draw(generator, texts, score, number=number, **drawn)
         found, fit = credits(generator, batch, score, fit, group_size=group_size)
+        if codes is not None:
+            found = {"token": found["rollout"]} | found
         for name, advantages in found.items():
-            one = gradient(generator, None, batch._replace(advantages=advantages), "token", **settings)
+            slopes = slopes_of(generator, batch, score, codes, group_size=group_size) if name == "token" else None
+            one = gradient(generator, None, batch._replace(advantages=advantages), "token", slopes=slopes, **settings)
             totals[name] = totals.get(name, 0) + one
             squares[name] = squares.get(name, 0.0) + one.square().sum().item()
 
@@ -99,13 +120,14 @@ def study(
         signal = (total.square().sum().item() - squares[name]) / (batches * (batches - 1))
         row = {"credit": name, "norm_squared": squares[name] / batches, "signal": signal,
                "noise_to_signal": (squares[name] / batches - signal) / signal if signal > 0 else None}  # fmt: skip
-        for size in sizes:
-            move(generator.transformer, total / batches, -size)
+        along = total / total.norm()
+        for length in lengths:
+            move(generator.transformer, along, -length)
             change = rewards() - before
-            move(generator.transformer, total / batches, size)
+            move(generator.transformer, along, length)
             row |= {
-                f"gain_{size:g}": change.mean().item(),
-                f"error_{size:g}": (change.std() / len(change) ** 0.5).item(),
+                f"gain_{length:g}": change.mean().item(),
+                f"error_{length:g}": (change.std() / len(change) ** 0.5).item(),
             }
         found.append(row)
     return found
@@ -113,7 +135,7 @@ def study(
 
 def in_words(found: list[dict[str, Any]]) -> list[str]:
     """Each kind of credit beside the rollout's, in numbers."""
-    whole = found[0]["norm_squared"]
+    (whole,) = (row["norm_squared"] for row in found if row["credit"] == "rollout")
     gains = [name for name in found[0] if name.startswith("gain_")]
     return [
         f"{row['credit']}: {row['norm_squared'] / whole:.2g} of the rollout's squared norm; reward "
@@ -121,7 +143,7 @@ def in_words(found: list[dict[str, Any]]) -> list[str]:
             f"{row[name]:+.3f} ± {row[name.replace('gain', 'error')]:.3f} by {name.removeprefix('gain_')}"
             for name in gains
         )
-        + " of its mean."
+        + " along its mean."
         for row in found
     ]
 

@@ -29,7 +29,7 @@ from typer import Option
 from speedrl.advantage import group_advantages
 from speedrl.files import write_atomically, write_json
 from speedrl.loss import normalise
-from speedrl.models.checkpoint import Generator, Prompts, decode, encode_prompts, load_generator, repeat, take
+from speedrl.models.checkpoint import Generator, Prompts, codebook, decode, encode_prompts, load_generator, repeat, take
 from speedrl.page import Section, write_page
 from speedrl.reward import Score, load_quality
 from speedrl.rollout import Rollout, draw_noise, rollout
@@ -96,11 +96,12 @@ def draw(
 
 def gradient(
     generator: Generator, reference: nn.Module, batch: Batch, name: str, *, guidance: float, order: str,
-    micro_batch: int = 16,
+    slopes: Tensor | None = None, micro_batch: int = 16,
 ) -> Tensor:  # fmt: skip
     """Gradient of one estimator's loss at the generator's parameters, a token on average: float32 [P].
 
-    A KL estimator alone, without the surrogate; or the surrogate with a likelihood, without KL.
+    A KL estimator alone, without the surrogate; or the surrogate with a likelihood, without KL, where `slopes` are in
+    the place of the advantages if they are given.
     """
     transformer, (done, prompts, advantages, *_) = generator.transformer, batch
     of_kl = name not in LIKELIHOODS
@@ -116,7 +117,8 @@ def gradient(
             transformer, reference if of_kl else None, part, states, take(prompts, index[states.sample]),
             repeat(empty, len(states.sample)), advantages[index] * (not of_kl), weights[index], grid=generator.grid,
             guidance=guidance, reference_guidance=guidance, order=order, likelihood="token" if of_kl else name,
-            clip_range=0.2, kl=name if of_kl else "none", kl_weight=1.0,
+            clip_range=0.2, kl=name if of_kl else "none", kl_weight=1.0, codes=codebook(generator),
+            slopes=None if slopes is None else slopes[index],
         )  # fmt: skip
         parts = torch.autograd.grad(normalise(loss, weights.sum()), learned, allow_unused=True)
         zeros = (torch.zeros_like(p) if g is None else g for p, g in zip(learned, parts, strict=True))

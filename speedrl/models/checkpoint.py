@@ -54,6 +54,7 @@ class Generator(NamedTuple):
     index: dict | None = None  # model_index.json, by which a diffusers pipeline loads the folder
     schedule: str = "cosine"  # how many tokens stay masked, and which are revealed first
     order: str = "confidence"
+    tuning: Tensor | None = None  # float32 [octaves of steps, scalars], learned factors on all that, in logs
     random_share: float = 0.0  # of the tokens that a distilled one-step generator starts from in place of masks
     pace: Pace | None = None  # what chooses the number of steps, float32, of a generator that was trained to
 
@@ -190,6 +191,7 @@ def load_folder(
         index=index,
         schedule=scheduler.get("masking_schedule", "cosine"),
         order=scheduler.get("reveal_order", "confidence"),
+        tuning=torch.tensor(scheduler["tuning"]) if scheduler.get("tuning") else None,
         random_share=scheduler.get("random_share", 0.0),
         pace=load_pace(folder / "pace", transformer, device=device),
     )
@@ -382,6 +384,19 @@ def decode(generator: Generator, tokens: Tensor, *, batch: int | None = None, bf
             picture = generator.vqvae.decode(part, force_not_quantize=True, shape=shape, return_dict=False)[0]
         pictures.append(picture.float().clamp(0, 1).contiguous())
     return torch.cat(pictures)
+
+
+def decode_embeddings(generator: Generator, embeddings: Tensor, *, bf16: bool = False) -> Tensor:
+    """Pictures of tokens' embeddings [B, L, C], rows of `codebook`: float32 [B, 3, H, W] in [0, 1], with a gradient."""
+    vqvae = generator.vqvae
+    with torch.autocast(embeddings.device.type, torch.bfloat16, enabled=bf16):
+        found = vqvae.post_quant_conv(embeddings.transpose(1, 2).unflatten(2, generator.grid))
+        return vqvae.decoder(found).float().clamp(0, 1)
+
+
+def codebook(generator: Generator) -> Tensor:
+    """The embedding of each code: float32 [V, C]."""
+    return generator.vqvae.quantize.embedding.weight.detach()
 
 
 def adapter_of(source: str | Path) -> Path | None:

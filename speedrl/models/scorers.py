@@ -99,10 +99,10 @@ def clip_features(
 ) -> tuple[Callable[[Tensor], Tensor], Callable[[list[str]], Tensor]]:  # fmt: skip
     """An open_clip model as two functions: of float [B, 3, H, W] in [0, 1], on any device, and of B prompts.
 
-    Both return float32 [B, D] of norm 1 on `device`, without gradient; the latest prompts are remembered.
+    Both return float32 [B, D] of norm 1 on `device`, of pictures with a gradient where they have one; the latest
+    prompts are remembered.
     """
 
-    @torch.no_grad()
     def images(pictures: Tensor) -> Tensor:
         found = []
         for part in pictures.split(micro_batch):
@@ -269,7 +269,6 @@ def imagereward_score(
         )
         return found.input_ids[0].to(device), found.attention_mask[0].to(device)
 
-    @torch.no_grad()
     def score(pictures: Tensor, prompts: list[str]) -> Tensor:
         ids, mask = (torch.stack(part) for part in zip(*map(words, prompts), strict=True))
         with bf16_autocast(device, enabled=bf16):
