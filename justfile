@@ -28,7 +28,7 @@ study *options:
 gradients *options:
     .venv/bin/python -m experiments.study.gradients {{options}}
 
-# what the credit of each step does to the gradient, and a step along it to the reward
+# what the credit of tokens and steps does to the gradient, and a step along it to the reward
 credit *options:
     .venv/bin/python -m experiments.study.credit {{options}}
 

@@ -27,6 +27,7 @@ from speedrl.models.checkpoint import (
     decode_embeddings,
     encode_prompts,
     find,
+    fitting_batch,
     load_generator,
     paced,
     parameters,
@@ -305,9 +306,10 @@ def train(
     checkpoint, complaints = start(out, resume=resume)
     record = restore(checkpoint, learned, optimizer, average, random, device) if checkpoint else {}
     by_token, by_step = credit == "token", credit == "step" or (credit == "token" and bounds.chosen)
-    codes, tuned = codebook(generator) if by_token else None, tune and not bounds.chosen
-    table = torch.zeros(OCTAVES, len(SPREAD)) if generator.tuning is None else generator.tuning
-    table = torch.tensor(record["tuning"]) if record.get("tuning") else table
+    codes, at_once = codebook(generator) if by_token else None, fitting_batch(generator)
+    tuned = tune and not bounds.chosen
+    table = torch.tensor(record["tuning"]) if record.get("tuning") else generator.tuning
+    table = torch.zeros(OCTAVES, len(SPREAD)) if table is None and tuned else table
     first, skipped = record.get("iteration", 0), record.get("skipped", 0)
     fit = torch.tensor(record.get("fit", [[0.0] * 4] * 3), dtype=torch.float64)  # of values to guesses
     moments = {name: Moments(*record.get("moments", {}).get(name, ())) for name in scores}
@@ -344,7 +346,9 @@ def train(
             asked = [text for text in chosen for _ in range(group_size)]
             of_group = torch.arange(groups).repeat_interleave(group_size)[mine].to(device)
             prompt = take(encode_prompts(generator, chosen), of_group)
-            tuning, tried = explored(table, counts, seed=seed, iteration=iteration) if tuned else (None, None)
+            tuning = None if table is None or bounds.chosen else settled(table, counts)
+            if tuned:
+                tuning, tried = explored(table, counts, seed=seed, iteration=iteration)
             policy = guided_policy(transformer, prompt, empty, guidance=guidance, grid=grid, pace=pace)
             with autocast, distributed.gathered_weights(transformer, pace, sharded=sharded):
                 batch = rollout(
@@ -373,7 +377,11 @@ def train(
             scale = 1 / (above.square().mean().sqrt() + 1e-4)
             if tuned:
                 table = improved(table, counts, tried, scale * above, rate=tune_rate / (1 + iteration / 8))
-            slopes = scale * agreed(lambda: reward_slopes(batch.tokens, codes, sloped, texts_of)) if by_token else None  # noqa: B023
+            slopes = None
+            if by_token:
+                by_size = lambda size: reward_slopes(batch.tokens, codes, sloped, texts_of, batch=size)  # noqa: B023, E731
+                slopes, at_once = agreed(lambda: fitting(by_size, at_once))  # noqa: B023
+                slopes = scale * slopes
             if by_step:
                 guessed = agreed(lambda: guesses(batch, texts_of, valued))  # noqa: B023
                 advantages, fit = step_credit(
@@ -447,7 +455,7 @@ def train(
             stop = int(total(torch.tensor(stopped()), largest=True))
             if done % save_every == 0 or done == iterations or stop:
                 record = {"skipped": skipped, "moments": moments, "fit": fit.tolist(), "recent": list(recent),
-                          "tuning": table.tolist() if tuned else None, "settings": settings}  # fmt: skip
+                          "tuning": None if table is None else table.tolist(), "settings": settings}  # fmt: skip
                 try:
                     save(out, done, tensors(learned, optimizer, average), random_states(random, device), record,
                          keep=keep_checkpoints, sharded=sharded)  # fmt: skip
@@ -465,6 +473,6 @@ def train(
         generator = paced(load_generator(model, **(loading or {})), bounds)
         if lora is not None:
             add_lora(generator.transformer, **adapted)
-    saved_to = save_trained(out, generator, weights, table if tuned else generator.tuning, settings) if loud else out
+    saved_to = save_trained(out, generator, weights, table, settings) if loud else out
     distributed.leave()
     return saved_to

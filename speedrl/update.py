@@ -264,8 +264,8 @@ def gradients(
 
 
 def fitting(
-    run: Callable[[int], dict[str, float]], size: int, *, undo: Callable[[], None], halve: bool = True
-) -> tuple[dict[str, float], int]:
+    run: Callable[[int], Any], size: int, *, undo: Callable[[], None] = lambda: None, halve: bool = True
+) -> tuple[Any, int]:
     """run(size), with half the size again each time that the device's memory runs out, and the size that fitted.
 
     `undo` takes back what a failed run has done. OutOfMemoryError at size 1, or at once where `halve` is off: ranks

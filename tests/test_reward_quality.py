@@ -67,7 +67,7 @@ def pictures(count: int, *, side: int = 64, seed: int = 0) -> torch.Tensor:
 
 
 def check_score(score) -> None:
-    """What every CLIP score keeps: range, repetition, no say of the batch, a say of the prompt, the pictures' gradient."""
+    """What every CLIP score keeps: range, repetition, the prompt's say but not the batch's, the pictures' gradient."""
     assert differentiable(score)
     images, prompts = pictures(5), ["a cat", "a red apple", "a cat on a blue background", "", "a dog"]
     found = score(images, prompts)

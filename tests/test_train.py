@@ -84,6 +84,9 @@ def test_a_model_keeps_the_tuning_that_was_learned_and_goes_on_from_it(options, 
     assert last["warp"] == pytest.approx(settled(table, torch.tensor([3])).warp.item())
     again = train(out=tmp_path / "again", iterations=1, tune=False, **options | {"model": str(trained)})
     assert torch.equal(load_generator(again).tuning, table)
+    assert metrics(tmp_path / "again")[0]["ratio_max"] == pytest.approx(1, abs=1e-5)  # sampled by it, and scored so
+    onwards = train(out=tmp_path / "run", iterations=4, resume=True, **options | {"tune": False})
+    assert torch.equal(load_generator(onwards).tuning, table)
     plain = train(out=tmp_path / "plain", iterations=1, tune=False, **options)
     assert load_generator(plain).tuning is None and "warp" not in metrics(tmp_path / "plain")[0]
 

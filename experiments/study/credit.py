@@ -23,7 +23,7 @@ from typer import Option
 from experiments.study.gradients import Batch, draw, gradient, write
 from speedrl.advantage import group_advantages
 from speedrl.critic import reward_slopes
-from speedrl.models.checkpoint import Generator, codebook, decode, decode_embeddings, load_generator
+from speedrl.models.checkpoint import Generator, codebook, decode, decode_embeddings, fitting_batch, load_generator
 from speedrl.reward import Score, differentiable, load_quality
 from speedrl.train import training_prompts
 from speedrl.value import guesses, step_credit
@@ -56,7 +56,8 @@ def slopes_of(generator: Generator, batch: Batch, score: Score, codes: Tensor, *
         return score(decode_embeddings(generator, embeddings), texts)
 
     above = group_advantages(batch.rewards.view(-1, group_size), scale=False)
-    found = reward_slopes(batch.rollout.tokens, codes, reward, batch.texts)
+    at_once = fitting_batch(generator)
+    found = reward_slopes(batch.rollout.tokens, codes, reward, batch.texts, batch=at_once)
     return found / (above.square().mean().sqrt() + 1e-4)
 
 
