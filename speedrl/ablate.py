@@ -50,7 +50,7 @@ def ablations() -> dict[str, dict[str, dict]]:
         "speed-reward": speed | gated | fixed,
         "shared-steps": {"a count for each group": drawn | {"shared_steps": True}, "a count for each sample": drawn},
         "kl": weights
-        | {f"{kind}, weight 0.02": {"kl": kind, "kl_weight": 0.02} for kind in ("reverse", "k2", "k3")}
+        | {f"{kind}, weight 0.002": {"kl": kind, "kl_weight": 0.002} for kind in ("reverse", "k2", "k3")}
         | {"none": {"kl": "none"}},
         "credit": {"of a token": {"credit": None}}
         | {f"of a step, lambda {x:g}": {"credit": "step", "gae_lambda": x} for x in (0.0, 0.5, 1.0)}

@@ -39,8 +39,8 @@ def report(
     """Compares a trained model with its base on the same prompts and noise; returns rows as `evaluate` does.
 
     The rows: the base at its own steps and guidance; the base at the trained model's steps, at its own guidance and
-    without, each at its own and at twice its temperature, and with the tuning that was learned beside the trained
-    weights, if there is one (what few steps give without training); the trained model as it was trained, and where it
+    without, each as it is and with the tuning that was learned beside the trained weights, or where none was at twice
+    its temperature (what few steps give without other weights); the trained model as it was trained, and where it
     chooses its steps also at their rounded mean, which then counts as its steps; and both without guidance, or as the
     trained model has it, at twice and four times its steps and so on, up to a quarter of the network calls of the first
     row. On the first `some` prompts of each set, `count` pictures of each for each of `seeds` seeds.
@@ -57,10 +57,12 @@ def report(
         few = max(1, round(draw(after, shown, steps="auto")[1].double().mean().item()))
         own = ["auto", few]
     settings = [(base, before, before.steps, before.guidance, heat)]
-    settings += [(base, before, few, g, t) for g in dict.fromkeys((before.guidance, 1.0)) for t in (heat, 2 * heat)]
-    if after.tuning is not None:
-        tuned = before._replace(tuning=after.tuning)
-        settings += [(f"{base}, tuned", tuned, few, g, heat) for g in dict.fromkeys((before.guidance, 1.0))]
+    strengths = dict.fromkeys((before.guidance, 1.0))
+    if after.tuning is None:
+        settings += [(base, before, few, g, t) for g in strengths for t in (heat, 2 * heat)]
+    else:
+        settings += [(base, before, few, g, heat) for g in strengths]
+        settings += [(f"{base}, tuned", before._replace(tuning=after.tuning), few, g, heat) for g in strengths]
     quarter = max(1, network_calls(before.steps, before.guidance) // (4 * network_calls(1, after.guidance)))
     more = [few * 2**k for k in range(1, quarter.bit_length()) if few * 2**k < quarter] + [quarter]
     settings += [(base, before, n, after.guidance, heat) for n in more if n != few]

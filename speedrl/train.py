@@ -197,7 +197,7 @@ def train(
     likelihood: str = "token",
     clip_range: float = 0.2,
     kl: str = "ce",
-    kl_weight: float = 0.02,
+    kl_weight: float = 0.002,
     percentile: float = 0.0,
     least_quality: float | None = None,
     trained: int | None = None,

@@ -199,7 +199,7 @@ def test_report_compares_the_trained_model_with_its_base(options, tmp_path):
     rows = report(options["model"], trained, out=tmp_path / "run", prompts=options["prompts"],
                   quality=options["quality"], count=2, seeds=2)  # fmt: skip
     assert json.loads((tmp_path / "run/comparison.json").read_text()) == rows
-    assert [row["network_calls"] for row in rows] == [12, 6, 6, 3, 3, 6, 3, 3]  # 6 guided steps before, 3 plain after
+    assert [row["network_calls"] for row in rows] == [12, 6, 3, 6, 3, 3]  # 6 guided steps before, 3 plain after
     assert all(row["reward"] is not None and row["reward_spread"] is not None for row in rows)
     assert (tmp_path / "run/before_after.png").read_bytes().startswith(b"\x89PNG")
 
