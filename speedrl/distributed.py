@@ -175,12 +175,13 @@ def shard(
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     if not hasattr(transformer, "single_transformer_blocks"):
         raise ValueError("fsdp shards Meissonic's transformer only: train this model with --parallel ddp")
-    low = torch.bfloat16 if bf16_is_fast(device) and torch.device(device).type != "cpu" else None
+    kind = torch.device(device).type
+    low = torch.bfloat16 if bf16_is_fast(device) and kind != "cpu" else None
     how = {
-        "mesh": init_device_mesh(torch.device(device).type, (world(),)),
+        "mesh": init_device_mesh(kind, (world(),)),
         # what the blocks get is cast by the model itself: rotary angles stay in float32
         "mp_policy": MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False),
-        "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
+        "offload_policy": CPUOffloadPolicy(pin_memory=kind != "cpu") if offload else OffloadPolicy(),
     }
     blocks = (*transformer.transformer_blocks, *transformer.single_transformer_blocks, transformer.mlm_layer)
     networks = [network for network in (transformer, pace) if network is not None]

@@ -2,6 +2,7 @@
 
 import signal
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 
@@ -9,6 +10,17 @@ def one_line(error: BaseException) -> str:
     """An error's message, on one line and not too long."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:300] + "..."
+
+
+@contextmanager
+def unsaved(iteration: int) -> Iterator[None]:
+    """Within, where the trained model is saved, any failure is an OSError that says what stands: `iteration`'s."""
+    try:
+        yield
+    except Exception as error:  # safetensors and tokenizers have their own for what the system refuses
+        stands = f"the checkpoint of iteration {iteration} stands" if iteration else "no checkpoint was saved"
+        advice = f"{stands}: mend that, and give the same command with --resume"
+        raise OSError(f"the trained model cannot be saved ({one_line(error)}); {advice}") from error
 
 
 class Stopped(KeyboardInterrupt):

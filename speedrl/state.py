@@ -4,8 +4,10 @@ A checkpoint holds tensors in safetensors (what is learned, the optimizer's stat
 or a shard of each rank by torch.distributed.checkpoint), the random states, and the rest in state.json. No pickles.
 """
 
+import errno
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -23,6 +25,7 @@ from speedrl import __version__
 from speedrl.distributed import agreed, barrier, everyone, rank, world
 from speedrl.errors import one_line
 from speedrl.files import append_lines, damage, replace_folder, seal, write_atomically, write_json
+from speedrl.tuning import OCTAVES, SPREAD
 
 RANDOM = "random.st"  # not *.safetensors, which are all of the tensors' files
 
@@ -139,6 +142,22 @@ def stored(folder: Path) -> dict[str, Any]:
     return dict(HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata)
 
 
+def read_record(folder: Path) -> dict[str, Any]:
+    """What a checkpoint's state.json holds. ValueError, or another's error, where a part of it is of another kind."""
+    record = json.loads((folder / "state.json").read_text())
+    counts = [record["iteration"], record["ranks"], *(record.get(name, 0) for name in ("skipped", "skipped_total"))]
+    tables = [(record.get("fit"), (3, 4)), (record.get("tuning"), (OCTAVES, len(SPREAD)))]
+    tables += [(moments, (3,)) for moments in record.get("moments", {}).values()]
+    tables += [(list(row.values()), (len(row),)) for row in record.get("recent", ())]
+    if not all(type(count) is int and 0 <= count < 2**63 for count in counts) or any(
+        table is not None and torch.tensor(table, dtype=torch.float64).shape != shape for table, shape in tables
+    ):
+        raise ValueError("a count or a table in state.json is none")
+    if not isinstance(record.get("settings", {}), dict):
+        raise ValueError("the settings in state.json are none")
+    return record
+
+
 def restore(
     folder: Path,
     learned: Mapping[str, nn.Parameter],
@@ -153,7 +172,7 @@ def restore(
     ranks is the same.
     """
     try:
-        record = json.loads((folder / "state.json").read_text())
+        record = read_record(folder)
         held = stored(folder)
         for entry in held:
             kind, _, name = entry.partition(".")
@@ -188,11 +207,17 @@ def restore(
 def start(out: Path, *, resume: bool) -> tuple[Path | None, list[str]]:
     """Makes the run's folder; the checkpoint to go on from, if any, and lines about damaged ones that are newer.
 
-    ValueError where the folder holds a run that is not resumed, or nothing but damaged checkpoints.
+    ValueError where the folder holds a run that is not resumed, or nothing but damaged checkpoints; OSError where it
+    cannot be written.
     """
     if not resume and (checkpoints(out) or (out / "metrics.jsonl").exists()):
         raise ValueError(f"{out} holds a run already: continue it with --resume or choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not os.access(out, os.W_OK):  # now, not after an iteration
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(out))
+    except OSError as error:
+        raise OSError(f"{out} cannot be written ({one_line(error)}): choose another --out") from error
     folder, complaints = newest(out) if resume else (None, [])
     if folder is None and complaints:
         raise ValueError(f"{'; '.join(complaints)}; none is whole: start the run anew in another folder")
@@ -206,7 +231,7 @@ def drop_metrics(out: Path, done: int) -> None:
         try:
             if line.endswith("\n") and json.loads(line)["iteration"] <= done:
                 kept.append(line)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
     write_atomically(metrics, lambda partial: partial.write_text("".join(kept), encoding="utf-8"))
 

@@ -17,7 +17,7 @@ from speedrl.advantage import group_advantages
 from speedrl.critic import reward_slopes
 from speedrl.display import Display
 from speedrl.distributed import agreed, gathered, total
-from speedrl.errors import Stopped, interruptible
+from speedrl.errors import Stopped, interruptible, unsaved
 from speedrl.export import save_trained
 from speedrl.filter import low_quality, std_percentile
 from speedrl.models.checkpoint import (
@@ -282,6 +282,8 @@ def train(
     temperature = generator.temperature if temperature is None else temperature
     reference_guidance = generator.guidance if reference_guidance is None else reference_guidance
     schedule, order = schedule or generator.schedule, order or generator.order
+    settings |= {"temperature": temperature, "reference_guidance": reference_guidance, "schedule": schedule,
+                 "order": order}  # fmt: skip
     scores, shares = load_qualities(quality, device=device, weights=reward_weights)
     credit = settings["credit"] = kind_of_credit(credit, likelihood, scores, shares, device=device)
 
@@ -310,7 +312,7 @@ def train(
     tuned = tune and not bounds.chosen
     table = torch.tensor(record["tuning"]) if record.get("tuning") else generator.tuning
     table = torch.zeros(OCTAVES, len(SPREAD)) if table is None and tuned else table
-    first, skipped = record.get("iteration", 0), record.get("skipped", 0)
+    first, skipped, lost = (record.get(name, 0) for name in ("iteration", "skipped", "skipped_total"))
     fit = torch.tensor(record.get("fit", [[0.0] * 4] * 3), dtype=torch.float64)  # of values to guesses
     moments = {name: Moments(*record.get("moments", {}).get(name, ())) for name in scores}
     recent = deque((row for row in record.get("recent", ()) if row.keys() == scores.keys()), maxlen=TREND)
@@ -416,7 +418,7 @@ def train(
                 if norm.isfinite():
                     optimizer.step()
                     follow(average, learned, decay=ema, updates=iteration)
-                skipped = 0 if norm.isfinite() else skipped + 1
+                skipped, lost = (0, lost) if norm.isfinite() else (skipped + 1, lost + 1)
                 optimizer.zero_grad(set_to_none=True)
                 if skipped:
                     display.warn(f"iteration {iteration + 1}: the gradient is not finite; its update is skipped")
@@ -437,6 +439,7 @@ def train(
                 "grad_norm": norm.item(),
                 "kept": keep.mean().item(),
                 "skipped": skipped,
+                "skipped_total": lost,
                 "images_per_second": size / (time.time() - began),
             }
             if bounds.least < bounds.most:
@@ -454,8 +457,9 @@ def train(
                 display.warn(problem) if problem else None
             stop = int(total(torch.tensor(stopped()), largest=True))
             if done % save_every == 0 or done == iterations or stop:
-                record = {"skipped": skipped, "moments": moments, "fit": fit.tolist(), "recent": list(recent),
-                          "tuning": None if table is None else table.tolist(), "settings": settings}  # fmt: skip
+                record = {"skipped": skipped, "skipped_total": lost, "moments": moments, "fit": fit.tolist(),
+                          "recent": list(recent), "tuning": None if table is None else table.tolist(),
+                          "settings": settings}  # fmt: skip
                 try:
                     save(out, done, tensors(learned, optimizer, average), random_states(random, device), record,
                          keep=keep_checkpoints, sharded=sharded)  # fmt: skip
@@ -473,6 +477,7 @@ def train(
         generator = paced(load_generator(model, **(loading or {})), bounds)
         if lora is not None:
             add_lora(generator.transformer, **adapted)
-    saved_to = save_trained(out, generator, weights, table, settings) if loud else out
+    with unsaved(saved):
+        saved_to = save_trained(out, generator, weights, table, settings) if loud else out
     distributed.leave()
     return saved_to

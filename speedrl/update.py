@@ -258,6 +258,7 @@ def gradients(
                 repeat(empty, len(states.sample)), advantages[index], weights[index],
                 slopes=None if slopes is None else slopes[index], **how,
             )  # fmt: skip
+        loss = loss * (1 + 0 * loss.detach())  # one that is not finite has a gradient that is not, whatever made it so
         normalise(loss, kept).backward()
         accumulate(totals, stats)
     return totals

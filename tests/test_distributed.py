@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,8 +16,10 @@ from safetensors.torch import load_file, save_file
 import speedrl.train
 from speedrl.distributed import any_rank, everyone, gathered, share, total, total_stats
 from speedrl.export import export
+from speedrl.state import newest
 from speedrl.train import train
-from tests.ranks import finish, start_ranks
+from tests.ranks import command, finish, free_port, start_ranks
+from tests.test_state import arguments, wait_for
 
 OPTIONS = dict(steps="2-4", groups=4, group_size=3, iterations=1, compile=False, lr=1e-3, micro_batch=5,
                percentile=60.0, updates=1, quality="embedded")  # fmt: skip
@@ -107,13 +111,25 @@ def resumed(out, options, first, last):
     train(out=out, **options | {"iterations": last, "resume": first})
 
 
+def on_ranks(world, folder, *given):
+    assert finish(start_ranks(resumed, world, folder.parent, str(folder), *given)) == [0] * world, (
+        folder.parent / "rank-0.log"
+    ).read_text()
+
+
+def near(one, other):
+    """Whether two runs' metrics are the same but for the order of sums."""
+    assert len(one) == len(other) and all(a.keys() == b.keys() for a, b in zip(one, other, strict=True))
+    return all(a[k] == pytest.approx(b[k], rel=1e-4, abs=1e-6) for a, b in zip(one, other, strict=True) for k in a)
+
+
 @pytest.mark.parametrize("how", [{"lora": 2}, {"parallel": "fsdp"}])
-def test_ranks_resume_exactly_and_another_number_of_ranks_goes_on(options, tmp_path, how):
-    options |= {"ema": 0.9} | how
-    for out, first, last in (("whole", False, 3), ("parts", False, 2), ("parts", True, 3)):
-        assert finish(start_ranks(resumed, 2, tmp_path, str(tmp_path / out), options, first, last)) == [0, 0], (
-            tmp_path / "rank-0.log"
-        ).read_text()
+def test_ranks_resume_exactly_and_another_number_of_ranks_goes_on_as_they_would_have(options, tmp_path, how):
+    options |= {"ema": 0.9, "save_every": 1} | how
+    on_ranks(2, tmp_path / "whole", options, False, 3)
+    on_ranks(2, tmp_path / "parts", options, False, 2)
+    shutil.copytree(tmp_path / "parts", tmp_path / "fewer")
+    on_ranks(2, tmp_path / "parts", options, True, 3)
     assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
     saved = "adapter" if "lora" in how else "model"
     found = list((tmp_path / "whole" / saved).rglob("*.safetensors"))
@@ -121,8 +137,86 @@ def test_ranks_resume_exactly_and_another_number_of_ranks_goes_on(options, tmp_p
     for path in found:
         one, other = load_file(path), load_file(tmp_path / "parts" / path.relative_to(tmp_path / "whole"))
         assert all(torch.equal(one[name], other[name]) for name in one)
-    train(out=tmp_path / "parts", **options | {"parallel": "ddp", "iterations": 4, "resume": True})
-    assert [row["iteration"] for row in rows(tmp_path / "parts")] == [1, 2, 3, 4]
+    alone = options | {"parallel": "ddp", "iterations": 3}
+    train(out=tmp_path / "fewer", **alone | {"resume": True})
+    assert near(rows(tmp_path / "fewer"), rows(tmp_path / "whole")) and rows(tmp_path / "whole")[2]["grad_norm"] > 1e-3
+    train(out=tmp_path / "alone", **alone)
+    shutil.copytree(tmp_path / "alone", tmp_path / "more")
+    shutil.rmtree(tmp_path / "more/checkpoints/000003")
+    on_ranks(2, tmp_path / "more", options, True, 3)
+    assert rows(tmp_path / "more")[:2] == rows(tmp_path / "alone")[:2]
+    assert near(rows(tmp_path / "more"), rows(tmp_path / "alone"))
+
+
+@pytest.mark.parametrize("how", [{"lora": 2}, {"checkpointing": True}, {"offload": True}], ids=str)
+def test_shards_with_an_adapter_recomputed_or_offloaded_train_as_one_process(options, tmp_path, how):
+    """Two iterations: the second has the optimizer's step on shards behind it, and an adapter that is not nothing."""
+    options |= {"iterations": 2, "lr": 1e-3, "eps": 1e-3}
+    alone = {name: value for name, value in how.items() if name == "lora"}
+    for name, world, more in (("one", 1, alone), ("ranks", 2, {"parallel": "fsdp"} | how)):
+        statuses = finish(start_ranks(trained, world, tmp_path, str(tmp_path / name), options | more))
+        assert statuses == [0] * world, (tmp_path / "rank-0.log").read_text()
+    assert near(rows(tmp_path / "ranks"), rows(tmp_path / "one"))
+    assert close(load_file(tmp_path / "ranks-0.st"), load_file(tmp_path / "one-0.st"))
+    saved = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*odel*.safetensors"))
+    assert len(saved) >= 1 + 2 * ("lora" not in how)
+    for path in saved:
+        assert close(load_file(tmp_path / "ranks" / path), load_file(tmp_path / "one" / path), to=1e-4), path
+
+
+@pytest.mark.parametrize("told", [(0, 1), (1,)], ids=["both", "one"])
+def test_ranks_that_are_told_to_stop_end_the_same_iteration_save_it_and_say_so(options, tmp_path, told):
+    flags = arguments(options | {"save_every": 2}, tmp_path / "run", 500)
+    processes = start_ranks(command, 2, tmp_path, *flags)
+    wait_for(tmp_path / "run/checkpoints/000002")
+    for rank in told:
+        os.kill(processes[rank].pid, signal.SIGTERM)
+    assert finish(processes) == [143, 143]
+    done = len(rows(tmp_path / "run"))
+    for rank in (0, 1):
+        said = (tmp_path / f"rank-{rank}.log").read_text()
+        assert f"stopped after iteration {done}; go on with the same command and --resume" in said
+    assert newest(tmp_path / "run") == (tmp_path / f"run/checkpoints/{done:06d}", [])
+
+
+def deadly(images, prompts):
+    """Kills rank 1 in the third iteration, unless torchrun has started it again."""
+    first = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
+    if first and os.environ["RANK"] == "1" and Path("run/checkpoints/000002").exists():
+        os.kill(os.getpid(), signal.SIGKILL)
+    return green(images, prompts)
+
+
+def test_torchrun_starts_killed_ranks_again_which_resume_and_stops_them_in_good_order(options, tmp_path):
+    """The command of the README. A rank is killed, all start again and go on; then torchrun is told to stop."""
+    options |= {"quality": "tests.test_distributed:deadly", "save_every": 1}
+    flags = [str(flag) for flag in arguments(options, "run", 500, "--resume")]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
+    where = {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            [*torchrun, "--master-port", str(free_port()), "-m", "speedrl", *flags], cwd=tmp_path, stdout=log,
+            stderr=log, env=os.environ | where,
+        )  # fmt: skip
+    try:
+        wait_for(tmp_path / "run/checkpoints/000004")
+        process.terminate()
+        assert process.wait(120) != 0
+    finally:
+        process.kill()
+    said, found = (tmp_path / "log").read_text(), rows(tmp_path / "run")
+    done = len(found)
+    assert "(exitcode: -9) local_rank: 1" in said, "rank 1 was killed, and torchrun saw it"
+    assert [row["iteration"] for row in found] == list(range(1, done + 1))
+    assert said.count("iteration 2 ") == said.count("iteration 3 ") == 1, "it went on from the second"
+    assert said.count(f"stopped after iteration {done}; go on with the same command and --resume") == 2
+    assert newest(tmp_path / "run") == (tmp_path / f"run/checkpoints/{done:06d}", [])
+    on_ranks(2, tmp_path / "run", options, True, done + 1)
+    on_ranks(2, tmp_path / "whole", options, False, done + 1)
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+    for path in (tmp_path / "whole/model").rglob("*.safetensors"):
+        one, other = load_file(path), load_file(tmp_path / "run" / path.relative_to(tmp_path / "whole"))
+        assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def dies(out, options):

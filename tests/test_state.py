@@ -7,20 +7,24 @@ import random
 import shutil
 import signal
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 import speedrl.files
 import speedrl.state
 import speedrl.train
 import speedrl.update
+from speedrl.cli import app
 from speedrl.errors import Stopped
 from speedrl.export import export
 from speedrl.files import append_lines, damage, seal
 from speedrl.models.checkpoint import load_generator
+from speedrl.sample import sample
 from speedrl.state import changed, checkpoints, newest
 from speedrl.train import draw_prompts, train
 from speedrl.update import fitting, follow
@@ -94,6 +98,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_in_weights_average_optimizer_met
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
     assert same_tensors(tmp_path / "whole/model", tmp_path / "parts/model")
     assert same_tensors(tmp_path / "whole/checkpoints/000006", tmp_path / "parts/checkpoints/000006")
+    drawn = [sample(load_generator(tmp_path / name), ["a b", "e f"], steps=3, seed=5) for name in ("whole", "parts")]
+    assert torch.equal(*drawn) and drawn[0].std() > 0
     held, records = {}, []
     for name in ("whole", "parts"):
         folder = tmp_path / name / "checkpoints/000006"
@@ -191,21 +197,35 @@ def test_resuming_what_has_no_checkpoint_yet_starts_and_another_models_is_refuse
     assert changed({"lr": 1.0, "out": "a"}, {"lr": 1.0, "out": "b", "ema": None}) == []
 
 
+def test_a_checkpoint_holds_what_the_models_own_settings_were_and_giving_them_is_no_change(options, run, capsys):
+    settings = json.loads((run / "checkpoints/000003/state.json").read_text())["settings"]
+    own = {"temperature": 1.5, "reference_guidance": 3.0, "schedule": "cosine", "order": "confidence"}
+    assert {name: settings[name] for name in own} == own and settings["credit"] == "token"
+    options |= {"prompts": settings["prompts"]}
+    train(out=run, iterations=4, resume=True, **options)
+    train(out=run, iterations=5, resume=True, **options, **own)
+    assert "other settings" not in capsys.readouterr().out
+    train(out=run, iterations=6, resume=True, **options, schedule="linear")
+    assert "going on with other settings: schedule cosine, now linear" in capsys.readouterr().out
+
+
 class Full:
     """A disk that is full from some moment on: every file opened for writing refuses what is written."""
 
-    def __init__(self, monkeypatch):
+    says, number = "No space left", errno.ENOSPC
+
+    def __init__(self, monkeypatch, run):
         self.now, plain = False, Path.open
 
         def opened(path, mode="r", *arguments, **options):
             if self.now and mode[0] in "aw":
-                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+                raise OSError(self.number, os.strerror(self.number), str(path))
             return plain(path, mode, *arguments, **options)
 
         def saved(tensors, path, *arguments, **options):
             if self.now:
                 Path(path).write_bytes(b"half")
-                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+                raise OSError(self.number, os.strerror(self.number), str(path))
             return save_file(tensors, path, *arguments, **options)
 
         save_file = speedrl.state.save_file
@@ -213,8 +233,51 @@ class Full:
         monkeypatch.setattr(speedrl.state, "save_file", saved)
 
 
-def test_on_a_full_disk_training_goes_on_and_what_was_saved_stands(options, tmp_path, monkeypatch, capsys):
-    full = Full(monkeypatch)
+class Refused(Full):
+    """Folders that cannot be written from some moment on, as the system says it: none is made, no file is opened."""
+
+    says, number = "Permission denied", errno.EACCES
+
+    def __init__(self, monkeypatch, run):
+        super().__init__(monkeypatch, run)
+        plain = os.mkdir
+
+        def made(path, *arguments, **options):
+            if self.now:
+                raise OSError(self.number, os.strerror(self.number), str(path))
+            return plain(path, *arguments, **options)
+
+        monkeypatch.setattr(os, "mkdir", made)
+
+
+class ReadOnly:
+    """The same by the run's own permissions."""
+
+    says = "Permission denied"
+
+    def __init__(self, monkeypatch, run):
+        self.run = run
+        need_permissions(run.parent)
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if name == "now" and self.run.exists():
+            for path in (self.run, self.run / "checkpoints", self.run / "metrics.jsonl"):
+                if path.exists():
+                    path.chmod((0o555 if value else 0o755) if path.is_dir() else 0o444 if value else 0o644)
+
+
+def need_permissions(folder):
+    (folder / "probe").mkdir(mode=0o555)
+    if os.access(folder / "probe", os.W_OK):
+        pytest.skip("permissions do not bind this user, as they do not bind root")
+
+
+@pytest.mark.parametrize("fault", [Full, Refused, ReadOnly])
+def test_where_nothing_can_be_written_training_goes_on_and_what_was_saved_stands(
+    options, tmp_path, monkeypatch, capsys, fault
+):
+    full = fault(monkeypatch, tmp_path / "run")
     plain, options = speedrl.train.decode, options | {"credit": "rollout"}  # which decodes once an iteration
 
     def decode(*arguments, **options):
@@ -228,7 +291,7 @@ def test_on_a_full_disk_training_goes_on_and_what_was_saved_stands(options, tmp_
     monkeypatch.setattr(speedrl.train, "decode", decode)
     train(out=tmp_path / "run", iterations=5, **options)
     said = capsys.readouterr().out
-    assert "000003 cannot be written" in said and "No space left" in said and "training goes on" in said
+    assert "000003 cannot be written" in said and full.says in said and "training goes on" in said
     assert "metrics.jsonl cannot be written" in said
     assert [row["iteration"] for row in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5]
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["000005", "000002", "000001"]
@@ -289,6 +352,40 @@ def test_a_gradient_that_is_not_finite_is_skipped_counted_and_in_the_end_fatal(o
         train(out=tmp_path / "bad", iterations=9, max_skipped=3, **options)
     held = load_file(newest(tmp_path / "bad")[0] / "tensors.safetensors")
     assert all(value.isfinite().all() for value in held.values())
+
+
+def test_a_loss_that_is_not_finite_is_skipped_and_counted_also_in_all(options, tmp_path, monkeypatch, capsys):
+    plain, calls = speedrl.update.micro_batch_loss, []
+
+    def loss(*arguments, **how):
+        value, stats = plain(*arguments, **how)
+        calls.append(value)
+        return value + {2: float("nan"), 4: float("inf")}.get(len(calls), 0.0), stats  # whose gradient alone is finite
+
+    monkeypatch.setattr(speedrl.update, "micro_batch_loss", loss)
+    train(out=tmp_path / "run", iterations=3, keep_checkpoints=5, **options)
+    train(out=tmp_path / "run", iterations=5, keep_checkpoints=5, resume=True, **options)
+    assert len(calls) == 5, "one micro-batch an iteration"
+    rows = metrics(tmp_path / "run")
+    assert [row["skipped"] for row in rows] == [0, 1, 0, 1, 0]
+    assert [row["skipped_total"] for row in rows] == [0, 1, 1, 2, 2]
+    said = capsys.readouterr().out
+    assert all(f"iteration {i}: the gradient is not finite" in said for i in (2, 4))
+    held = [load_file(path / "tensors.safetensors") for path in reversed(checkpoints(tmp_path / "run"))]
+    weights = [{name: value for name, value in part.items() if name.startswith("transformer.")} for part in held]
+    moved = [not all(torch.equal(one[name], other[name]) for name in one) for one, other in pairwise(weights)]
+    assert moved == [False, True, False, True] and all(v.isfinite().all() for v in weights[-1].values())
+
+
+def test_a_model_with_an_infinite_weight_ends_in_one_line_and_is_not_trained(options, tiny_generator_folder, tmp_path):
+    folder = shutil.copytree(tiny_generator_folder, tmp_path / "infinite")
+    path = folder / "transformer/diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights["mlm_layer.conv2.weight"].view(-1)[0] = float("inf")
+    save_file(weights, path)
+    with pytest.raises(ValueError, match="2 updates in a row had a gradient that is not finite"):
+        train(out=tmp_path / "run", iterations=5, max_skipped=2, **options | {"model": str(folder)})
+    assert [row["skipped_total"] for row in metrics(tmp_path / "run")] == [1]
 
 
 def failing(images, prompts):
@@ -446,7 +543,7 @@ def test_killed_at_random_moments_a_run_ends_as_the_uninterrupted_one(options, t
 
 
 def test_a_stop_whose_state_cannot_be_written_says_what_is_saved(options, tmp_path, monkeypatch):
-    full = Full(monkeypatch)
+    full = Full(monkeypatch, tmp_path / "run")
     plain, options = speedrl.train.decode, options | {"credit": "rollout"}  # which decodes once an iteration
 
     def decode(*a, **options):
@@ -461,10 +558,45 @@ def test_a_stop_whose_state_cannot_be_written_says_what_is_saved(options, tmp_pa
     assert stopped.value.status == 143
 
 
-def test_a_read_only_folder_is_one_line(options, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError):
-        train(out=tmp_path / "file/run", iterations=1, **options)
+def refused(options, out):
+    """What the command line says of a folder that it cannot write."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments(options, out, 1)])
+    assert result.exit_code == 2 and isinstance(result.exception, SystemExit) and result.stdout == ""
+    assert result.stderr.startswith(f"error: {out} cannot be written (") and result.stderr.count("\n") == 1
+    assert result.stderr.endswith("): choose another --out\n")
+    return result.stderr
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(options, tmp_path):
+    (tmp_path / "file").write_text("x")
+    assert "Not a directory" in refused(options, tmp_path / "file/run")
+    assert "File exists" in refused(options, tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def test_a_read_only_folder_is_one_line_before_anything_is_computed(options, tmp_path):
+    need_permissions(tmp_path)
+    (tmp_path / "run").mkdir(mode=0o555)
+    for out in (tmp_path / "run", tmp_path / "run/below"):
+        assert "Permission denied" in refused(options, out)
+    assert not any((tmp_path / "run").iterdir())
+
+
+def test_where_the_model_cannot_be_saved_it_is_said_what_stands_and_resuming_saves_it(options, run, tmp_path, capsys):
+    """The system itself refuses files over 50 kB."""
+    resource = pytest.importorskip("resource")
+    limits, before = resource.getrlimit(resource.RLIMIT_FSIZE), shutil.copytree(run / "model", tmp_path / "before")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="model cannot be saved .*; the checkpoint of iteration 3 stands: mend that"):
+            train(out=run, iterations=4, resume=True, **options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "000004 cannot be written" in capsys.readouterr().out
+    assert same_tensors(run / "model", before) and newest(run) == (run / "checkpoints/000003", [])
+    train(out=run, iterations=4, resume=True, **options)
+    train(out=tmp_path / "whole", iterations=4, **options)
+    assert metrics(run) == metrics(tmp_path / "whole") and same_tensors(run / "model", tmp_path / "whole/model")
 
 
 def test_trackers_get_every_row_and_one_that_fails_stops_nothing(options, tmp_path, monkeypatch, capsys):

@@ -1,0 +1,165 @@
+"""On a GPU: a training is the processor's, ranks over NCCL are as one, and where memory really runs out less does."""
+
+import json
+import multiprocessing
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import speedrl.distributed
+import speedrl.train
+from speedrl.critic import reward_slopes
+from speedrl.models.checkpoint import codebook, decode_embeddings, encode_prompts, load_generator, take
+from speedrl.platform import bf16_autocast
+from speedrl.rollout import draw_noise, rollout
+from speedrl.sample import guided_policy
+from speedrl.train import train
+from speedrl.update import fitting, gradients, token_weights, trained_steps
+from tests.ranks import finish, free_port, one
+from tests.test_distributed import OPTIONS, close, keep_gradient, rows, trained
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and there is none")
+DEVICE, GRID, LENGTH = "cuda", (4, 4), 16
+
+
+def in_float32(put=setattr):
+    """bf16 and TF32 off: what then differs from the processor is the order of sums."""
+    put(speedrl.train, "bf16_autocast", lambda device: bf16_autocast(device, enabled=False))
+    for module in (speedrl.train, speedrl.distributed):
+        put(module, "bf16_is_fast", lambda device: False)
+    put(torch.backends.cudnn, "allow_tf32", False)
+    put(torch.backends.cuda.matmul, "allow_tf32", False)
+
+
+@pytest.fixture
+def options(tiny_generator_folder, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a b\nc d\ne f\ng h\ni j\n")
+    return OPTIONS | {"model": str(tiny_generator_folder), "prompts": str(tmp_path / "prompts.txt"),
+                      "quality": "tests.test_distributed:green"}  # fmt: skip
+
+
+@pytest.mark.parametrize("credit", ["token", "step", "rollout"])
+def test_an_iteration_gives_the_gradient_and_the_metrics_of_the_processor(options, tmp_path, monkeypatch, credit):
+    in_float32(monkeypatch.setattr)
+    for device in ("cpu", DEVICE):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.optim.AdamW, "step", torch.optim.AdamW.step)  # to be put back
+            keep_gradient(tmp_path / f"{device}.st")
+            train(out=tmp_path / device, device=device, **options | {"credit": credit})
+    (here,), (there,) = rows(tmp_path / "cpu"), rows(tmp_path / DEVICE)
+    assert here.keys() == there.keys() and here["grad_norm"] > 1e-3
+    assert all(there[name] == pytest.approx(here[name], rel=1e-3, abs=1e-5) for name in here)
+    assert close(load_file(tmp_path / f"{DEVICE}.st"), load_file(tmp_path / "cpu.st"), to=1e-4)
+
+
+def test_in_the_precision_of_the_device_a_run_is_saved_and_goes_on(options, tmp_path):
+    """bf16, so metrics are only near; the device's random states are in the checkpoint."""
+    options |= {"device": DEVICE, "save_every": 1}
+    train(out=tmp_path / "run", **options)
+    assert f"0.{DEVICE}" in load_file(tmp_path / "run/checkpoints/000001/random.st")
+    train(out=tmp_path / "run", **options | {"iterations": 2, "resume": True})
+    found = rows(tmp_path / "run")
+    assert [row["iteration"] for row in found] == [1, 2]
+    assert all(row["grad_norm"] is not None and row["kept"] > 0 and row["skipped"] == 0 for row in found)
+    record = json.loads((tmp_path / "run/checkpoints/000002/state.json").read_text())
+    assert record["settings"]["device"] == DEVICE
+    saved = load_generator(tmp_path / "run", device=DEVICE).transformer.state_dict()
+    assert all(value.isfinite().all() for value in saved.values())
+
+
+def trained_in_float32(out, options):
+    in_float32()
+    trained(out, options)
+
+
+def spawned(work, world, folder, *arguments):
+    """As `start_ranks`, in new processes: a GPU cannot be used in forked ones."""
+    port, started, processes = free_port(), [], multiprocessing.get_context("spawn")
+    for rank in range(world):
+        given = (work, rank, world, port, str(folder / f"rank-{rank}.log"), arguments)
+        started.append(processes.Process(target=one, args=given))
+        started[-1].start()
+    return started
+
+
+@pytest.mark.parametrize(
+    ("world", "how"), [(1, {"parallel": "fsdp"}), (1, {"parallel": "fsdp", "offload": True}), (2, {}),
+                       (2, {"parallel": "fsdp"}), (2, {"parallel": "fsdp", "lora": 2})],
+)  # fmt: skip
+def test_ranks_give_the_gradient_and_the_metrics_of_one(options, tmp_path, world, how):
+    if torch.cuda.device_count() < world:
+        pytest.skip(f"needs {world} GPUs")
+    options |= {"device": DEVICE}
+    alone = {name: value for name, value in how.items() if name == "lora"}
+    for name, count, more in (("one", 1, alone), ("ranks", world, how)):
+        started = spawned(trained_in_float32, count, tmp_path, str(tmp_path / name), options | more)
+        assert finish(started) == [0] * count, (tmp_path / "rank-0.log").read_text()
+    (one,), (other,) = rows(tmp_path / "one"), rows(tmp_path / "ranks")
+    assert one.keys() == other.keys() and one["grad_norm"] > 1e-3
+    assert all(other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5) for name in one)
+    assert close(load_file(tmp_path / "ranks-0.st"), load_file(tmp_path / "one-0.st"), to=1e-4)
+    assert list(Path(tmp_path / "ranks").rglob("*model*.safetensors"))
+
+
+def reserved(run):
+    """The most bytes that the device keeps for run()."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return torch.cuda.max_memory_reserved()
+
+
+def short_of_memory(run, size):
+    """run, fitted to half of what it takes at `size` and more than at a sixteenth: its result, and the size."""
+    least, most = reserved(lambda: run(size // 16)), reserved(lambda: run(size))
+    assert most > 2 * least + 2**26, "the allocator gives memory out in pieces of up to 20 MB"
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction((least + most) / 2 / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        return fitting(run, size)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_where_the_devices_memory_runs_out_smaller_batches_give_the_same_gradient_and_slopes(
+    tiny_generator_folder, monkeypatch
+):
+    in_float32(monkeypatch.setattr)
+    count, generator = 1024, load_generator(tiny_generator_folder, device=DEVICE)
+    of_all = torch.zeros(count, dtype=torch.int64, device=DEVICE)
+    prompt, empty = take(encode_prompts(generator, ["an owl"]), of_all), encode_prompts(generator, [""])
+    policy = guided_policy(generator.transformer, prompt, empty, guidance=1.0, grid=GRID)
+    steps, noise = torch.full_like(of_all, 4), draw_noise(count, 4, LENGTH, seed=0, device=DEVICE)
+    batch = rollout(policy, steps, noise, length=LENGTH, mask_id=generator.mask_id, sparse=True)
+    which = trained_steps(batch.steps, None, torch.Generator())
+    weights = token_weights(batch, which, torch.ones(count, device=DEVICE))
+    advantages = torch.linspace(-1, 1, count, device=DEVICE)[:, None].expand(-1, 4)
+    learned = [p for p in generator.transformer.parameters() if p.requires_grad]
+
+    def of_policy(size):
+        for p in learned:
+            p.grad = None
+        gradients(
+            generator.transformer, None, batch, which, prompt, empty, advantages, weights, weights.sum(),
+            micro_batch=size, mask_id=generator.mask_id, autocast=bf16_autocast(DEVICE, enabled=False), grid=GRID,
+            guidance=1.0, reference_guidance=1.0, order="confidence", likelihood="token", clip_range=0.2, kl="none",
+            kl_weight=0.0,
+        )  # fmt: skip
+        return [p.grad.clone() for p in learned if p.grad is not None]
+
+    codes, texts = codebook(generator), ["an owl"] * count
+
+    def of_pictures(size):
+        score = lambda embeddings, _: decode_embeddings(generator, embeddings).square().mean((1, 2, 3))  # noqa: E731
+        return [reward_slopes(batch.tokens, codes, score, texts, batch=size)]
+
+    for run in (of_policy, of_pictures):
+        expected = run(count)
+        found, size = short_of_memory(run, count)
+        assert 1 <= size < count
+        largest = max(value.abs().max() for value in expected)
+        assert largest > 0
+        for one_found, one_expected in zip(found, expected, strict=True):
+            torch.testing.assert_close(one_found, one_expected, rtol=1e-4, atol=1e-4 * largest.item())
