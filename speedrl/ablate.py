@@ -44,7 +44,7 @@ def ablations() -> dict[str, dict[str, dict]]:
     gated = {"2-16 steps, speed 0.5, gated": drawn | {"steps_reward": 0.5, "quality_gate": MEDIAN}}
     fixed = {f"4 steps, speed {weight:g}": {"steps": "4", "steps_reward": weight} for weight in (0, 0.5)}
     weights = {
-        f"ce, weight {weight:g}": {"kl": "ce", "kl_weight": weight} for weight in (0.02, 0.002, 0.007, 0.06, 0.2)
+        f"ce, weight {weight:g}": {"kl": "ce", "kl_weight": weight} for weight in (0.002, 0.0005, 0.007, 0.02, 0.2)
     }
     return {
         "speed-reward": speed | gated | fixed,
