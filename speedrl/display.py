@@ -46,7 +46,7 @@ class Display:
         """Says something once, above the table."""
         if text not in self.said:
             self.said.add(text)
-            self.console.print(f"warning: {text}", soft_wrap=True, highlight=False)
+            self.console.print(f"warning: {text}", soft_wrap=True, highlight=False, markup=False)
 
     def show(self, row: dict) -> None:
         self.recent.append(row)
@@ -55,4 +55,4 @@ class Display:
             self.live.update(self.render())
         else:
             shown = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
-            self.console.print(shown, soft_wrap=True, highlight=False)
+            self.console.print(shown, soft_wrap=True, highlight=False, markup=False)

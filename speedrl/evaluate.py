@@ -18,6 +18,7 @@ from torch import Tensor
 from speedrl.files import write_atomically, write_json
 from speedrl.judge import Judge, concepts_in, diversity, features, frechet, load_judge, pixel_diversity, recall
 from speedrl.models.checkpoint import Generator, chooses_steps, decode, fitting_batch, load_generator, parts_of
+from speedrl.platform import check_device
 from speedrl.prompts import read_prompts
 from speedrl.reward import EMBEDDED, Score, load_qualities
 from speedrl.rollout import ORDERS
@@ -88,6 +89,7 @@ def evaluate(
     weights = {model: fingerprint(*parts_of(model)) for model in models}
     if "auto" in steps and (fixed := [model for model in models if not chooses_steps(model)]):
         raise ValueError(f"{fixed[0]} does not choose its steps: give numbers, or models of train --steps auto")
+    check_device(device)
     kept = read_results(out / "results.json")
     kept = {key: row for key, row in kept.items() if weights.get(row["model"], row["weights"]) == row["weights"]}
     console = Console()
@@ -313,7 +315,7 @@ def read_results(path: Path) -> dict[tuple, dict]:
     try:
         rows = json.loads(path.read_text())
         return {identity(row): row for row in rows if row["settings"] and row["weights"]}
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise ValueError(f"{path} is not an evaluation's result: move it away, or give another folder") from None
 
 

@@ -1,6 +1,5 @@
 """Trained models on disk: in the layout they came in, or as an adapter."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from speedrl.errors import one_line
 from speedrl.files import damage
 from speedrl.models.checkpoint import Generator, load_generator, paced, parameters, save_generator, save_pace
 from speedrl.models.lora import add_lora, merge_lora, save_lora
 from speedrl.schedule import step_range
-from speedrl.state import newest, read_tensors, stored
+from speedrl.state import newest, read_record, read_tensors, stored
 
 
 def save_trained(
@@ -56,18 +56,22 @@ def export(checkpoint: str | Path, *, out: str | Path, raw: bool = False) -> Pat
         raise FileNotFoundError(f"{checkpoint} is no checkpoint: give one, like RUN/checkpoints/000010")
     if wrong := damage(folder):
         raise ValueError(f"checkpoint {folder} is damaged: {wrong}")
-    record = json.loads((folder / "state.json").read_text())
-    settings, table = record["settings"], record.get("tuning")
-    generator = paced(load_generator(settings["model"], **(settings["loading"] or {})), step_range(settings["steps"]))
-    if settings["lora"] is not None:
-        alpha, targets = settings["lora_alpha"], settings["lora_targets"]
-        add_lora(generator.transformer, rank=settings["lora"], alpha=alpha, targets=targets)
-    held = stored(folder)
-    kind = "average." if not raw and any(name.startswith("average.") for name in held) else "transformer."
-    wanted = {name: torch.empty(value.size) for name, value in held.items() if name.startswith(kind)}
-    read_tensors(folder, wanted)
-    learned = {name.removeprefix(kind): value for name, value in wanted.items()}
-    return save_trained(Path(out), generator, learned, None if table is None else torch.tensor(table), settings)
+    try:
+        record = read_record(folder)
+        settings, table = record["settings"], record.get("tuning")
+        source, bounds = load_generator(settings["model"], **(settings["loading"] or {})), step_range(settings["steps"])
+        generator = paced(source, bounds)
+        if settings["lora"] is not None:
+            alpha, targets = settings["lora_alpha"], settings["lora_targets"]
+            add_lora(generator.transformer, rank=settings["lora"], alpha=alpha, targets=targets)
+        held = stored(folder)
+        kind = "average." if not raw and any(name.startswith("average.") for name in held) else "transformer."
+        wanted = {name: torch.empty(value.size) for name, value in held.items() if name.startswith(kind)}
+        read_tensors(folder, wanted)
+        learned = {name.removeprefix(kind): value for name, value in wanted.items()}
+        return save_trained(Path(out), generator, learned, None if table is None else torch.tensor(table), settings)
+    except Exception as error:  # safetensors, torch and json have many
+        raise ValueError(f"the checkpoint {folder} cannot be exported: {one_line(error)}") from error
 
 
 def sampled_as(generator: Generator, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def damage(folder: Path) -> str | None:
         listed = {name: (entry["bytes"], entry["sha256"]) for name, entry in sums.items()}
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return f"{MANIFEST} cannot be read"
     for name, (size, expected) in listed.items():
         path = folder / name

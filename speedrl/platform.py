@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from speedrl.errors import one_line
+
 
 def quiet_allocator() -> None:
     """Keeps freed memory in the process: on CPU, giving large buffers back to the kernel and faulting them in again
@@ -102,6 +104,14 @@ def bf16_is_fast(device: torch.device | str) -> bool:
         return True
     capability = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     return bool(capability())
+
+
+def check_device(device: torch.device | str) -> None:
+    """ValueError for a device that is not there."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"the device {device} cannot be used: {one_line(error)}") from error
 
 
 def can_compile(device: torch.device | str) -> bool:

@@ -80,7 +80,7 @@ def field(line: str, number: int, path: Path) -> str:
     """The prompt of one line of JSONL."""
     try:
         prompt = json.loads(line)["prompt"].strip()
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         prompt = ""
     if not prompt:
         raise ValueError(f'{path}: entry {number} has no prompt; each line must be like {{"prompt": "a red apple"}}')

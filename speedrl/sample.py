@@ -1,5 +1,6 @@
 """Pictures from prompts, and sheets of pictures."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -133,6 +134,9 @@ def draw(
     most, pace = at_most or first_steps, generator.pace if at_most else None
     guidance = generator.guidance if guidance is None else guidance
     temperature = generator.temperature if temperature is None else temperature
+    for name, value in (("guidance", guidance), ("temperature", temperature)):
+        if not math.isfinite(value) or (name == "temperature" and value < 0):
+            raise ValueError(f"{name} must be a finite number{', not negative' * (value < 0)}, got {value}")
     schedule, order = schedule or generator.schedule, order or generator.order
     tuned = generator.tuning is not None and at_most is None
     batch = fitting_batch(generator) if batch is None else batch

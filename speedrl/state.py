@@ -146,11 +146,12 @@ def read_record(folder: Path) -> dict[str, Any]:
     """What a checkpoint's state.json holds. ValueError, or another's error, where a part of it is of another kind."""
     record = json.loads((folder / "state.json").read_text())
     counts = [record["iteration"], record["ranks"], *(record.get(name, 0) for name in ("skipped", "skipped_total"))]
-    tables = [(record.get("fit"), (3, 4)), (record.get("tuning"), (OCTAVES, len(SPREAD)))]
+    tables = [(record["fit"], (3, 4))] if "fit" in record else []
+    tables += [(record["tuning"], (OCTAVES, len(SPREAD)))] if record.get("tuning") is not None else []
     tables += [(moments, (3,)) for moments in record.get("moments", {}).values()]
     tables += [(list(row.values()), (len(row),)) for row in record.get("recent", ())]
     if not all(type(count) is int and 0 <= count < 2**63 for count in counts) or any(
-        table is not None and torch.tensor(table, dtype=torch.float64).shape != shape for table, shape in tables
+        torch.tensor(table, dtype=torch.float64).shape != shape for table, shape in tables
     ):
         raise ValueError("a count or a table in state.json is none")
     if not isinstance(record.get("settings", {}), dict):
@@ -227,7 +228,7 @@ def start(out: Path, *, resume: bool) -> tuple[Path | None, list[str]]:
 def drop_metrics(out: Path, done: int) -> None:
     """Takes the lines past iteration `done` out of OUT/metrics.jsonl, and one that was being written when it ended."""
     metrics, kept = out / "metrics.jsonl", []
-    for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []:
+    for line in metrics.read_text("utf-8", "replace").splitlines(keepends=True) if metrics.exists() else []:
         try:
             if line.endswith("\n") and json.loads(line)["iteration"] <= done:
                 kept.append(line)

@@ -1,14 +1,18 @@
 """Input that means no good: prompts and flags. One line and status 2, never a traceback, never a lost file."""
 
 import json
+import shutil
 import tracemalloc
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+import speedrl.evaluate
+import speedrl.models.checkpoint
 import speedrl.train
 from speedrl import cli
+from speedrl.files import seal
 from speedrl.models.checkpoint import encode_prompts
 from speedrl.prompts import open_prompts, read_prompts
 from speedrl.sample import contact_sheet
@@ -94,11 +98,35 @@ BAD = {  # each value of each option is bad whatever the others are
     **dict.fromkeys(("--schedule", "--order", "--likelihood", "--credit", "--kl", "--parallel", "--tracker", "--device",
                      "--size", "--model", "--prompts", "--micro-conds"), WORDS),
     "--quality": st.sampled_from(["", "=", "a=b", "embedded=nan", "embedded=0", "a,a", "nowhere:nothing"]),
+    "--gae-lambda": NOT_NUMBERS | NOT_FINITE | NEGATIVE | st.floats(min_value=1.01).map(repr),
+    "--warmup": NOT_NUMBERS | NOT_FINITE | st.just("1.5") | st.integers(max_value=-1).map(str),
+    "--eps": NOT_NUMBERS | NOT_FINITE | NEGATIVE | st.just("0"),
+    "--pace-weight": NOT_NUMBERS | NOT_FINITE | NEGATIVE,
+    "--reference-guidance": NOT_NUMBERS | NOT_FINITE,
+    "--reward-weights": WORDS | WORDS.map(lambda text: f"clip={text}"),
+    "--text-encoder": WORDS.map(lambda text: f"./{text}"),  # no name of the hub
     "--lora-alpha": NOT_NUMBERS | st.just("2"),  # without --lora
     "--lora-targets": WORDS,
     "--no-such-flag": WORDS,
 }  # fmt: skip
 SWITCHES = {"--merge": "", "--offload": ""}  # contradictory without --lora, --parallel fsdp
+SHARED = {name: BAD[name] for name in ("--schedule", "--order", "--device", "--size", "--micro-conds", "--model",
+                                       "--text-encoder", "--no-such-flag")}  # fmt: skip
+SHARED |= {"--precision": WORDS, "--count": COUNTS}
+NO_LISTS = (NOT_NUMBERS | NOT_FINITE).filter(lambda text: text != "1,2")
+OF_OTHERS = {  # the options of the other commands; "" is what has no flag
+    "sample": SHARED | {"--seed": NOT_NUMBERS, "--steps": BAD["--steps"], "--guidance": NOT_NUMBERS | NOT_FINITE,
+                        "--temperature": BAD["--temperature"], "": st.sampled_from(["", " ", "\ud800"])},
+    "eval": SHARED | {"--steps": NO_LISTS | BELOW_ONE | st.sampled_from(["8-2", "2,0", "auto", "9" * 5000]),
+                      "--guidance": NO_LISTS, "--temperature": NO_LISTS, "--prompts": WORDS, "--held-out": WORDS,
+                      "--quality": BAD["--quality"].filter(bool), "--reward-weights": BAD["--reward-weights"],
+                      "--seeds": COUNTS, "--batch": COUNTS, "--pictures": NOT_NUMBERS},
+    "ablate": {"": WORDS, "--seeds": NO_LISTS, "--eval-steps": NO_LISTS, "--jobs": COUNTS, "--set": WORDS,
+               "--model": BAD["--model"], "--no-such-flag": WORDS,
+               **dict.fromkeys(("--iterations", "--groups", "--group-size", "--lr", "--eval-count", "--eval-seeds"),
+                               NOT_NUMBERS)},
+    "export": {"": WORDS, "--no-such-flag": WORDS, "--raw": st.just("yes")},
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -107,9 +135,15 @@ def place(tiny_generator_folder, tiny_generator, tmp_path, monkeypatch):
     (tmp_path / "p.txt").write_text("a b\nc d\n")
     (tmp_path / "run/checkpoints/000001").mkdir(parents=True)
     (tmp_path / "run/metrics.jsonl").write_text('{"iteration": 1}\n')
-    plain = speedrl.train.load_generator
-    same = str(tiny_generator_folder)
-    monkeypatch.setattr(speedrl.train, "load_generator", lambda m, **o: tiny_generator if m == same else plain(m, **o))
+    plain, same = speedrl.models.checkpoint.load_generator, str(tiny_generator_folder)
+
+    def load(model, **how):
+        usual = model == same and how.keys() <= {"device"} and how.get("device", "cpu") == "cpu"
+        return tiny_generator if usual else plain(model, **how)
+
+    for module in (speedrl.models.checkpoint, speedrl.train, speedrl.evaluate):
+        monkeypatch.setattr(module, "load_generator", load)
+    monkeypatch.setattr(speedrl.evaluate, "judge_if_there", lambda *_: None)  # seconds, each time
     return tmp_path
 
 
@@ -117,30 +151,167 @@ def files(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_500_bad_flags_are_one_line_and_lose_no_file(place, tiny_generator_folder):
+def examples(count):
+    """The same `count` examples in every run."""
+    return hypothesis.settings(max_examples=count, deadline=None, database=None, derandomize=True,
+                               suppress_health_check=list(hypothesis.HealthCheck))  # fmt: skip
+
+
+def refused(arguments, *, also=()):
+    """Runs the command line, which must say why it cannot in one line with status 2; or end with a status of `also`."""
+    result = CliRunner().invoke(cli.app, arguments)
+    said = result.stderr
+    assert result.exit_code in (2, *also), (arguments, result.output, result.exception)
+    assert result.exception is None or isinstance(result.exception, SystemExit) and "Traceback" not in said
+    parsers = said.startswith(("Usage:", "Error: ")) or result.exit_code != 2  # the option parser has its own words
+    assert parsers or (said.startswith("error: ") and said.count("\n") == 1), (arguments, said)
+    return result.exit_code
+
+
+# the three below try more than 500 bad inputs, the same ones in every run
+
+
+def test_bad_flags_are_one_line_and_lose_no_file(place, tiny_generator_folder):
     before, tried = files(place), set()
 
-    @hypothesis.settings(max_examples=500, deadline=None, database=None, derandomize=True,
-                         suppress_health_check=list(hypothesis.HealthCheck))  # fmt: skip
+    @examples(340)
     @hypothesis.given(st.data())
     def bad(data):
         flag = data.draw(st.sampled_from([*BAD, *SWITCHES]))
         given = {"--model": str(tiny_generator_folder), "--prompts": str(place / "p.txt"), "--steps": "2",
                  "--quality": "tests.test_hostile:dark", "--out": str(place / "new")}  # fmt: skip
         given[flag] = data.draw(BAD[flag]) if flag in BAD else None
-        arguments = ["train", "--no-compare", "--no-compile"]
-        for name, value in given.items():
-            arguments += [name] if value is None else [f"{name}={value}"]
-        tried.add((flag, given[flag]))
-        result = CliRunner().invoke(cli.app, arguments)
-        said = result.stderr
-        assert result.exit_code == 2, (arguments, result.output)
-        assert isinstance(result.exception, SystemExit) and "Traceback" not in said
-        assert said.startswith("Usage:") or (said.startswith("error: ") and said.count("\n") == 1), said
+        tried.add(flag)
+        refused(["train", "--no-compare", "--no-compile", *flags_of(given)])
         assert files(place) == before and not (place / "new").exists()
 
     bad()
-    assert len({flag for flag, _ in tried}) == len(BAD) + len(SWITCHES)
+    assert tried == BAD.keys() | SWITCHES.keys()
+
+
+def flags_of(given):
+    return [name if value is None else f"{name}={value}" for name, value in given.items()]
+
+
+def test_bad_flags_of_the_other_commands_are_one_line_and_lose_no_file(place, tiny_generator_folder, monkeypatch):
+    monkeypatch.chdir(place)
+    before, tried = files(place), set()
+    model, prompts = {"--model": str(tiny_generator_folder)}, {"--prompts": "p.txt"}
+    works = {"sample": model | {"--out": "new.png", "--steps": "2"},
+             "eval": model | prompts | {"--out": "new", "--steps": "2", "--quality": "tests.test_hostile:dark"},
+             "ablate": model | {"--out": "new"}, "export": {"--out": "new"}}  # fmt: skip
+
+    @examples(110)
+    @hypothesis.given(st.data())
+    def bad(data):
+        command, flag = data.draw(st.sampled_from([(name, flag) for name, of in OF_OTHERS.items() for flag in of]))
+        value = data.draw(OF_OTHERS[command][flag])
+        words = {"sample": "an owl", "ablate": "kl", "export": "run"}  # what has no flag
+        first = [value if flag == "" else words[command]] if command in words else []
+        tried.add((command, flag))
+        refused([command, *flags_of(works[command] | ({flag: value} if flag else {})), "--", *first])
+        assert files(place) == before and not (place / "new").exists()
+
+    bad()
+    assert len(tried) > 0.9 * sum(map(len, OF_OTHERS.values()))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just("9" * 5000),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=5,
+)  # fmt: skip
+
+
+def damaged(data, content):
+    """Bytes that are cut, changed, or have something else in them."""
+    at, to = sorted(data.draw(st.integers(0, len(content))) for _ in range(2))
+    return content[:at] + data.draw(st.binary(max_size=20) | st.just(b"[" * 100_000)) + content[to:]
+
+
+def altered(data, value):
+    """JSON with one of its parts taken away or another in its place."""
+    if not isinstance(value, dict | list) or not value or data.draw(st.integers(0, 3)) == 0:
+        return data.draw(JSON)
+    key = data.draw(st.sampled_from(sorted(value) if isinstance(value, dict) else range(len(value))))
+    copy = value.copy()
+    if data.draw(st.integers(0, 3)) == 0:
+        del copy[key]
+    else:
+        copy[key] = altered(data, value[key])
+    return copy
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_generator_folder, tmp_path_factory):
+    """A run of two iterations, and its options."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "p.txt").write_text("a b\nc d\n")
+    train(out=folder / "run", model=str(tiny_generator_folder), prompts=folder / "p.txt", iterations=2, steps="2",
+          quality="tests.test_hostile:dark", groups=1, group_size=2, save_every=1, compile=False)  # fmt: skip
+    return folder
+
+
+def test_damaged_files_are_one_line_or_do_no_harm_and_nothing_is_lost(finished, place, tiny_generator_folder):
+    """A checkpoint's files are sealed again after the damage, as by one who means no good."""
+    kinds, ended = ("p.txt", "p.jsonl", "metrics.jsonl", "state.json", "manifest.json", "random.st",
+                    "tensors.safetensors", "results.json"), {}  # fmt: skip
+    prompts = {"--model": str(tiny_generator_folder), "--prompts": str(place / "p.txt"), "--steps": "2"}
+    given = prompts | {
+        "--quality": "tests.test_hostile:dark",
+        "--groups": "1",
+        "--group-size": "2",
+        "--iterations": "3",
+    }
+
+    @examples(60)
+    @hypothesis.given(st.data())
+    def bad(data):
+        kind = data.draw(st.sampled_from(kinds))
+        run = place / "damaged"
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.copytree(finished / "run", run, ignore=shutil.ignore_patterns("model"))
+        folder = run / "checkpoints/000002"
+        shutil.rmtree(run / "checkpoints/000001")
+        flags, command = given | {"--out": str(run), "--resume": None}, "train"
+        if kind in ("p.txt", "p.jsonl"):
+            line = data.draw(st.sampled_from([b"\xff\xfe", b"\xed\xa0\x80", b"", b" \x00 "]))
+            if kind == "p.jsonl":
+                line = data.draw(st.sampled_from([line.strip() or b"x", b'{"prompt": "\\ud800"}', b"[" * 100_000]))
+            (run / kind).write_bytes(line + b"\n")
+            flags["--prompts"] = str(run / kind)
+        elif kind == "results.json":
+            row = {"settings": {}, "weights": "a", "model": "m", "steps": 2, "guidance": 1.0}
+            (run / kind).write_text(json.dumps(altered(data, [row])))
+            command, flags = "eval", prompts | {"--out": str(run), "--quality": "nowhere:nothing"}
+        else:
+            path = run / kind if kind == "metrics.jsonl" else folder / kind
+            if kind == "state.json" and data.draw(st.booleans()):
+                path.write_text(json.dumps(altered(data, json.loads(path.read_text()))))
+            else:
+                path.write_bytes(damaged(data, path.read_bytes()))
+            if path.parent == folder and kind != "manifest.json":
+                (folder / "manifest.json").unlink()
+                seal(folder)
+            if data.draw(st.booleans()) and kind != "metrics.jsonl":
+                command, flags = "export", {"--out": str(place / "new"), "--": None, str(folder): None}
+        before = files(run)
+        more = ["--no-compare", "--no-compile"] if command == "train" else []
+        status = refused([command, *more, *flags_of(flags)], also=(0,))
+        ended.setdefault((kind, command), set()).add(status)
+        after = files(run)
+        shutil.rmtree(place / "new", ignore_errors=True)
+        if status == 2:  # the lines past a checkpoint leave metrics.jsonl where a training goes on
+            assert {n: c for n, c in after.items() if n != "metrics.jsonl"} == {
+                n: c for n, c in before.items() if n != "metrics.jsonl"
+            }
+        else:
+            assert after.keys() >= before.keys()
+
+    bad()
+    assert {kind for kind, _ in ended} == set(kinds)
+    assert ended["p.txt", "train"] == ended["p.jsonl", "train"] == {2}
+    assert ended["metrics.jsonl", "train"] == {0}
+    assert all(2 in ended[kind, "train"] for kind in ("state.json", "manifest.json", "tensors.safetensors"))
 
 
 @pytest.mark.parametrize(

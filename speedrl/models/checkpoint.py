@@ -23,7 +23,7 @@ from speedrl.hub import from_hub
 from speedrl.models.lora import load_lora, merge_lora, read_config
 from speedrl.models.meissonic import MeissonicTransformer
 from speedrl.pace import Pace
-from speedrl.platform import frugal_allocator, import_vq_model
+from speedrl.platform import check_device, frugal_allocator, import_vq_model
 from speedrl.schedule import StepRange
 
 # what the released Meissonic scripts lead away from
@@ -117,10 +117,7 @@ def load_folder(
     micro_conds: Sequence[float] | None,
 ) -> Generator:
     """`load_generator` for a folder that has all the parts, sampled as `scheduler` says."""
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"the device {device} cannot be used: {one_line(error)}") from error
+    check_device(device)
     config = read_json(folder / "transformer/config.json")
     index = read_json(folder / "model_index.json") if (folder / "model_index.json").exists() else None
 
@@ -317,6 +314,8 @@ def encode_prompts(generator: Generator, prompts: list[str], *, batch: int = 256
     """
     if not prompts:
         raise ValueError("there is no prompt: give at least one")
+    if any("\ud800" <= letter <= "\udfff" for letter in "".join(prompts)):  # what an argument's stray bytes become
+        raise ValueError("a prompt is not valid UTF-8")
     different = list(dict.fromkeys(prompts))
     encoder = generator.text_encoder
     device = encoder.text_projection.weight.device
