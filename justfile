@@ -10,7 +10,7 @@ test:
 
 # trainings killed at 50 random moments, each resumed: minutes
 kill:
-    SPEEDRL_KILLS=50 .venv/bin/python -m pytest -q tests/test_state.py -k killed
+    SPEEDRL_KILLS=50 .venv/bin/python -m pytest -q tests/test_state.py tests/test_distributed.py -k killed
 
 # `just train --iterations 100`
 train *options:
