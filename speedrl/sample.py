@@ -134,9 +134,9 @@ def draw(
     most, pace = at_most or first_steps, generator.pace if at_most else None
     guidance = generator.guidance if guidance is None else guidance
     temperature = generator.temperature if temperature is None else temperature
-    for name, value in (("guidance", guidance), ("temperature", temperature)):
-        if not math.isfinite(value) or (name == "temperature" and value < 0):
-            raise ValueError(f"{name} must be a finite number{', not negative' * (value < 0)}, got {value}")
+    if not math.isfinite(guidance) or not 0 <= temperature < math.inf:
+        wrong = f"guidance {guidance} and temperature {temperature}"
+        raise ValueError(f"both must be finite, and the temperature not negative: {wrong}")
     schedule, order = schedule or generator.schedule, order or generator.order
     tuned = generator.tuning is not None and at_most is None
     batch = fitting_batch(generator) if batch is None else batch

@@ -25,12 +25,11 @@ DEVICE, GRID, LENGTH = "cuda", (4, 4), 16
 
 
 def in_float32(put=setattr):
-    """bf16 and TF32 off: what then differs from the processor is the order of sums."""
+    """bf16 and TF32, by default convolutions', off: what then differs from the processor is the order of sums."""
     put(speedrl.train, "bf16_autocast", lambda device: bf16_autocast(device, enabled=False))
     for module in (speedrl.train, speedrl.distributed):
         put(module, "bf16_is_fast", lambda device: False)
     put(torch.backends.cudnn, "allow_tf32", False)
-    put(torch.backends.cuda.matmul, "allow_tf32", False)
 
 
 @pytest.fixture
