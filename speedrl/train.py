@@ -1,7 +1,6 @@
 """The training loop: GRPO on the rollouts of a masked image generator."""
 
 import copy
-import math
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,6 @@ from speedrl.errors import Stopped, interruptible, unsaved
 from speedrl.export import save_trained
 from speedrl.filter import low_quality, std_percentile
 from speedrl.models.checkpoint import (
-    adapter_of,
     codebook,
     decode,
     decode_embeddings,
@@ -39,110 +37,25 @@ from speedrl.platform import bf16_autocast, bf16_is_fast
 from speedrl.prompts import open_prompts
 from speedrl.reward import (
     Moments,
-    Score,
     combine,
-    differentiable,
     disagreeing,
     load_qualities,
     mixture,
     observe,
-    parse_quality,
     rate,
     speed_reward,
 )
-from speedrl.rollout import ORDERS, draw_noise, rollout
+from speedrl.rollout import draw_noise, rollout
 from speedrl.sample import guided_policy
-from speedrl.schedule import StepRange, mask_ratio, step_range
+from speedrl.schedule import StepRange, step_range
+from speedrl.settings import check, idle, kind_of_credit
 from speedrl.state import append_row, changed, drop_metrics, plain, random_states, restore, save, start, tensors
-from speedrl.track import TRACKERS, open_trackers
-from speedrl.tuning import OCTAVES, SPREAD, Tuning, explored, improved, settled
-from speedrl.update import fitting, follow, gradients, token_weights, trained_steps
+from speedrl.track import open_trackers
+from speedrl.tuning import OCTAVES, SPREAD, Tuning, described, improved, tunings
+from speedrl.update import descend, fitting, follow, gradients, token_weights, trained_steps
 from speedrl.value import guesses, step_credit
 
 TREND = 20  # iterations over which rewards are watched for disagreement
-
-
-def check(settings: dict, bounds: StepRange) -> None:
-    """ValueError for settings that cannot work together."""
-    check_numbers(settings)
-    parse_quality(settings["quality"])
-    for name in ("iterations", "groups", "micro_batch", "updates", "save_every", "keep_checkpoints", "max_skipped"):
-        if settings[name] < 1:
-            raise ValueError(f"{name.replace('_', '-')} must be at least 1, got {settings[name]}")
-    if settings["group_size"] < 2:
-        raise ValueError("group-size must be at least 2: advantages compare the samples of one prompt")
-    if settings["lr"] <= 0:
-        raise ValueError(f"lr must be positive, got {settings['lr']}")
-    if settings["kl"] not in ("ce", "reverse", "k1", "k2", "k3", "none"):
-        raise ValueError(f"unknown divergence {settings['kl']!r}: choose ce, reverse, k1, k2, k3 or none")
-    if settings["likelihood"] not in ("token", "sequence", "exact"):
-        raise ValueError(f"unknown likelihood {settings['likelihood']!r}: choose token, sequence or exact")
-    if settings["credit"] not in (None, "token", "step", "rollout"):
-        raise ValueError(f"unknown credit {settings['credit']!r}: choose token, step or rollout")
-    if settings["credit"] in ("token", "step") and settings["likelihood"] != "token":
-        raise ValueError("tokens and steps have their own credit with the token likelihood only: give --credit rollout")
-    if not 0 <= settings["gae_lambda"] <= 1:
-        raise ValueError(f"gae-lambda must be 0 to 1, got {settings['gae_lambda']}")
-    if settings["order"] not in (None, *ORDERS):
-        raise ValueError(f"unknown reveal order {settings['order']!r}: choose confidence, random or halton")
-    if settings["schedule"] is not None:
-        mask_ratio(torch.zeros(()), kind=settings["schedule"])
-    if not 0 <= settings["percentile"] <= 100:
-        raise ValueError(f"percentile must be 0 to 100, got {settings['percentile']}")
-    if settings["lora"] is not None and adapter_of(settings["model"]):
-        raise ValueError(f"{settings['model']} is an adapter already: train it with --merge, and go on from that model")
-    if settings["lora"] is None and (settings["merge"] or settings["lora_alpha"] or settings["lora_targets"]):
-        raise ValueError("merge, lora-alpha and lora-targets are about an adapter: give its rank by --lora")
-    if not 0 <= settings["ema"] < 1:
-        raise ValueError(f"ema is a decay from 0 (off) to below 1, like 0.99, got {settings['ema']}")
-    if settings["offload"] and settings["parallel"] != "fsdp":
-        raise ValueError("offload goes with --parallel fsdp")
-    for name in settings["trackers"]:
-        if name not in TRACKERS:
-            raise ValueError(f"unknown tracker {name!r}: choose {' or '.join(TRACKERS)}")
-    # a policy that takes fewer steps than these trains on all that it takes
-    least = bounds.most if bounds.chosen else bounds.least
-    if settings["trained"] is not None and not 1 <= settings["trained"] <= least:
-        raise ValueError(f"trained must be 1 to the least number of steps, {least}, got {settings['trained']}")
-
-
-def idle(settings: Mapping[str, Any], bounds: StepRange) -> list[str]:
-    """A line about each setting that does nothing beside the others."""
-    drawn = bounds.least < bounds.most and not bounds.chosen
-    alike = settings["shared_steps"] or settings["credit"] != "rollout"
-    if drawn and alike and settings["steps_reward"] and settings["quality_gate"] is None:
-        needed = "--no-shared-steps and --credit rollout, or --steps auto"
-        return [f"pictures are compared at equal step counts, so the speed reward cancels: it needs {needed}"]
-    return []
-
-
-def kind_of_credit(
-    credit: str | None, likelihood: str, scores: Mapping[str, Score], shares: Mapping[str, float], *, device: str
-) -> str:
-    """The credit that is asked for, or the best that can be had. ValueError for one of tokens without a gradient."""
-    if credit in ("step", "rollout") or likelihood != "token":
-        return credit or "rollout"
-    flat = [name for name, score in scores.items() if shares[name] and not differentiable(score, device=device)]
-    if credit == "token" and flat:
-        raise ValueError(f"the reward {flat[0]} has no gradient at the pictures, so tokens have none: --credit step")
-    return "step" if flat else "token"
-
-
-def check_numbers(settings: Mapping[str, Any]) -> None:
-    """ValueError for a number that is out of its range, naming the option."""
-    for name, value in settings.items():
-        option = name.replace("_", "-")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{option} must be a finite number, got {value}")
-        if name in ("clip_range", "clip_grad", "eps", "tune_rate") and value <= 0:
-            raise ValueError(f"{option} must be positive, got {value}")
-        positive = ("kl_weight", "pace_weight", "temperature", "quality_clip", "warmup")
-        if name in positive and value is not None and value < 0:
-            raise ValueError(f"{option} must not be negative, got {value}")
-    if not -(2**63) <= settings["seed"] < 2**63:
-        raise ValueError(f"seed must fit in 64 bits, got {settings['seed']}")
-    if settings["groups"] * settings["group_size"] >= 2**31:
-        raise ValueError(f"groups {settings['groups']} times group-size {settings['group_size']} are too many pictures")
 
 
 def training_prompts(model: str, prompts: str | Path | None = None) -> Sequence[str]:
@@ -168,6 +81,26 @@ def draw_steps(bounds: StepRange, groups: int, group_size: int, random: torch.Ge
     if bounds.chosen:
         return torch.full_like(counts, first_plan(bounds.most))
     return counts[::group_size].repeat_interleave(group_size) if shared else counts
+
+
+def measured(
+    iteration: int, rewards: Tensor, by_group: Tensor, speed: Tensor, keep: Tensor, totals: Mapping[str, float],
+    norm: Tensor,
+) -> dict[str, float]:  # fmt: skip
+    """A row of metrics: rewards and speed [B], qualities and keep [G, n], what `gradients` summed, its norm."""
+    kept = max(totals["kept"], 1)
+    return {
+        "iteration": iteration,
+        "reward": rewards.mean().item(),
+        "quality": by_group.mean().item(),
+        "speed": speed.mean().item(),
+        "group_std": by_group.std(-1).mean().item(),
+        "kl": totals["kl"] / kept,
+        "clip_fraction": totals["clip_fraction"] / kept,
+        "ratio_max": totals["ratio_max"],
+        "grad_norm": norm.item(),
+        "kept": keep.mean().item(),
+    }
 
 
 def train(
@@ -316,7 +249,8 @@ def train(
     fit = torch.tensor(record.get("fit", [[0.0] * 4] * 3), dtype=torch.float64)  # of values to guesses
     moments = {name: Moments(*record.get("moments", {}).get(name, ())) for name in scores}
     recent = deque((row for row in record.get("recent", ()) if row.keys() == scores.keys()), maxlen=TREND)
-    autocast, done, saved, stop, unwritten = bf16_autocast(device), first, first, 0, []
+    autocast, saved, unwritten = bf16_autocast(device), first, []
+    of_group = torch.arange(groups).repeat_interleave(group_size)[mine].to(device)
     if loud and resume:
         drop_metrics(out, first)
     track = open_trackers(trackers if loud else (), out, settings)
@@ -332,6 +266,16 @@ def train(
         pictures = decode_embeddings(generator, embeddings, bf16=bf16_is_fast(device))
         return mixture(judged(pictures, texts), shares, moments, clip=quality_clip)
 
+    sampler = {"length": length, "mask_id": generator.mask_id, "temperature": temperature, "schedule": schedule,
+               "order": order, "grid": grid, "record": likelihood == "exact", "sparse": True, "guess": by_step,
+               "at_most": bounds.most if bounds.chosen else None}  # fmt: skip
+    objective = {"mask_id": generator.mask_id, "autocast": autocast, "grid": grid, "guidance": guidance,
+                 "reference_guidance": reference_guidance, "order": order, "likelihood": likelihood,
+                 "clip_range": clip_range, "kl": kl, "kl_weight": kl_weight, "codes": codes, "pace": pace,
+                 "pace_weight": pace_weight}  # fmt: skip
+    of_credit = {"mine": mine, "group_size": group_size, "gae_lambda": gae_lambda, "steps_reward": steps_reward,
+                 "max_steps": bounds.most}  # fmt: skip
+
     display = Display(first=first, total=iterations, console=Console(quiet=not loud))
     with display, interruptible() as stopped, distributed.lost_contact():
         others = (f"going on with other settings: {line}" for line in changed(record.get("settings", {}), settings))
@@ -340,31 +284,25 @@ def train(
         for iteration in range(first, iterations):
             began = time.time()
 
-            # SAMPLING
+            # SAMPLING, of this rank's share; its noise and prompts do not depend on the number of ranks
             chosen = [texts[i] for i in draw_prompts(len(texts), groups, random)]
+            asked = [text for text in chosen for _ in range(group_size)][mine]
             counts = draw_steps(bounds, groups, group_size, random, shared=shared_steps).to(device)
             noise = draw_noise(mine.stop - mine.start, bounds.most, length, seed=seed, pace=bounds.chosen,
                                first=iteration * size + mine.start, device=device)  # fmt: skip
-            asked = [text for text in chosen for _ in range(group_size)]
-            of_group = torch.arange(groups).repeat_interleave(group_size)[mine].to(device)
             prompt = take(encode_prompts(generator, chosen), of_group)
-            tuning = None if table is None or bounds.chosen else settled(table, counts)
-            if tuned:
-                tuning, tried = explored(table, counts, seed=seed, iteration=iteration)
+            tuning, tried = tunings(
+                None if bounds.chosen else table, counts, explore=tuned, seed=seed, iteration=iteration
+            )
             policy = guided_policy(transformer, prompt, empty, guidance=guidance, grid=grid, pace=pace)
             with autocast, distributed.gathered_weights(transformer, pace, sharded=sharded):
-                batch = rollout(
-                    policy, counts[mine], noise, length=length, mask_id=generator.mask_id, temperature=temperature,
-                    schedule=schedule, order=order, grid=grid, record=likelihood == "exact", sparse=True,
-                    guess=by_step, at_most=bounds.most if bounds.chosen else None,
-                    tuning=tuning and Tuning(*(part[mine] for part in tuning)),
-                )  # fmt: skip
+                own = None if tuning is None else Tuning(*(part[mine] for part in tuning))
+                batch = rollout(policy, counts[mine], noise, tuning=own, **sampler)
             taken = gathered(batch.steps)
 
             # REWARDS, of all ranks' samples on every rank
-            texts_of = asked[mine]
             pictures = decode(generator, batch.tokens, bf16=bf16_is_fast(device))
-            scored = agreed(lambda: judged(pictures, texts_of))  # noqa: B023
+            scored = agreed(lambda: judged(pictures, asked))  # noqa: B023
             parts = {name: gathered(part) for name, part in scored.items()}
             moments = {name: observe(moments[name], part) for name, part in parts.items()}
             quality_of = mixture(parts, shares, moments, clip=quality_clip)  # [B]
@@ -373,80 +311,47 @@ def train(
             by_group = quality_of.view(groups, -1)
             keep = std_percentile(by_group, percentile=percentile) * low_quality(by_group, threshold=least_quality)
 
-            # ADVANTAGES in standard deviations of rewards within groups: [b, S], of each step of this rank's samples,
-            # and with credit "token" slopes [b, L, C]
+            # ADVANTAGES [b, S] of each step and, with credit "token", slopes [b, L, C], in the rewards' deviations
             above = group_advantages(rewards.view(groups, -1), scale=False).flatten()
-            scale = 1 / (above.square().mean().sqrt() + 1e-4)
+            scale, slopes = 1 / (above.square().mean().sqrt() + 1e-4), None
             if tuned:
                 table = improved(table, counts, tried, scale * above, rate=tune_rate / (1 + iteration / 8))
-            slopes = None
             if by_token:
-                by_size = lambda size: reward_slopes(batch.tokens, codes, sloped, texts_of, batch=size)  # noqa: B023, E731
+                by_size = lambda n: scale * reward_slopes(batch.tokens, codes, sloped, asked, batch=n)  # noqa: B023, E731
                 slopes, at_once = agreed(lambda: fitting(by_size, at_once))  # noqa: B023
-                slopes = scale * slopes
             if by_step:
-                guessed = agreed(lambda: guesses(batch, texts_of, valued))  # noqa: B023
-                advantages, fit = step_credit(
-                    batch, guessed, rewards, quality_of, fit, mine=mine, group_size=group_size, gae_lambda=gae_lambda,
-                    steps_reward=steps_reward, max_steps=bounds.most,
-                )  # fmt: skip
-            elif by_token:
-                advantages = torch.zeros_like(batch.temperature)
-            else:
+                guessed = agreed(lambda: guesses(batch, asked, valued))  # noqa: B023
+                advantages, fit = step_credit(batch, guessed, rewards, quality_of, fit, **of_credit)
+            else:  # those of whole rollouts, which slopes take the place of
                 advantages = group_advantages(rewards.view(groups, -1)).view(-1, 1)[mine].expand(batch.countdown.shape)
 
             # TRAINING
-            for group in optimizer.param_groups:
-                group["lr"] = lr * min(1, (iteration + 1) / (warmup + 1))
             for _ in range(updates):
                 which = trained_steps(taken, trained, random)[mine]  # bool [B, S]
                 weights = token_weights(batch, which, keep.flatten()[mine])  # [B, L]
                 kept = keep.sum() * length  # of all steps and all ranks, whichever train
-                totals, micro_batch = fitting(
-                    lambda size: gradients(
-                        transformer, reference, batch, which, prompt, empty, advantages, weights, kept,  # noqa: B023
-                        slopes=slopes, codes=codes, micro_batch=size, mask_id=generator.mask_id,  # noqa: B023
-                        autocast=autocast, grid=grid, guidance=guidance, reference_guidance=reference_guidance,
-                        order=order, likelihood=likelihood, clip_range=clip_range, kl=kl, kl_weight=kl_weight,
-                        pace=pace, pace_weight=pace_weight,
-                    ),
-                    micro_batch, undo=lambda: optimizer.zero_grad(set_to_none=True), halve=not sharded,
-                )  # fmt: skip
-                distributed.sum_gradients(learned.values())
-                norm = nn.utils.clip_grad_norm_(learned.values(), clip_grad)
-                norm = norm.full_tensor() if sharded else norm
-                if norm.isfinite():
-                    optimizer.step()
-                    follow(average, learned, decay=ema, updates=iteration)
+                add = lambda n: gradients(transformer, reference, batch, which, prompt, empty, advantages,  # noqa: B023, E731
+                                          weights, kept, slopes=slopes, micro_batch=n, **objective)  # noqa: B023  # fmt: skip
+                totals, micro_batch = fitting(add, micro_batch, undo=optimizer.zero_grad, halve=not sharded)
+                optimizer.param_groups[0]["lr"] = lr * min(1, (iteration + 1) / (warmup + 1))
+                norm = descend(optimizer, learned, clip_grad=clip_grad, sharded=sharded)
                 skipped, lost = (0, lost) if norm.isfinite() else (skipped + 1, lost + 1)
-                optimizer.zero_grad(set_to_none=True)
                 if skipped:
                     display.warn(f"iteration {iteration + 1}: the gradient is not finite; its update is skipped")
+                else:
+                    follow(average, learned, decay=ema, updates=iteration)
                 if skipped >= max_skipped:
                     advice = "lower --lr or --clip-grad, or raise --kl-weight, and go on with --resume"
                     raise ValueError(f"{skipped} updates in a row had a gradient that is not finite: {advice}")
 
-            done, totals = iteration + 1, distributed.total_stats(totals)
-            row = {
-                "iteration": done,
-                "reward": rewards.mean().item(),
-                "quality": quality_of.mean().item(),
-                "speed": speed.mean().item(),
-                "group_std": by_group.std(-1).mean().item(),
-                "kl": totals["kl"] / max(totals["kept"], 1),
-                "clip_fraction": totals["clip_fraction"] / max(totals["kept"], 1),
-                "ratio_max": totals["ratio_max"],
-                "grad_norm": norm.item(),
-                "kept": keep.mean().item(),
-                "skipped": skipped,
-                "skipped_total": lost,
-                "images_per_second": size / (time.time() - began),
-            }
+            # METRICS and checkpoints
+            done = iteration + 1
+            row = measured(done, rewards, by_group, speed, keep, distributed.total_stats(totals), norm)
+            row |= {"skipped": skipped, "skipped_total": lost, "images_per_second": size / (time.time() - began)}
             if bounds.least < bounds.most:
                 row["steps_mean"] = taken.float().mean().item()
             if tuned:
-                at_mean = settled(table, taken.float().mean().round().long()[None])
-                row |= {name: value.item() for name, value in at_mean._asdict().items()}
+                row |= described(table, taken)
             if len(parts) > 1:
                 row |= {name: values.mean().item() for name, values in parts.items()}
                 recent.append({name: row[name] for name in parts})
@@ -467,10 +372,8 @@ def train(
                 except OSError as error:
                     display.warn(f"{error}; training goes on, and the checkpoints before it stand")
             if stop:
-                break
-    if stop:
-        what = f"stopped after iteration {done}" + ("" if saved == done else f", of which {saved} are saved")
-        raise Stopped(f"{what}; go on with the same command and --resume", stop)
+                what = f"stopped after iteration {done}" + ("" if saved == done else f", of which {saved} are saved")
+                raise Stopped(f"{what}; go on with the same command and --resume", stop)
 
     weights = distributed.whole(average or learned)
     if loud and sharded:

@@ -49,6 +49,21 @@ def explored(table: Tensor, steps: Tensor, *, seed: int, iteration: int) -> tupl
     return Tuning(*logs.exp().to(steps.device).unbind(1)), noise
 
 
+def tunings(
+    table: Tensor | None, steps: Tensor, *, explore: bool, seed: int, iteration: int
+) -> tuple[Tuning | None, Tensor | None]:
+    """The scalars to sample with and the noise in them: `explored`, or else `settled`; none of no table."""
+    if table is None:
+        return None, None
+    return explored(table, steps, seed=seed, iteration=iteration) if explore else (settled(table, steps), None)
+
+
+def described(table: Tensor, steps: Tensor) -> dict[str, float]:
+    """The learned scalars by name, at the mean of step counts int64 [B]."""
+    at_mean = settled(table, steps.float().mean().round().long()[None])
+    return {name: value.item() for name, value in at_mean._asdict().items()}
+
+
 def improved(table: Tensor, steps: Tensor, noise: Tensor, advantages: Tensor, *, rate: float) -> Tensor:
     """The table after one step along the gradient of the expected reward, in units of the spread.
 

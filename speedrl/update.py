@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from speedrl.critic import expected_gain
+from speedrl.distributed import sum_gradients
 from speedrl.kl import kl as divergence
 from speedrl.likelihood import exact_log_prob, guided, log_probs, log_ratio
 from speedrl.loss import clipped_loss, normalise
@@ -282,6 +283,19 @@ def fitting(
         size = (size + 1) // 2
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def descend(
+    optimizer: torch.optim.Optimizer, learned: Mapping[str, Tensor], *, clip_grad: float, sharded: bool
+) -> Tensor:
+    """Sums the gradients of all ranks, clips them, takes a step if they are finite; their norm before it, a scalar."""
+    sum_gradients(learned.values())
+    norm = nn.utils.clip_grad_norm_(learned.values(), clip_grad)
+    norm = norm.full_tensor() if sharded else norm
+    if norm.isfinite():
+        optimizer.step()
+    optimizer.zero_grad()
+    return norm
 
 
 @torch.no_grad()
