@@ -36,7 +36,7 @@ credit *options:
 eval *options:
     .venv/bin/speedrl eval --model embedded --out runs/eval {{options}}
 
-# speed against the machine's ceilings, diffusers' pipeline and a plain iteration: half an hour, nothing else running
+# speed against the machine's ceilings, diffusers' pipeline and a plain iteration: an hour and more, nothing else running
 bench *options:
     .venv/bin/python -m experiments.bench {{options}}
 
