@@ -21,8 +21,9 @@ MICRO = 256  # width of each micro-condition's and of the timestep's sinusoidal 
 def sinusoid(values: Tensor, width: int = MICRO) -> Tensor:
     """Sinusoidal embedding, cosines first: float [N] -> float32 [N, width]."""
     half = width // 2
-    rates = torch.exp(-math.log(10000) / half * torch.arange(half, device=values.device, dtype=torch.float32))
-    angles = values.float()[:, None] * rates
+    exponents = -math.log(10000) / half * torch.arange(half, device=values.device, dtype=torch.float32)
+    # through float64: the last bit of a float32 exp depends on the processor, and a timestep of 63,000 makes it seen
+    angles = values.float()[:, None] * exponents.double().exp().float()
     return torch.cat([angles.cos(), angles.sin()], -1)
 
 
