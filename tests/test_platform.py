@@ -1,0 +1,24 @@
+"""What is read from the processor."""
+
+import pytest
+import torch
+
+from speedrl import platform
+
+
+@pytest.mark.parametrize(
+    ("amx", "avx512", "intel", "fast"),
+    [
+        (True, True, True, True),
+        (False, True, True, False),  # half of fp32's rate
+        (False, True, False, True),
+        (False, False, False, False),  # emulated
+    ],
+)
+def test_bf16_is_used_only_where_the_processor_gains_by_it(amx, avx512, intel, fast, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512, raising=False)
+    monkeypatch.setattr(platform, "made_by_intel", lambda: intel)
+    assert platform.bf16_is_fast("cpu") is fast
+    assert platform.bf16_autocast("cpu")._enabled is fast
+    assert platform.bf16_autocast("cpu", enabled=True)._enabled
