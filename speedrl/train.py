@@ -326,6 +326,7 @@ def train(
                 advantages = group_advantages(rewards.view(groups, -1)).view(-1, 1)[mine].expand(batch.countdown.shape)
 
             # TRAINING
+            optimizer.param_groups[0]["lr"] = lr * min(1, (iteration + 1) / (warmup + 1))
             for _ in range(updates):
                 which = trained_steps(taken, trained, random)[mine]  # bool [B, S]
                 weights = token_weights(batch, which, keep.flatten()[mine])  # [B, L]
@@ -333,8 +334,7 @@ def train(
                 add = lambda n: gradients(transformer, reference, batch, which, prompt, empty, advantages,  # noqa: B023, E731
                                           weights, kept, slopes=slopes, micro_batch=n, **objective)  # noqa: B023  # fmt: skip
                 totals, micro_batch = fitting(add, micro_batch, undo=optimizer.zero_grad, halve=not sharded)
-                optimizer.param_groups[0]["lr"] = lr * min(1, (iteration + 1) / (warmup + 1))
-                norm = descend(optimizer, learned, clip_grad=clip_grad, sharded=sharded)
+                norm = descend(optimizer, clip_grad=clip_grad, sharded=sharded)
                 skipped, lost = (0, lost) if norm.isfinite() else (skipped + 1, lost + 1)
                 if skipped:
                     display.warn(f"iteration {iteration + 1}: the gradient is not finite; its update is skipped")

@@ -285,12 +285,11 @@ def fitting(
             torch.cuda.empty_cache()
 
 
-def descend(
-    optimizer: torch.optim.Optimizer, learned: Mapping[str, Tensor], *, clip_grad: float, sharded: bool
-) -> Tensor:
+def descend(optimizer: torch.optim.Optimizer, *, clip_grad: float, sharded: bool = False) -> Tensor:
     """Sums the gradients of all ranks, clips them, takes a step if they are finite; their norm before it, a scalar."""
-    sum_gradients(learned.values())
-    norm = nn.utils.clip_grad_norm_(learned.values(), clip_grad)
+    learned = [p for group in optimizer.param_groups for p in group["params"]]
+    sum_gradients(learned)
+    norm = nn.utils.clip_grad_norm_(learned, clip_grad)
     norm = norm.full_tensor() if sharded else norm
     if norm.isfinite():
         optimizer.step()

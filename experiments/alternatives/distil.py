@@ -14,11 +14,12 @@ import typer
 from rich.progress import track
 from torch import Tensor
 
-from experiments.alternatives.shared import Student, apply, log, optimiser, save, start
+from experiments.alternatives.shared import Student, log, optimiser, save, start
 from speedrl.likelihood import sample_tokens
 from speedrl.models.checkpoint import Prompts, take
 from speedrl.rollout import Noise, draw_noise
 from speedrl.sample import from_random, guided_policy
+from speedrl.update import descend
 
 
 def divergence_gradient(teacher_logits: Tensor, auxiliary_logits: Tensor, *, beta: float = -0.2) -> Tensor:
@@ -132,8 +133,8 @@ def distil(
             loss.backward()
             totals["auxiliary_loss"] += loss.item()
         calls += pictures * (3 + (1 if guidance == 1 else 2))
-        norm = apply(student.transformer, optimizer, clip_grad=clip_grad)
-        apply(auxiliary, own, clip_grad=clip_grad)
+        norm = descend(optimizer, clip_grad=clip_grad).item()
+        descend(own, clip_grad=clip_grad)
         log(out, {"iteration": iteration + 1, "grad_norm": norm} | totals)
     budget = {"pictures_seen": iterations * pictures, "network_calls": calls}
     return save(student, out, settings=settings, budget=budget, num_inference_steps=1, random_share=random_share)

@@ -12,13 +12,14 @@ import typer
 from rich.progress import track
 from torch import Tensor
 
-from experiments.alternatives.shared import apply, log, optimiser, save, start
+from experiments.alternatives.shared import log, optimiser, save, start
 from speedrl.evaluate import network_calls
 from speedrl.likelihood import log_probs
 from speedrl.models.checkpoint import Prompts, take
 from speedrl.rollout import Noise, draw_noise
 from speedrl.sample import generate, guided_policy
 from speedrl.schedule import masked_counts, step_range, temperatures, timesteps
+from speedrl.update import descend
 
 
 @torch.no_grad()
@@ -110,7 +111,7 @@ def finetune(
             ) * (len(index) / pictures)  # fmt: skip
             part.backward()
             loss += part.item()
-        norm = apply(student.transformer, optimizer, clip_grad=clip_grad)
+        norm = descend(optimizer, clip_grad=clip_grad).item()
         log(out, {"iteration": iteration + 1, "loss": loss, "grad_norm": norm})
     budget = {"pictures_seen": iterations * pictures, "network_calls": calls}
     return save(student, out, settings=settings, budget=budget, num_inference_steps=bounds[1])

@@ -45,17 +45,8 @@ def start(model: str, prompts: str | Path | None, *, device: str) -> Student:
 
 
 def optimiser(transformer: nn.Module, *, lr: float) -> torch.optim.Optimizer:
-    """That of `speedrl.train`, but for Adam's own eps of 1e-8: these losses have little noise, and `lr` is tuned."""
+    """That of `speedrl.train`, with a rate of its own, which is tuned."""
     return torch.optim.AdamW(transformer.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
-
-
-def apply(transformer: nn.Module, optimizer: torch.optim.Optimizer, *, clip_grad: float) -> float:
-    """One update of the gradients that are there, none if they are not finite; their norm before it was clipped."""
-    norm = nn.utils.clip_grad_norm_(transformer.parameters(), clip_grad)
-    if torch.isfinite(norm):
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm.item()
 
 
 def log(out: Path, row: dict) -> None:
