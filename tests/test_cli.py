@@ -1,5 +1,6 @@
 """The command line: what it writes, and what it says to bad input."""
 
+import gc
 import inspect
 import os
 import subprocess
@@ -156,6 +157,14 @@ def test_help_is_quick_and_needs_no_installation(program):
     )
     assert result.returncode == 0 and "sample" in result.stdout and "train" in result.stdout
     assert time.time() - began < 5  # seconds; torch alone would take about half of them
+
+
+def test_the_garbage_collector_works_again_after_loading():
+    assert gc.isenabled()
+    with pytest.raises(OSError), cli.uncollected():
+        assert not gc.isenabled()
+        raise OSError
+    assert gc.isenabled()
 
 
 def test_importing_the_command_line_imports_no_heavy_package():
