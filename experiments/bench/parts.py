@@ -42,7 +42,7 @@ def utilisation(ceilings: dict[str, float], *, device: str, small: bool, out: Pa
 def against_plain(ceilings: dict[str, float], *, device: str, small: bool, out: Path) -> list[dict]:
     """An iteration without decoder and reward against the plain one (dense logits and log-softmax of every position and
     step kept for autograd, reference in full, eager), at 4096 tokens and 8192 codes, in the same precision: as it is,
-    with our setting of the allocator, and with a backward pass after each step; ours with one for all and for each picture."""
+    with our setting of the allocator, and with a backward pass after each step; ours also picture by picture."""
     setting = {"double": 1, "single": 2, "batch": 2, "steps": 4, "device": device} | (TINY if small else {})
     kinds = {"plain": ("plain",), "plain, our allocator": ("plain", "--quiet"),
              "plain, backward each step": ("plain-each-step",), "ours": ("ours",),
