@@ -37,6 +37,7 @@ def ablations() -> dict[str, dict[str, dict]]:
     With the gate it depends on the quality, and it has one. There every sample draws a count of its own and has one
     advantage, as among samples of one count the speed reward is the same for all; shared-steps compares the two.
     likelihood: sequence and exact have the credit of whole rollouts, so token is there with it too.
+    any-count: one training for every step count beside those for one alone; measure it at --eval-steps 1,2,4,8,16.
     group-size: always 64 pictures an iteration. guidance: in rollouts and in scoring alike.
     """
     drawn = {"steps": "2-16", "shared_steps": False, "credit": "rollout"}
@@ -69,6 +70,7 @@ def ablations() -> dict[str, dict[str, dict]]:
         "trained-steps": {f"{n or 'all'} steps train": {"trained": n} for n in (None, 3, 2, 1)},
         "lr": {f"lr {lr:g}": {"lr": lr} for lr in (5e-5, 1e-5, 2e-5, 1e-4)}
         | {f"Adam's eps 1e-3, lr {lr:g}": {"lr": lr, "eps": 1e-3} for lr in (5e-4, 2e-3)},
+        "any-count": {"1-16 steps": {"steps": "1-16"}} | {f"{n} steps": {"steps": str(n)} for n in (1, 2, 4, 8, 16)},
         "order": {"the model's order": {"order": None}, "random": {"order": "random"}, "halton": {"order": "halton"}},
     }
 

@@ -368,7 +368,7 @@ def ablate(
         str,
         Argument(
             help="speed-reward, shared-steps, kl, credit, tuning, likelihood, percentile, low-quality, group-size, "
-            "guidance, trained-steps, lr, order or all."
+            "guidance, trained-steps, lr, any-count, order or all."
         ),
     ],
     out: Annotated[Path, Option(help="Folder of the runs and the report; finished runs are kept.")],

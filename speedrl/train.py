@@ -76,8 +76,13 @@ def draw_prompts(count: int, groups: int, random: torch.Generator) -> Tensor:
 
 def draw_steps(bounds: StepRange, groups: int, group_size: int, random: torch.Generator, *, shared: bool) -> Tensor:
     """Step counts of the samples, int64 [groups * group_size], one for each group if `shared`; where the policy
-    chooses, those that they set out with."""
-    counts = torch.randint(bounds.least, bounds.most + 1, (groups * group_size,), generator=random)
+    chooses, those that they set out with.
+
+    N steps are drawn with a probability in proportion to log2((N + 1) / N), so that 1, 2 to 3, 4 to 7 and so on are
+    drawn equally often: what is learned at 15 steps serves 16, but that at 1 does not serve 2.
+    """
+    ratio = (bounds.most + 1) / bounds.least
+    counts = (bounds.least * ratio ** torch.rand(groups * group_size, generator=random).double()).long()
     if bounds.chosen:
         return torch.full_like(counts, first_plan(bounds.most))
     return counts[::group_size].repeat_interleave(group_size) if shared else counts
@@ -165,10 +170,10 @@ def train(
     then a model as well, and with `merge` OUT/model is saved too (`add_lora` for alpha and targets). What is saved
     is the exponential moving average of the weights of decay `ema`, or the weights themselves at 0.
 
-    Each iteration samples `group_size` pictures of `groups` prompts in `steps` steps ("4"; "2-16": drawn anew;
-    "auto:16", or "auto": at each state the policy chooses how many are left, see `pace`), rewards each with its quality
-    (`mixture`) plus steps_reward times `speed_reward`, and makes `updates` updates on the clipped loss plus kl_weight
-    times the divergence from the starting model at the revealed tokens.
+    Each iteration samples `group_size` pictures of `groups` prompts in `steps` steps ("4"; "2-16": drawn anew, every
+    octave as often; "auto:16", or "auto": at each state the policy chooses how many are left, see `pace`), rewards each
+    with its quality (`mixture`) plus steps_reward times `speed_reward`, and makes `updates` updates on the clipped loss
+    plus kl_weight times the divergence from the starting model at the revealed tokens.
     That model is the reference policy as it is used, at its own guidance unless `reference_guidance` says another: so
     a policy that samples without guidance, one call a step in place of two, is drawn to what guidance gives.
     Pictures of a group share the count that is drawn unless `shared_steps` is off: advantages then compare pictures of

@@ -238,6 +238,13 @@ def test_a_damaged_pace_and_another_models_are_refused(run, tiny_generator, tmp_
         load_generator(tmp_path / "narrow")
 
 
+def test_every_octave_of_a_range_of_step_counts_is_drawn_as_often():
+    counts = draw_steps(step_range("1-15"), 8000, 1, torch.Generator().manual_seed(0), shared=True)
+    often = counts.float().log2().floor().long().bincount() / len(counts)
+    torch.testing.assert_close(often, torch.full((4,), 0.25), atol=0.02, rtol=0)
+    assert (draw_steps(step_range("4"), 3, 2, torch.Generator(), shared=False) == 4).all()
+
+
 def test_pictures_of_a_group_share_their_step_count_or_have_their_own(options, tmp_path, capsys):
     bounds = step_range("2-16")
     shared, own = (draw_steps(bounds, 50, 8, torch.Generator().manual_seed(0), shared=on) for on in (True, False))
