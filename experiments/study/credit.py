@@ -173,7 +173,7 @@ def main(
         groups=groups, group_size=group_size, steps=steps, guidance=guidance, order=order, seed=seed,
     )  # fmt: skip
     about = {"model": model, "order": order, "steps": steps, "batches": batches, "seed": seed}
-    write(out, "credit", "Credit of each step", found, in_words(found), about)
+    write(out, "credit", "What the credit of tokens and steps does", found, in_words(found), about)
 
 
 if __name__ == "__main__":
