@@ -79,13 +79,18 @@ def draw_steps(bounds: StepRange, groups: int, group_size: int, random: torch.Ge
     chooses, those that they set out with.
 
     N steps are drawn with a probability in proportion to log2((N + 1) / N), so that 1, 2 to 3, 4 to 7 and so on are
-    drawn equally often: what is learned at 15 steps serves 16, but that at 1 does not serve 2.
+    drawn equally often: what is learned at 15 steps serves 16, but that at 1 does not serve 2. An iteration's draws
+    are stratified: its n counts fall one into each n-th of the distribution, so that every iteration has few and many.
     """
-    ratio = (bounds.most + 1) / bounds.least
-    counts = (bounds.least * ratio ** torch.rand(groups * group_size, generator=random).double()).long()
+    n = groups if shared else groups * group_size
+    at = torch.rand(groups * group_size, generator=random).double()[:n]
+    if bounds.least < bounds.most:
+        at = (torch.randperm(n, generator=random) + at) / n
+    counts = (bounds.least * ((bounds.most + 1) / bounds.least) ** at).long()
+    counts = counts.repeat_interleave(group_size) if shared else counts
     if bounds.chosen:
         return torch.full_like(counts, first_plan(bounds.most))
-    return counts[::group_size].repeat_interleave(group_size) if shared else counts
+    return counts
 
 
 def measured(
@@ -250,6 +255,7 @@ def train(
     tuned = tune and not bounds.chosen
     table = torch.tensor(record["tuning"]) if record.get("tuning") else generator.tuning
     table = torch.zeros(OCTAVES, len(SPREAD)) if table is None and tuned else table
+    seen = torch.tensor(record.get("tuned", [0.0] * OCTAVES))  # batches that each octave's tuning has learned from
     first, skipped, lost = (record.get(name, 0) for name in ("iteration", "skipped", "skipped_total"))
     fit = torch.tensor(record.get("fit", [[0.0] * 4] * 3), dtype=torch.float64)  # of values to guesses
     moments = {name: Moments(*record.get("moments", {}).get(name, ())) for name in scores}
@@ -320,7 +326,7 @@ def train(
             above = group_advantages(rewards.view(groups, -1), scale=False).flatten()
             scale, slopes = 1 / (above.square().mean().sqrt() + 1e-4), None
             if tuned:
-                table = improved(table, counts, tried, scale * above, rate=tune_rate / (1 + iteration / 8))
+                table, seen = improved(table, seen, counts, tried, above, rate=tune_rate)
             if by_token:
                 by_size = lambda n: scale * reward_slopes(batch.tokens, codes, sloped, asked, batch=n)  # noqa: B023, E731
                 slopes, at_once = agreed(lambda: fitting(by_size, at_once))  # noqa: B023
@@ -369,7 +375,7 @@ def train(
             if done % save_every == 0 or done == iterations or stop:
                 record = {"skipped": skipped, "skipped_total": lost, "moments": moments, "fit": fit.tolist(),
                           "recent": list(recent), "tuning": None if table is None else table.tolist(),
-                          "settings": settings}  # fmt: skip
+                          "tuned": seen.tolist(), "settings": settings}  # fmt: skip
                 try:
                     save(out, done, tensors(learned, optimizer, average), random_states(random, device), record,
                          keep=keep_checkpoints, sharded=sharded)  # fmt: skip

@@ -64,15 +64,22 @@ def described(table: Tensor, steps: Tensor) -> dict[str, float]:
     return {name: value.item() for name, value in at_mean._asdict().items()}
 
 
-def improved(table: Tensor, steps: Tensor, noise: Tensor, advantages: Tensor, *, rate: float) -> Tensor:
-    """The table after one step along the gradient of the expected reward, in units of the spread.
+def improved(
+    table: Tensor, seen: Tensor, steps: Tensor, noise: Tensor, advantages: Tensor, *, rate: float
+) -> tuple[Tensor, Tensor]:
+    """The table after one step along the gradient of the expected reward, in units of the spread, and what was seen.
 
-    steps int64 [B], noise float32 [B, 4] as of `explored`, advantages float32 [B], those of the whole rollouts. Where
-    no sample took about as many steps the table stays.
+    steps int64 [B], noise float32 [B, 4] as of `explored`, advantages float32 [B], those of the whole rollouts, which
+    are standardised within each octave, as rewards vary far less at one step than at four. seen float32 [OCTAVES] counts
+    the batches that each octave has learned from, a part of one for its part of the samples: by that part its step is
+    shorter, and by its own past, rate / (1 + seen / 8). So an octave that has few samples of each batch learns in more
+    batches what it would have learned alone, and is not carried off by its noise.
     """
-    of_octave = shares(steps.cpu())
-    told = of_octave.T @ (noise * advantages.cpu()[:, None]) / of_octave.sum(0).clamp(min=1)[:, None]
-    return table + rate * torch.tensor(SPREAD) * told
+    of_octave, advantages = shares(steps.cpu()), advantages.cpu()
+    deviation = (of_octave.T @ advantages.square() / of_octave.sum(0).clamp(min=1e-6)).sqrt() + 1e-4
+    told = of_octave.T @ (noise * advantages[:, None]) / (len(steps) * deviation[:, None])
+    lengths = rate / (1 + seen / 8)
+    return table + lengths[:, None] * torch.tensor(SPREAD) * told, seen + of_octave.mean(0)
 
 
 def sharpness(tuning: Tuning, steps: Tensor) -> Tensor:

@@ -62,20 +62,44 @@ def test_trials_are_drawn_around_the_table_and_are_the_same_again():
 
 
 def test_the_table_climbs_to_the_scalars_that_are_rewarded_and_other_step_counts_keep_theirs():
-    table, steps, best = torch.zeros(OCTAVES, 4), torch.full((64,), 4), torch.tensor([0.3, -0.4, 0.2, 0.0])
+    table, seen = torch.zeros(OCTAVES, 4), torch.zeros(OCTAVES)
+    steps, best = torch.full((64,), 4), torch.tensor([0.3, -0.4, 0.2, 0.0])
     for iteration in range(60):
         tuning, noise = explored(table, steps, seed=0, iteration=iteration)
         logs = torch.stack(list(tuning), 1).log()
         reward = -((logs - best) ** 2).sum(1)
-        advantages = (reward - reward.mean()) / reward.std()
-        table = improved(table, steps, noise, advantages, rate=1 / (1 + iteration / 8))
+        table, seen = improved(table, seen, steps, noise, reward - reward.mean(), rate=1.0)
     torch.testing.assert_close(settled(table, torch.tensor([4])).warp.log(), best[:1], atol=0.1, rtol=0)
     torch.testing.assert_close(table[2], best, atol=0.2, rtol=0)
-    assert not table[[0, 1, 3, 4, 5, 6]].any()
+    assert not table[[0, 1, 3, 4, 5, 6]].any() and seen.tolist() == [0, 0, 60, 0, 0, 0, 0]
+
+
+def test_an_octave_with_a_part_of_the_samples_learns_in_as_many_of_its_own_what_it_would_alone():
+    best = torch.tensor([0.3, -0.4, 0.2, 0.0])
+    found = {}
+    for name, steps, batches in (("alone", [4] * 64, 30), ("among", [1, 4, 16, 64] * 16, 120)):
+        steps, tables = torch.tensor(steps), []
+        for seed in range(20):
+            table, seen = torch.zeros(OCTAVES, 4), torch.zeros(OCTAVES)
+            for iteration in range(batches):
+                tuning, noise = explored(table, steps, seed=seed, iteration=iteration)
+                reward = -((torch.stack(list(tuning), 1).log() - best) ** 2).sum(1)
+                # one step's rewards vary a hundredth as much, and it must not matter
+                reward = torch.where(steps == 1, reward / 100, reward)
+                own = torch.stack([reward[steps == n].mean() for n in steps.tolist()])
+                table, seen = improved(table, seen, steps, noise, reward - own, rate=1.0)
+            tables.append(table)
+        found[name] = torch.stack(tables)
+        assert seen[2] == 30
+    alone, among = found["alone"][:, 2], found["among"]
+    torch.testing.assert_close(among[:, 2].mean(0), alone.mean(0), atol=0.04, rtol=0)
+    torch.testing.assert_close(among[:, 0].mean(0), alone.mean(0), atol=0.04, rtol=0)
+    assert among[:, 2].std(0).mean() < 1.5 * alone.std(0).mean(), "its noise does not carry it off"
 
 
 def test_advantages_of_zero_leave_the_table():
     table = torch.randn(OCTAVES, 4, generator=torch.Generator().manual_seed(0))
     _, noise = explored(table, torch.tensor([3, 9]), seed=0, iteration=0)
-    assert torch.equal(improved(table, torch.tensor([3, 9]), noise, torch.zeros(2), rate=1.0), table)
+    found, seen = improved(table, torch.zeros(OCTAVES), torch.tensor([3, 9]), noise, torch.zeros(2), rate=1.0)
+    assert torch.equal(found, table) and seen.sum() == pytest.approx(1)
     assert isinstance(settled(table, torch.tensor([5])), Tuning)
