@@ -70,7 +70,7 @@ def improved(
     """The table after one step along the gradient of the expected reward, in units of the spread, and what was seen.
 
     steps int64 [B], noise float32 [B, 4] as of `explored`, advantages float32 [B], those of the whole rollouts, which
-    are standardised within each octave, as rewards vary far less at one step than at four. seen float32 [OCTAVES] counts
+    are standardised within each octave, as rewards vary far less at one step than at four. seen float32 [OCTAVES] are
     the batches that each octave has learned from, a part of one for its part of the samples: by that part its step is
     shorter, and by its own past, rate / (1 + seen / 8). So an octave that has few samples of each batch learns in more
     batches what it would have learned alone, and is not carried off by its noise.
