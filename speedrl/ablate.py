@@ -123,7 +123,8 @@ def ablate(
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
     chosen = {name: variants(name)} if name != "all" else ablations()
-    clash = {key for own in chosen.get(name, {}).values() for key in own.keys() & options.keys() - {"iterations"}}
+    own_of = chosen.get(name, {}).values()
+    clash = {key for own in own_of for key, value in own.items() if key in options and value != FIVEFOLD}
     if clash:
         raise ValueError(f"the ablation {name} sets {', '.join(sorted(clash))} itself")
     evaluation = {

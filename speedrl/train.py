@@ -82,15 +82,14 @@ def draw_steps(bounds: StepRange, groups: int, group_size: int, random: torch.Ge
     drawn equally often: what is learned at 15 steps serves 16, but that at 1 does not serve 2. An iteration's draws
     are stratified: its n counts fall one into each n-th of the distribution, so that every iteration has few and many.
     """
-    n = groups if shared else groups * group_size
-    at = torch.rand(groups * group_size, generator=random).double()[:n]
-    if bounds.least < bounds.most:
-        at = (torch.randperm(n, generator=random) + at) / n
-    counts = (bounds.least * ((bounds.most + 1) / bounds.least) ** at).long()
-    counts = counts.repeat_interleave(group_size) if shared else counts
+    at = torch.rand(groups * group_size, generator=random).double()
     if bounds.chosen:
-        return torch.full_like(counts, first_plan(bounds.most))
-    return counts
+        return torch.full((groups * group_size,), first_plan(bounds.most))
+    at = at[:groups] if shared else at
+    if bounds.least < bounds.most:
+        at = (torch.randperm(len(at), generator=random) + at) / len(at)
+    counts = (bounds.least * ((bounds.most + 1) / bounds.least) ** at).long()
+    return counts.repeat_interleave(group_size) if shared else counts
 
 
 def measured(
