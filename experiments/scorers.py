@@ -2,7 +2,7 @@
 
 In the environment of `just parity`, with random weights at the real size. Every measurement is a process of its own, so
 that its peak of memory is its own; the packages score through their public functions on PIL pictures of one prompt,
-ours a tensor of the same pictures.
+ours a tensor of the same pictures. CLIP's package is open_clip, as its own documentation calls it.
 """
 
 import json
@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -42,8 +43,11 @@ def scorer(name: str, whose: str, path: Path):
     if whose != "package":
         from speedrl.models import scorers
 
-        score = getattr(scorers, f"{name}_score")(weights=str(path), bf16=False if whose == "ours in fp32" else None)
+        load = partial(scorers.clip_score, reference.CLIP) if name == "clip" else getattr(scorers, f"{name}_score")
+        score = load(weights=str(path), bf16=False if whose == "ours in fp32" else None)
         return lambda images: score(tensors(images), [PROMPT] * len(images))
+    if name == "clip":
+        return reference.open_clip_score(path, PROMPT)
     if name == "imagereward":
         package = reference.image_reward(path.parent / "vocab.txt")
         model = package.load(str(path), device="cpu", med_config=str(path.parent / "med_config.json"))
@@ -80,13 +84,13 @@ def main(
     repeats: Annotated[int, Option(help="Calls, of which the median counts.")] = 3,
     one: Annotated[str | None, Option(hidden=True)] = None,
 ) -> None:
-    """Measure ImageReward and HPSv2.1, ours and the packages'."""
+    """Measure ImageReward, HPSv2.1 and CLIP ViT-L-14, ours and the packages'."""
     if one:  # the process of one measurement
         name, whose = one.split(":")
         print(json.dumps(measure(name, whose, weights(name, cache), batch=batch, repeats=repeats)))
         return
     rows, console = [], Console()
-    for name in ("imagereward", "hpsv2"):
+    for name in ("imagereward", "hpsv2", "clip"):
         for whose in ("package", "ours in fp32", "ours"):
             command = ["--one", f"{name}:{whose}", "--cache", str(cache), "--batch", str(batch)]
             with console.status(f"{name}, {whose}"):

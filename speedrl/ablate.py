@@ -245,7 +245,9 @@ def conclude(
     differences = [d for variant in measured if variant != baseline for d in compared(variant, baseline, measured)]
     words = in_words(differences, baseline=baseline)
     curves = {
-        variant: [metrics_file(folders[variant][seed]) for seed in by_seed] for variant, by_seed in measured.items()
+        variant: {seed: metrics_file(folders[variant][seed]) for seed in by_seed}
+        for variant, by_seed in measured.items()
+        if by_seed
     }
     commands = [
         line for by_seed in folders.values() for f in by_seed.values() for line in commands_of(f, runs[f], evaluation)
@@ -267,8 +269,9 @@ def conclude(
     code = "".join(f"    {line}\n" for line in commands)
     text = f"# {name}\n\n{markdown(rows, error='interval')}\n± is the 95 % interval over seeds.\n{paragraphs}\n{code}"
     write_atomically(report / f"{name}.md", lambda partial: partial.write_text(text))
-    plot_curves(curves, report / name, metrics=CURVES, title=name)
-    caption = f"{name}: means over seeds, with the 95 % interval of the mean where there are several"
+    if curves:
+        plot_curves(curves, report / name, metrics=CURVES, title=name)
+    caption = f"{name}: means over seeds, and seed for seed what sets each apart; 95 % intervals where there are several"
     section = Section(
         title=name,
         words=[*words, *complaints],

@@ -1,7 +1,9 @@
 """What a run or a study ends with: a trained model beside its base, curves over iterations, and Pareto figures."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -9,7 +11,7 @@ from rich.progress import track
 
 from speedrl.evaluate import METRICS, calls_of, judge_if_there, network_calls, one_cell, prompt_sets, table
 from speedrl.files import write_atomically, write_json
-from speedrl.interval import interval
+from speedrl.interval import interval, paired
 from speedrl.models.checkpoint import load_generator
 from speedrl.reward import load_qualities
 from speedrl.sample import contact_sheet, draw, sample, save_png
@@ -127,34 +129,74 @@ def over_iterations(runs: Sequence[Sequence[dict]], metric: str) -> tuple[list[i
     return common, [mean for mean, _ in found], [width for _, width in found]
 
 
-def plot_curves(
-    variants: Mapping[str, Sequence[Sequence[dict]]], path: Path, *, metrics: Mapping[str, str], title: str = ""
-) -> None:
-    """Metrics over iterations into PATH.png and PATH.svg: a panel for each, a line for each variant.
+def over_stretches(
+    runs: Mapping[int, Sequence[dict]], others: Mapping[int, Sequence[dict]], metric: str, *, stretches: int = 5
+) -> list[tuple[float, float, float | None]]:
+    """How much a metric of `runs` differs from that of `others`, in stretches of iterations of about equal length.
 
-    `variants` are runs by name, each the rows of a metrics.jsonl; `metrics` are titles by name. A line is the mean over
-    runs, the band around it the 95 % interval of that mean (Student's t).
+    Both are rows of metrics.jsonl by seed, and the difference is paired by it: the same prompts and noise. -> for each
+    stretch its middle, the mean difference and half its 95 % interval (`paired`). [] without a common seed.
+    """
+    pairs = {}
+    for seed in runs.keys() & others.keys():
+        one, other = ({row["iteration"]: row.get(metric) for row in of[seed]} for of in (runs, others))
+        pairs[seed] = {i: (one[i], other[i]) for i in one if None not in (one[i], other.get(i))}
+    common = sorted(set.intersection(*map(set, pairs.values()))) if pairs else []
+    bounds = [round(len(common) * k / stretches) for k in range(stretches + 1)]
+    found = []
+    for part in filter(None, (common[low:high] for low, high in itertools.pairwise(bounds))):
+        mine, theirs = ({seed: fmean(pairs[seed][i][side] for i in part) for seed in pairs} for side in (0, 1))
+        difference = paired(mine, theirs)
+        found.append(((part[0] + part[-1]) / 2, difference["difference"], difference["interval"]))
+    return found
+
+
+def plot_curves(
+    variants: Mapping[str, Mapping[int, Sequence[dict]]],
+    path: Path,
+    *,
+    metrics: Mapping[str, str],
+    title: str = "",
+) -> None:
+    """Metrics over iterations into PATH.png and PATH.svg: a row for each, a line for each variant.
+
+    `variants` are runs by name and seed, each the rows of a metrics.jsonl; `metrics` are titles by name. Left the means
+    over seeds, and around the first variant's the 95 % interval (Student's t), that of the others being much the same;
+    right what the others differ from the first by, seed for seed, with its interval: seeds differ by more than variants
+    do, so that on the left their bands would hide everything.
     """
     from matplotlib.figure import Figure  # without pyplot: no global state, no window
+    from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(5 * len(metrics), 3.2 + 0.2 * len(variants)), layout="constrained", dpi=130)
-    panels = figure.subplots(1, len(metrics), squeeze=False)[0]
-    for panel, (metric, label) in zip(panels, metrics.items(), strict=True):
+    baseline = next(iter(variants))
+    figure = Figure(figsize=(12, 3.2 * len(metrics) + 0.15 * len(variants)), layout="constrained", dpi=110)
+    panels = figure.subplots(len(metrics), 2, squeeze=False)
+    for (left, right), (metric, label) in zip(panels, metrics.items(), strict=True):
         for k, (name, runs) in enumerate(variants.items()):
-            iterations, means, widths = over_iterations(runs, metric)
-            if not iterations:
-                continue
             style = look(k)
-            panel.plot(iterations, means, label=name, markevery=max(1, len(iterations) // 8), markersize=5, **style)
-            if None not in widths:
+            iterations, means, widths = over_iterations(list(runs.values()), metric)
+            every = max(1, len(iterations) // 8)
+            left.plot(iterations, means, label=name, markevery=every, markersize=5, **style)
+            if name == baseline and None not in widths:
                 low, high = ([m + sign * w for m, w in zip(means, widths, strict=True)] for sign in (-1, 1))
-                panel.fill_between(iterations, low, high, color=style["color"], alpha=0.15, linewidth=0)
-        panel.set_title(label, fontsize=10)
-        panel.set_xlabel("iteration")
-        panel.grid(alpha=0.3)
+                left.fill_between(iterations, low, high, color=style["color"], alpha=0.15, linewidth=0)
+            found = over_stretches(runs, variants[baseline], metric) if name != baseline else []
+            if found:
+                middles, differences, bars = zip(*found, strict=True)
+                apart = (middles[-1] - middles[0]) / max(1, len(middles) - 1) or 1  # side by side, not on one another
+                places = [middle + apart * 0.6 * (k / len(variants) - 0.5) for middle in middles]
+                bars = None if None in bars else bars
+                right.errorbar(places, differences, yerr=bars, markersize=5, capsize=2, linewidth=1, **style)
+        right.axhline(0, color="0.6", linewidth=1, zorder=0)
+        left.set_title(label, fontsize=10)
+        right.set_title(f"the same, less that of {baseline}, by seed", fontsize=10)
+        for panel in (left, right):
+            panel.set_xlabel("iteration")
+            panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+            panel.grid(alpha=0.3)
     figure.suptitle(title)
-    handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
+    handles, names = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
     save_figure(figure, path)
 
 

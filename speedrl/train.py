@@ -358,6 +358,8 @@ def train(
             done = iteration + 1
             row = measured(done, rewards, by_group, speed, keep, distributed.total_stats(totals), norm)
             row |= {"skipped": skipped, "skipped_total": lost, "images_per_second": size / (time.time() - began)}
+            if reference is None:
+                del row["kl"]  # 0 would say that it was measured
             if bounds.least < bounds.most:
                 row["steps_mean"] = taken.float().mean().item()
             if tuned:

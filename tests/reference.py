@@ -9,6 +9,7 @@ import json
 import shutil
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from speedrl.platform import import_torchvision
 from tests.test_reward_quality import to_image_reward
 
 WORDS = 30522  # of BERT's vocabulary
+CLIP = "ViT-L-14"
 
 
 def write_vocabulary(path: Path) -> None:
@@ -64,6 +66,30 @@ def hpsv2():
     if not (folder / words).exists():
         shutil.copy(Path(open_clip.__file__).parent / words, folder / words)
     return importlib.import_module("hpsv2.img_score")
+
+
+def open_clip_score(path: Path, prompt: str) -> Callable[[list[Image.Image]], torch.Tensor]:
+    """The cosine of PIL pictures and a prompt as open_clip's documentation computes it, by CLIP of weights in a file."""
+    import_torchvision()
+    import open_clip
+
+    model, _, preprocess = open_clip.create_model_and_transforms(CLIP, pretrained=str(path))
+    model, tokenizer = model.eval(), open_clip.get_tokenizer(CLIP)
+
+    def score(images: list[Image.Image]) -> torch.Tensor:
+        of_images = model.encode_image(torch.stack([preprocess(image) for image in images]), normalize=True)
+        return (of_images @ model.encode_text(tokenizer([prompt]), normalize=True).T)[:, 0]
+
+    return score
+
+
+def clip_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Random weights of CLIP."""
+    import_torchvision()
+    import open_clip
+
+    torch.manual_seed(0)
+    return open_clip.create_model(CLIP).state_dict()
 
 
 def pictures(width: int, height: int) -> list[Image.Image]:

@@ -20,6 +20,7 @@ from speedrl.models.scorers import (
     hpsv2_score,
     imagereward_score,
     normalised,
+    sequence_first,
 )
 from speedrl.platform import import_torchvision
 from speedrl.reward import (
@@ -105,6 +106,25 @@ def test_features_are_open_clips_own(folder):
         torch.testing.assert_close(texts(["a cat", "an ant"]), wanted)
         exact = pictures(2, side=16)
         torch.testing.assert_close(images(exact), model.encode_image(exact * 2 - 1, normalize=True))
+
+
+def test_no_attention_multiplies_a_transposed_input(folder):
+    import_torchvision()
+    import open_clip
+
+    model, seen = sequence_first(open_clip.create_model(f"local-dir:{folder}").eval()), []
+    for module in model.modules():
+        if isinstance(module, torch.nn.MultiheadAttention):
+            module.register_forward_pre_hook(
+                lambda module, given, named: seen.append(
+                    not module.batch_first and (*given, *named.values())[0].is_contiguous()
+                ),
+                with_kwargs=True,
+            )
+    with torch.no_grad():
+        model.encode_image(pictures(2, side=16))
+        model.encode_text(open_clip.get_tokenizer(f"local-dir:{folder}")(["a cat", "an ant"]))
+    assert seen == [True, True]
 
 
 def test_larger_and_wider_pictures_are_resized_to_the_tower(folder):

@@ -93,6 +93,22 @@ def fill(module: nn.Module, state: dict[str, Tensor], path: Path) -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
+def sequence_first(model: nn.Module) -> nn.Module:
+    """Has an open_clip model's transformers work on [words, pictures, width], which gives the same features.
+
+    PyTorch's attention transposes to that anyway, and its product with a transposed input is a batched one that copies
+    the weights for every word: on a CPU, in bf16, 80 times as slow as the same product on a contiguous input.
+    """
+    from open_clip.transformer import Transformer
+
+    for transformer in (module for module in model.modules() if type(module) is Transformer):
+        attentions = [getattr(block, "attn", None) for block in transformer.resblocks]
+        if all(type(attention) is nn.MultiheadAttention for attention in attentions):
+            for module in (transformer, *attentions):
+                module.batch_first = False
+    return model
+
+
 def clip_features(
     model: nn.Module, tokenizer: Callable, preprocess: Callable[[Tensor], Tensor], *,
     device: torch.device | str, bf16: bool | None = None, micro_batch: int = 64,
@@ -100,8 +116,9 @@ def clip_features(
     """An open_clip model as two functions: of float [B, 3, H, W] in [0, 1], on any device, and of B prompts.
 
     Both return float32 [B, D] of norm 1 on `device`, of pictures with a gradient where they have one; the latest
-    prompts are remembered.
+    prompts are remembered. The model is made `sequence_first`.
     """
+    sequence_first(model)
 
     def images(pictures: Tensor) -> Tensor:
         found = []
