@@ -271,7 +271,7 @@ def conclude(
     write_atomically(report / f"{name}.md", lambda partial: partial.write_text(text))
     if curves:
         plot_curves(curves, report / name, metrics=CURVES, title=name)
-    caption = f"{name}: means over seeds, and seed for seed what sets each apart; 95 % intervals where there are several"
+    caption = f"{name}: means over seeds, and seed for seed what sets each apart, with 95 % intervals"
     section = Section(
         title=name,
         words=[*words, *complaints],

@@ -262,6 +262,9 @@ def train(
     offload: Annotated[bool, Option(help="With fsdp: weights stay in the processor's memory between uses.")],
     trackers: Annotated[list[str], Option("--tracker", help="tensorboard or wandb, beside metrics.jsonl.")],
     compile: Annotated[bool, Option(help="Use torch.compile; not with fsdp.")],
+    bf16: Annotated[
+        bool | None, Option("--bf16/--no-bf16", help="Compute in bf16. [default: if the device is fast at it]")
+    ],
     compare: Annotated[bool, Option(help="End with a comparison of the model before and after.")] = True,
     text_encoder: TextEncoder = None,
     size: Size = None,

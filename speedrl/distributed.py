@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from speedrl.errors import one_line
-from speedrl.platform import bf16_is_fast
 
 
 def rank() -> int:
@@ -153,11 +152,12 @@ def sum_gradients(parameters: list[nn.Parameter]) -> None:
 
 
 def shard(
-    transformer: nn.Module, pace: nn.Module | None = None, *, device: torch.device | str, offload: bool = False
-) -> None:
+    transformer: nn.Module, pace: nn.Module | None = None, *, device: torch.device | str, offload: bool = False,
+    bf16: bool = False,
+) -> None:  # fmt: skip
     """Shards a transformer's weights over the ranks, block by block, in place (FSDP2, arXiv 2304.11277), and a pace's.
 
-    Where bf16 is fast, weights are gathered in it and gradients summed in float32; with `offload` they stay in the
+    On a GPU with `bf16`, weights are gathered in it and gradients summed in float32; with `offload` they stay in the
     processor's memory between uses. Gradients are sums over ranks, as `sum_gradients` makes them. It is called through
     `features` and `head` from then on, not as a whole. ValueError for a transformer without Meissonic's blocks.
     """
@@ -176,7 +176,7 @@ def shard(
     if not hasattr(transformer, "single_transformer_blocks"):
         raise ValueError("fsdp shards Meissonic's transformer only: train this model with --parallel ddp")
     kind = torch.device(device).type
-    low = torch.bfloat16 if bf16_is_fast(device) and kind != "cpu" else None
+    low = torch.bfloat16 if bf16 and kind != "cpu" else None
     how = {
         "mesh": init_device_mesh(kind, (world(),)),
         # what the blocks get is cast by the model itself: rotary angles stay in float32

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from speedrl.likelihood import exact_log_prob, sample_tokens
 from speedrl.pace import advance, draw_pace, heat, pace_log_prob, within
+from speedrl.platform import can_compile
 from speedrl.schedule import halton_order, masked_counts, seeded, temperatures, timesteps
 from speedrl.tuning import Tuning, sharpness
 
@@ -122,6 +123,11 @@ def step(
     return Step(torch.where(revealed, drawn, tokens), revealed, log_p, drawn, rank)
 
 
+def compiled_step(device: torch.device | str) -> Callable[..., Step]:
+    """`step` compiled for any number of samples and places, or itself where `can_compile` says that it cannot be."""
+    return torch.compile(step, dynamic=True) if can_compile(device) else step
+
+
 def places_that_are(mask: Tensor, count: int) -> Tensor:
     """Where a mask bool [B, L] is set, in rising order: int64 [B, count]; rows with fewer end in places that are not.
 
@@ -138,10 +144,10 @@ def turns(masked: Iterable[Tensor], *, length: int, narrow: bool, device: torch.
         if samples is None or not narrow:
             samples = torch.arange(len(before))
         if narrow:
-            # two at least: the compiler makes code of its own for a batch of one
+            # two at least, and of places too: the compiler makes code of its own for one
             count = max(int((before > 0).sum()), min(len(before), 2))
             samples = samples[before[samples].argsort(descending=True, stable=True)[:count]].sort().values
-        yield samples.to(device), int(before.max()) if narrow else length
+        yield samples.to(device), max(int(before.max()), min(length, 2)) if narrow else length
 
 
 def given_plan(

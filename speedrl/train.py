@@ -45,7 +45,7 @@ from speedrl.reward import (
     rate,
     speed_reward,
 )
-from speedrl.rollout import draw_noise, rollout
+from speedrl.rollout import compiled_step, draw_noise, rollout, step
 from speedrl.sample import guided_policy
 from speedrl.schedule import StepRange, step_range
 from speedrl.settings import check, idle, kind_of_credit
@@ -165,6 +165,7 @@ def train(
     offload: bool = False,
     trackers: Sequence[str] = (),
     compile: bool = True,
+    bf16: bool | None = None,
     device: str = "cpu",
     loading: Mapping[str, Any] | None = None,
 ) -> Path:
@@ -198,7 +199,8 @@ def train(
     weights move in proportion to their gradient, far below it, as by default, all alike, those with nothing but noise
     too. An update whose gradient is not finite is skipped; `max_skipped` in a row end the
     training.
-    `temperature`, the mask `schedule` and the reveal `order` None are the model's own.
+    `temperature`, the mask `schedule` and the reveal `order` None are the model's own. With `bf16`, by default where
+    `bf16_is_fast`, products are computed in bfloat16, weights and what is summed stay float32.
     `loading` holds further options of `load_generator`, which the saved model keeps.
 
     Under torchrun, groups are shared by its ranks: with `parallel` "ddp" each has the whole model, with "fsdp" a part
@@ -213,6 +215,7 @@ def train(
     out, bounds = Path(out), step_range(steps)
     check(settings, bounds)
     device = distributed.join(device, parallel=parallel)
+    bf16 = settings["bf16"] = bf16_is_fast(device) if bf16 is None else bf16
     mine, sharded, loud = distributed.share(groups), parallel == "fsdp", distributed.rank() == 0
     size, mine = groups * group_size, slice(mine.start * group_size, mine.stop * group_size)  # of samples
     texts = training_prompts(model, prompts)
@@ -226,7 +229,7 @@ def train(
     schedule, order = schedule or generator.schedule, order or generator.order
     settings |= {"temperature": temperature, "reference_guidance": reference_guidance, "schedule": schedule,
                  "order": order}  # fmt: skip
-    scores, shares = load_qualities(quality, device=device, weights=reward_weights)
+    scores, shares = load_qualities(quality, device=device, weights=reward_weights, bf16=bf16)
     credit = settings["credit"] = kind_of_credit(credit, likelihood, scores, shares, device=device)
 
     empty = encode_prompts(generator, [generator.negative])
@@ -242,7 +245,7 @@ def train(
             network.compile_blocks()
         if sharded and isinstance(network, nn.Module):
             own = pace if network is transformer else None
-            distributed.shard(network, own, device=device, offload=offload)
+            distributed.shard(network, own, device=device, offload=offload, bf16=bf16)
     learned = {name: p for name, p in parameters(generator).items() if p.requires_grad}
     optimizer = torch.optim.AdamW(learned.values(), lr=lr, betas=(0.9, 0.95), eps=eps, weight_decay=0.0, fused=True)
     average = {name: p.detach().clone() for name, p in learned.items()} if ema else {}
@@ -259,7 +262,7 @@ def train(
     fit = torch.tensor(record.get("fit", [[0.0] * 4] * 3), dtype=torch.float64)  # of values to guesses
     moments = {name: Moments(*record.get("moments", {}).get(name, ())) for name in scores}
     recent = deque((row for row in record.get("recent", ()) if row.keys() == scores.keys()), maxlen=TREND)
-    autocast, saved, unwritten = bf16_autocast(device), first, []
+    autocast, saved, unwritten = bf16_autocast(device, enabled=bf16), first, []
     of_group = torch.arange(groups).repeat_interleave(group_size)[mine].to(device)
     if loud and resume:
         drop_metrics(out, first)
@@ -269,15 +272,16 @@ def train(
         return {name: rate(name, score, pictures, texts).to(device) for name, score in scores.items()}
 
     def valued(tokens: Tensor, texts: list[str]) -> Tensor:
-        pictures = decode(generator, tokens, bf16=bf16_is_fast(device))
+        pictures = decode(generator, tokens, bf16=bf16)
         return mixture(judged(pictures, texts), shares, moments, clip=quality_clip)
 
     def sloped(embeddings: Tensor, texts: list[str]) -> Tensor:
-        pictures = decode_embeddings(generator, embeddings, bf16=bf16_is_fast(device))
+        pictures = decode_embeddings(generator, embeddings, bf16=bf16)
         return mixture(judged(pictures, texts), shares, moments, clip=quality_clip)
 
     sampler = {"length": length, "mask_id": generator.mask_id, "temperature": temperature, "schedule": schedule,
                "order": order, "grid": grid, "record": likelihood == "exact", "sparse": True, "guess": by_step,
+               "step": compiled_step(device) if compile else step,
                "at_most": bounds.most if bounds.chosen else None}  # fmt: skip
     objective = {"mask_id": generator.mask_id, "autocast": autocast, "grid": grid, "guidance": guidance,
                  "reference_guidance": reference_guidance, "order": order, "likelihood": likelihood,
@@ -311,7 +315,7 @@ def train(
             taken = gathered(batch.steps)
 
             # REWARDS, of all ranks' samples on every rank
-            pictures = decode(generator, batch.tokens, bf16=bf16_is_fast(device))
+            pictures = decode(generator, batch.tokens, bf16=bf16)
             scored = agreed(lambda: judged(pictures, asked))  # noqa: B023
             parts = {name: gathered(part) for name, part in scored.items()}
             moments = {name: observe(moments[name], part) for name, part in parts.items()}

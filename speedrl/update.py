@@ -75,7 +75,8 @@ def row_features(
 
 def at_places(features: Tensor, part: Rows) -> Tensor:
     """`row_features` at the places alone: [P, 1, C] without guidance, else [P, 2, C]."""
-    return features[:, part.row, part.place].transpose(0, 1)
+    # stacked, not transposed: of other strides, the head's product would copy its weights for every place
+    return torch.stack([part_of[part.row, part.place] for part_of in features], 1)
 
 
 def guided_head(transformer: nn.Module, features: Tensor, guidance: float) -> Tensor:

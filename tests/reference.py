@@ -69,7 +69,7 @@ def hpsv2():
 
 
 def open_clip_score(path: Path, prompt: str) -> Callable[[list[Image.Image]], torch.Tensor]:
-    """The cosine of PIL pictures and a prompt as open_clip's documentation computes it, by CLIP of weights in a file."""
+    """The cosine of PIL pictures and a prompt as open_clip's documentation computes it, with weights of a file."""
     import_torchvision()
     import open_clip
 

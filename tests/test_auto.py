@@ -32,7 +32,7 @@ def green(images, prompts):
 def given(model, folder):
     (folder / "prompts.txt").write_text("a b\nc d\ne f\n")
     return dict(model=str(model), prompts=str(folder / "prompts.txt"), quality="tests.test_auto:green", steps="auto:4",
-                groups=2, group_size=4, compile=False, lr=3e-2, eps=1e-8, warmup=0)  # fmt: skip
+                groups=2, group_size=4, compile=False, bf16=False, lr=3e-2, eps=1e-8, warmup=0)  # fmt: skip
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from speedrl.train import train
 from tests.ranks import command, finish, free_port, start_ranks
 from tests.test_state import arguments, wait_for
 
-OPTIONS = dict(steps="2-4", groups=4, group_size=3, iterations=1, compile=False, lr=1e-3, micro_batch=5,
+OPTIONS = dict(steps="2-4", groups=4, group_size=3, iterations=1, compile=False, bf16=False, lr=1e-3, micro_batch=5,
                percentile=60.0, updates=1, quality="embedded")  # fmt: skip
 
 

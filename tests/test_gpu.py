@@ -8,8 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import speedrl.distributed
-import speedrl.train
 from speedrl.critic import reward_slopes
 from speedrl.models.checkpoint import codebook, decode_embeddings, encode_prompts, load_generator, take
 from speedrl.platform import bf16_autocast
@@ -24,11 +22,9 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 DEVICE, GRID, LENGTH = "cuda", (4, 4), 16
 
 
-def in_float32(put=setattr):
-    """bf16 and TF32, by default convolutions', off: what then differs from the processor is the order of sums."""
-    put(speedrl.train, "bf16_autocast", lambda device: bf16_autocast(device, enabled=False))
-    for module in (speedrl.train, speedrl.distributed):
-        put(module, "bf16_is_fast", lambda device: False)
+def without_tf32(put=setattr):
+    """TF32, by default convolutions', off, as bf16 is by the options: what then differs from the processor is the order
+    of sums."""
     put(torch.backends.cudnn, "allow_tf32", False)
 
 
@@ -41,7 +37,7 @@ def options(tiny_generator_folder, tmp_path):
 
 @pytest.mark.parametrize("credit", ["token", "step", "rollout"])
 def test_an_iteration_gives_the_gradient_and_the_metrics_of_the_processor(options, tmp_path, monkeypatch, credit):
-    in_float32(monkeypatch.setattr)
+    without_tf32(monkeypatch.setattr)
     for device in ("cpu", DEVICE):
         with monkeypatch.context() as patch:
             patch.setattr(torch.optim.AdamW, "step", torch.optim.AdamW.step)  # to be put back
@@ -55,7 +51,7 @@ def test_an_iteration_gives_the_gradient_and_the_metrics_of_the_processor(option
 
 def test_in_the_precision_of_the_device_a_run_is_saved_and_goes_on(options, tmp_path):
     """bf16, so metrics are only near; the device's random states are in the checkpoint."""
-    options |= {"device": DEVICE, "save_every": 1}
+    options |= {"device": DEVICE, "save_every": 1, "bf16": None}
     train(out=tmp_path / "run", **options)
     assert f"0.{DEVICE}" in load_file(tmp_path / "run/checkpoints/000001/random.st")
     train(out=tmp_path / "run", **options | {"iterations": 2, "resume": True})
@@ -69,7 +65,7 @@ def test_in_the_precision_of_the_device_a_run_is_saved_and_goes_on(options, tmp_
 
 
 def trained_in_float32(out, options):
-    in_float32()
+    without_tf32()
     trained(out, options)
 
 
@@ -125,7 +121,7 @@ def short_of_memory(run, size):
 def test_where_the_devices_memory_runs_out_smaller_batches_give_the_same_gradient_and_slopes(
     tiny_generator_folder, monkeypatch
 ):
-    in_float32(monkeypatch.setattr)
+    without_tf32(monkeypatch.setattr)
     count, generator = 1024, load_generator(tiny_generator_folder, device=DEVICE)
     of_all = torch.zeros(count, dtype=torch.int64, device=DEVICE)
     prompt, empty = take(encode_prompts(generator, ["an owl"]), of_all), encode_prompts(generator, [""])

@@ -10,7 +10,16 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 from speedrl.models.checkpoint import encode_prompts
-from speedrl.models.meissonic import Down, MeissonicTransformer, Up, attention, rope_table, rotate, sinusoid
+from speedrl.models.meissonic import (
+    Down,
+    MeissonicTransformer,
+    Up,
+    attention,
+    gelu_by_sigmoid,
+    rope_table,
+    rotate,
+    sinusoid,
+)
 
 
 def test_the_released_configuration_has_the_released_tensors():
@@ -39,6 +48,16 @@ def test_the_2x_blocks_are_their_convolutions(kind):
     block.norm.weight.data.normal_()
     expected = block.conv(block.norm(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     torch.testing.assert_close(block(x), expected)
+
+
+def test_the_compiled_gelu_is_the_eager_one():
+    x = torch.cat([torch.linspace(-12, 12, 1001), torch.tensor([-1e4, 1e4])]).requires_grad_()
+    for dtype, close in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+        found, wanted = gelu_by_sigmoid(x.to(dtype)), F.gelu(x.to(dtype), approximate="tanh")
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, wanted, atol=close, rtol=close)
+        slopes = [torch.autograd.grad(value.sum(), x)[0] for value in (found, wanted)]
+        torch.testing.assert_close(*slopes, atol=close, rtol=close)
 
 
 def test_rotary_embedding_is_a_complex_rotation():

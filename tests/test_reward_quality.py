@@ -100,7 +100,7 @@ def test_features_are_open_clips_own(folder):
 
     model = open_clip.create_model(f"local-dir:{folder}").eval()
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
-    images, texts = clip_encoders(f"local-dir:{folder}")
+    images, texts = clip_encoders(f"local-dir:{folder}", bf16=False)
     with torch.no_grad():
         wanted = model.encode_text(tokenizer(["a cat", "an ant"]), normalize=True)
         torch.testing.assert_close(texts(["a cat", "an ant"]), wanted)
@@ -342,7 +342,7 @@ def test_hpsv2_is_the_cosine_after_the_longer_side_is_fitted(tmp_path):
     import open_clip
     from torchvision.transforms.functional import InterpolationMode, normalize, pad, resize
 
-    score = hpsv2_score(weights=str(tmp_path / "hps.pt"), architecture=name)
+    score = hpsv2_score(weights=str(tmp_path / "hps.pt"), architecture=name, bf16=False)
     for shape in ((224, 224), (300, 500), (97, 64)):
         images, prompts = torch.rand(3, 3, *shape, generator=torch.Generator().manual_seed(1)), ["a cat", "", "a dog"]
         scale = 224 / max(shape)
@@ -424,7 +424,8 @@ def test_imagereward_reads_the_packages_names_and_its_picture_tower_is_timms(tmp
             model.vision(pixel_values=images).last_hidden_state, tower(images), atol=1e-4, rtol=1e-4
         )
 
-    score = imagereward_score(weights=str(tmp_path / "ImageReward.pt"), vision=SMALL_VISION, text=SMALL_TEXT)
+    path = str(tmp_path / "ImageReward.pt")
+    score = imagereward_score(weights=path, vision=SMALL_VISION, text=SMALL_TEXT, bf16=False)
     found = score(images, ["a red cat", "dog"])
     ids = torch.tensor([[2, 5, 8, 6, 3] + [0] * 30, [2, 7, 3] + [0] * 32])
     with torch.no_grad():

@@ -43,7 +43,7 @@ def flat(images, prompts):
 def given(model, folder):
     (folder / "prompts.txt").write_text("a b\nc d\ne f\n")
     return dict(model=str(model), prompts=folder / "prompts.txt", quality="tests.test_state:blue", steps="2", groups=2,
-                group_size=2, compile=False, lr=3e-3, save_every=1)  # fmt: skip
+                group_size=2, compile=False, bf16=False, lr=3e-3, save_every=1)  # fmt: skip
 
 
 @pytest.fixture
@@ -491,9 +491,9 @@ def test_prompts_are_drawn_without_repetition_until_all_had_their_turn():
 def arguments(options, out, iterations, *more):
     """The command line of these options."""
     flags = options | {"iterations": iterations, "out": out}
-    del flags["compile"]
+    del flags["compile"], flags["bf16"]
     pairs = [(f"--{name.replace('_', '-')}", value) for name, value in flags.items()]
-    return ["train", "--no-compile", "--no-compare", *(x for pair in pairs for x in pair), *more]
+    return ["train", "--no-compile", "--no-bf16", "--no-compare", *(x for pair in pairs for x in pair), *more]
 
 
 def wait_for(path, *, seconds=200):

@@ -29,7 +29,7 @@ def options(tiny_generator_folder, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a b\nc d\ne f\n")
     return dict(model=str(tiny_generator_folder), prompts=prompts, quality="tests.test_train:red", steps="3", groups=2,
-                group_size=4, compile=False, lr=3e-3, eps=1e-8)  # fmt: skip
+                group_size=4, compile=False, bf16=False, lr=3e-3, eps=1e-8)  # fmt: skip
 
 
 def metrics(folder):
@@ -46,6 +46,20 @@ def test_reward_rises_and_the_model_is_saved_in_the_layout_it_came_in(options, t
     assert len(rows) == 25
     assert sum(r["quality"] for r in rows[-5:]) > sum(r["quality"] for r in rows[:5])
     assert load_generator(saved).grid == load_generator(options["model"]).grid
+
+
+def test_bf16_is_the_processors_choice_unless_it_is_given(options, tmp_path, monkeypatch):
+    """What is computed in it is near what is in float32, and the ratio is 1 to the letter: both sides are in it."""
+    del options["bf16"]
+    monkeypatch.setattr("speedrl.train.bf16_is_fast", lambda device: True)
+    for name, given in (("chosen", {}), ("on", {"bf16": True}), ("off", {"bf16": False})):
+        train(out=tmp_path / name, iterations=1, save_every=1, **options | given)
+        record = json.loads((tmp_path / name / "checkpoints/000001/state.json").read_text())
+        assert record["settings"]["bf16"] is (name != "off")
+    rows = {name: metrics(tmp_path / name)[0] for name in ("chosen", "on", "off")}
+    assert rows["chosen"]["grad_norm"] == rows["on"]["grad_norm"] != rows["off"]["grad_norm"]
+    assert rows["on"]["grad_norm"] == pytest.approx(rows["off"]["grad_norm"], rel=0.2)
+    assert rows["on"]["ratio_max"] == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("likelihood", ["token", "sequence", "exact"])

@@ -12,7 +12,7 @@ from speedrl.kl import kl as divergence
 from speedrl.likelihood import exact_log_prob, log_ratio
 from speedrl.loss import clipped_loss, normalise
 from speedrl.models.checkpoint import encode_prompts, repeat, take
-from speedrl.rollout import draw_noise, rollout, state
+from speedrl.rollout import draw_noise, rollout, state, step
 from speedrl.sample import guided_policy
 from speedrl.schedule import temperatures, timesteps
 from speedrl.update import micro_batch_loss, rows, scores, token_weights, trained_steps
@@ -263,7 +263,7 @@ def test_finished_samples_leave_and_the_head_runs_where_something_is_masked(tiny
     assert torch.equal(recorded.tokens, plain.tokens) and asked[-1][1] == LENGTH
 
 
-def test_nothing_is_compiled_again_after_the_first_iteration(tiny_generator, monkeypatch):
+def test_nothing_is_compiled_again_after_the_first_iteration(tiny_generator):
     """Mixed step counts: batches shrink as samples finish, and micro-batches differ in rows and places."""
     torch._dynamo.reset()
     model = copy.deepcopy(tiny_generator.transformer)
@@ -271,10 +271,11 @@ def test_nothing_is_compiled_again_after_the_first_iteration(tiny_generator, mon
     for network in (model, reference):
         network.compile_blocks(backend="eager")  # traces, guards and recompiles as the real one does
     generator = tiny_generator._replace(transformer=model)
+    decide = torch.compile(step, dynamic=True, backend="eager")
 
     def iteration(steps: list[int]) -> None:
         steps = torch.tensor(steps)
-        batch, prompts, empty = sampled(generator, guidance=1.0, steps=steps, sparse=True)
+        batch, prompts, empty = sampled(generator, guidance=1.0, steps=steps, sparse=True, step=decide)
         which = trained_steps(steps, None, torch.Generator())
         loss, _ = loss_of(
             model, reference, batch, prompts, empty, token_weights(batch, which, torch.ones(4)), guidance=1.0,
@@ -285,7 +286,7 @@ def test_nothing_is_compiled_again_after_the_first_iteration(tiny_generator, mon
     iteration([1, 4, 2, 3])
     seen = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert seen >= 2, "the blocks were compiled"
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
-    for steps in ([4, 4, 4, 4], [2, 1, 1, 5], [16, 3, 2, 7], [1, 1, 1, 1]):
-        iteration(steps)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for steps in ([4, 4, 4, 4], [2, 1, 1, 5], [16, 3, 2, 7], [1, 1, 1, 1]):
+            iteration(steps)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == seen

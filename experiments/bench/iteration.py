@@ -6,6 +6,7 @@ and the reward, is left out.
 
 import copy
 import json
+from collections.abc import Callable
 from typing import Annotated, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from speedrl.models.checkpoint import Prompts, load_generator, repeat, take
 from speedrl.models.flops import forward_flops
 from speedrl.models.meissonic import MeissonicTransformer
 from speedrl.platform import bf16_autocast, bf16_is_fast, quiet_allocator
-from speedrl.rollout import Rollout, draw_noise, rollout
+from speedrl.rollout import Rollout, Step, compiled_step, draw_noise, rollout, step
 from speedrl.sample import guided_policy
 from speedrl.schedule import masked_counts
 from speedrl.update import micro_batch_loss, rows, token_weights, trained_steps
@@ -40,6 +41,7 @@ class Sizes(NamedTuple):
     trained: int | None
     kl_weight: float
     mask_id: int
+    step: Callable[..., Step]
 
 
 def build(*, width: int, head: int, double: int, single: int, codes: int, device: str) -> MeissonicTransformer:
@@ -65,7 +67,7 @@ def sample(model: nn.Module, prompts: Prompts, empty: Prompts, sizes: Sizes) -> 
     device, length = prompts.text.device, sizes.grid[0] * sizes.grid[1]
     counts = torch.full((sizes.batch,), sizes.steps, device=device)
     noise = draw_noise(sizes.batch, sizes.steps, length, seed=0, device=device)
-    return rollout(policy, counts, noise, length=length, mask_id=sizes.mask_id, sparse=True)
+    return rollout(policy, counts, noise, length=length, mask_id=sizes.mask_id, sparse=True, step=sizes.step)
 
 
 def update(
@@ -140,7 +142,8 @@ def main(
         generator = load_generator(model, device=device)
         transformer, side, mask_id = generator.transformer, generator.grid, generator.mask_id
         text = generator.tokenizer.model_max_length
-    sizes = Sizes(batch, steps, side, text, guidance, micro_batch or batch, trained or None, kl_weight, mask_id)
+    decide = compiled_step(device) if compile else step
+    sizes = Sizes(batch, steps, side, text, guidance, micro_batch or batch, trained or None, kl_weight, mask_id, decide)
     reference = copy.deepcopy(transformer).requires_grad_(False) if kl_weight else None
     transformer.gradient_checkpointing = checkpointing
     prompts = random_prompts(batch, transformer, text=text, device=device)

@@ -20,7 +20,7 @@ def utilisation(ceilings: dict[str, float], *, device: str, small: bool, out: Pa
     over the seconds they take, as a share of the large matrix product in the same precision, and of the faster one of
     fp32 and bf16. What is computed twice to save memory does not count."""
     gpu, best = device != "cpu", max(ceilings["fp32 TFLOP/s"], ceilings["bf16 TFLOP/s"])
-    settings = {"embedded model": {"model": "embedded", "batch": 64, "micro-batch": 16, "steps": 8}}
+    settings = {"embedded model": {"model": "embedded", "batch": 64, "micro-batch": 32, "steps": 8}}
     if small:
         settings["embedded model"] |= {"batch": 2, "micro-batch": 2, "steps": 2, "repeats": 1}
     elif gpu:
