@@ -115,6 +115,17 @@ def test_logits_are_diffusers_own(generator, theirs):
         torch.testing.assert_close(generator.transformer.head(features[:, [3, 5]]), found[:, [3, 5]])
 
 
+def test_either_attention_is_diffusers_own(generator, monkeypatch):
+    model, prompts = generator.transformer, encode_prompts(generator, ["an owl", "a cat"])
+    tokens = torch.full((2, 4, 4), MASK)
+    found = []
+    for slow in (True, False):
+        monkeypatch.setattr("speedrl.models.amused.fused_attention_is_slow", lambda *_, slow=slow: slow)
+        found.append(model(tokens, torch.zeros(2), *prompts))
+    assert not torch.equal(*found)
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+
+
 def test_checkpointing_gives_the_same_gradients_in_training_mode(generator):
     prompts = encode_prompts(generator, ["an owl"])
     tokens = torch.full((1, 4, 4), MASK)

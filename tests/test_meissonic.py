@@ -20,6 +20,7 @@ from speedrl.models.meissonic import (
     rotate,
     sinusoid,
 )
+from speedrl.platform import fused_attention_is_slow
 
 
 def test_the_released_configuration_has_the_released_tensors():
@@ -75,10 +76,24 @@ def test_rotary_embedding_is_a_complex_rotation():
     torch.testing.assert_close(rotate(x, table), expected)
 
 
-def test_short_attention_is_the_fused_one():
-    q, k, v = torch.randn(3, 2, 2, 7, 8, generator=torch.Generator().manual_seed(0)).unbind()
+@pytest.mark.parametrize("length", [7, 600])
+def test_explicit_attention_is_the_fused_one(length, monkeypatch):
+    monkeypatch.setattr("speedrl.models.meissonic.fused_attention_is_slow", lambda *_: True)
+    q, k, v = torch.randn(3, 2, 2, length, 8, generator=torch.Generator().manual_seed(0)).requires_grad_().unbind()
     expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-    torch.testing.assert_close(attention(q, k, v), expected)
+    found = attention(q, k, v)
+    torch.testing.assert_close(found, expected)
+    pull = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    for one, other in zip(*(torch.autograd.grad(x, (q, k, v), pull) for x in (found, expected)), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def test_attention_is_explicit_on_a_cpu_where_it_is_short_or_in_bf16():
+    bf16 = torch.bfloat16
+    for length, dtype, slow in ((80, torch.float32, True), (1101, torch.float32, False), (1101, bf16, True)):
+        assert fused_attention_is_slow("cpu", length, dtype) is slow
+        assert not fused_attention_is_slow("cuda", length, dtype)
+    assert not fused_attention_is_slow("cpu", 4173, bf16), "its weights would take too much memory"
 
 
 def test_sinusoid_has_cosines_first():

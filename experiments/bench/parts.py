@@ -43,9 +43,9 @@ def against_plain(ceilings: dict[str, float], *, device: str, small: bool, out: 
     """An iteration without decoder and reward against the plain one (dense logits and log-softmax of every position and
     step kept for autograd, reference in full, eager), at 4096 tokens and 8192 codes, in the same precision: as it is,
     with our setting of the allocator, and with a backward pass after each step; ours also picture by picture."""
-    setting = {"double": 1, "single": 2, "batch": 2, "steps": 4, "device": device} | (TINY if small else {})
+    setting = {"double": 1, "single": 2, "batch": 4, "steps": 4, "device": device} | (TINY if small else {})
     kinds = {"plain": ("plain",), "plain, our allocator": ("plain", "--quiet"),
-             "plain, backward each step": ("plain-each-step",), "ours": ("ours",),
+             "plain, backward each step": ("plain-each-step",), "ours": ("ours", "--micro-batch", 2),
              "ours, micro-batch 1": ("ours", "--micro-batch", 1)}  # fmt: skip
     rows = []
     for name, kind in kinds.items():

@@ -3,17 +3,30 @@
 It is diffusers' own UVit2DModel, with its weights and names; only what surrounds them is ours.
 """
 
+import itertools
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from diffusers import UVit2DModel
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from speedrl.platform import can_compile
+from speedrl.platform import can_compile, fused_attention_is_slow
+
+
+class Processor:
+    """diffusers' own attention, its explicit one where the fused kernel is slow."""
+
+    def __init__(self):
+        self.explicit, self.fused = AttnProcessor(), AttnProcessor2_0()
+
+    def __call__(self, attn: Attention, hidden_states: Tensor, *inputs: Tensor, **options) -> Tensor:
+        slow = fused_attention_is_slow(hidden_states.device, hidden_states.shape[1], hidden_states.dtype)
+        return (self.explicit if slow else self.fused)(attn, hidden_states, *inputs, **options)
 
 
 class Block(BasicTransformerBlock):
@@ -40,6 +53,9 @@ class AmusedTransformer(UVit2DModel):
         super().__init__(**config)
         for layer in self.transformer_layers:
             layer.__class__ = Block
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.set_processor(Processor())
         self.mlm_layer.forward = as_it_is  # UVit2DModel.forward then ends in what the head reads
 
     @property
@@ -57,11 +73,13 @@ class AmusedTransformer(UVit2DModel):
         return self.mlm_layer.conv2.out_channels
 
     def compile_blocks(self, *, backend: str = "inductor") -> None:
-        """Compiles the kind of block once for all layers, for any batch size. Nothing where `can_compile` says that it
+        """Compiles each kind of block once for all layers, for any batch size. Nothing where `can_compile` says that it
         cannot."""
         if backend == "inductor" and not can_compile(self.device):
             return
-        for layer in self.transformer_layers:
+        lists = [getattr(part, kind) for part in (self.down_block, self.up_block)
+                 for kind in ("res_blocks", "attention_blocks")]  # fmt: skip
+        for layer in itertools.chain(self.transformer_layers, *lists):
             layer.compile(dynamic=True, backend=backend)
 
     def features(self, tokens: Tensor, timestep: Tensor, text: Tensor, pooled: Tensor, micro_conds: Tensor) -> Tensor:

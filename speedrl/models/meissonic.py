@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from speedrl.platform import can_compile
+from speedrl.platform import can_compile, fused_attention_is_slow
 
 MICRO = 256  # width of each micro-condition's and of the timestep's sinusoidal embedding
 
@@ -54,12 +54,16 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention over [B, heads, T, D] -> [B, T, heads * D]."""
-    if q.device.type == "cpu" and q.shape[-2] <= 512:
-        # the fused CPU kernel is slow on short sequences, above all backward
-        weights = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1).to(v.dtype)
-        mixed = weights @ v
-    else:
+
+    def explicit(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1).to(v.dtype) @ v
+
+    if not fused_attention_is_slow(q.device, q.shape[-2], q.dtype):
         mixed = F.scaled_dot_product_attention(q, k, v)
+    elif q.shape[-2] <= 512:
+        mixed = explicit(q, k, v)
+    else:  # a head at a time, so that its weights stay in the processor's cache
+        mixed = torch.cat([explicit(*head) for head in zip(*(x.split(1, 1) for x in (q, k, v)), strict=True)], 1)
     return rearrange(mixed, "b h t d -> b t (h d)")
 
 
