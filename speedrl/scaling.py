@@ -1,5 +1,14 @@
 """What a training takes on each GPU and between them, computed from numbers of parameters: to plan past one machine."""
 
+import math
+
+import torch
+
+from speedrl.models.flops import forward_flops
+from speedrl.models.meissonic import MeissonicTransformer
+from speedrl.schedule import masked_counts
+
+DECODE = 7.64e12  # operations of the VQ decoder for 1024x1024 pixels
 MEISSONIC = {"transformer": 1_006_946_304, "text_encoder": 354_000_000, "vq": 146_000_000, "lora_16": 21_000_000}
 
 
@@ -62,6 +71,57 @@ def communication(
     whole = gathered_bytes * (transformer + adapter)
     each = (3 if reference else 2) * whole + 4 * trained
     return around * (whole + updates * micro_batches * each)
+
+
+def picture_flops(
+    transformer: MeissonicTransformer,
+    *,
+    grid: tuple[int, int],
+    text: int,
+    steps: int,
+    trained: int | None = None,
+    guidance: float = 1.0,
+    reference: bool = True,
+) -> tuple[float, float]:
+    """Operations that a picture of an iteration takes of the transformer, to sample it and in one update on it.
+
+    What the mathematics needs: the head where something is masked, in training where something is revealed, and nothing
+    that is computed again; the reference policy at the policy's guidance. `trained` steps of `steps`, by default all.
+    """
+    calls, length = 1 if guidance == 1 else 2, grid[0] * grid[1]
+    trained = steps if trained is None else trained
+
+    def forward(places: int) -> int:
+        return forward_flops(transformer, batch=calls, grid=grid, text=text, places=places)
+
+    masked = [length, *masked_counts(torch.tensor([steps]), length=length)[0].tolist()][:steps]
+    training = trained * forward(0) + (forward(length) - forward(0)) * trained / steps
+    return float(sum(map(forward, masked))), training * (4 if reference else 3)
+
+
+def throughput(
+    flops: float, *, rate: float, pictures: int = 1, sent: float = 0.0, bandwidth: float = math.inf
+) -> float:
+    """Pictures a second of one GPU of `rate` operations a second, of `flops` operations each, in iterations of so many
+    `pictures` on it, for which it sends `sent` bytes at `bandwidth` bytes a second while nothing else goes on."""
+    return pictures / (pictures * flops / rate + sent / bandwidth)
+
+
+def plan(*, steps: int = 16, trained: int = 4, rates: tuple[float, ...] = (1e14, 2e14, 4e14), ranks: int = 8) -> str:
+    """Pictures a second of the released Meissonic at 1024x1024 with guidance, as Markdown, at `rates` of a GPU."""
+    with torch.device("meta"):
+        network = MeissonicTransformer()
+    parts = (*picture_flops(network, grid=(64, 64), text=77, steps=steps, trained=trained, guidance=9.0), DECODE)
+    lines = [
+        f"| a GPU's TFLOP/s | seconds of a picture: sampling, decoder, training | pictures/s of {ranks} GPUs |",
+        "|--:|--:|--:|",
+    ]
+    for rate in rates:
+        sampling, training, decoder = (part / rate for part in parts)
+        each = throughput(sum(parts), rate=rate)
+        shown = f"{sampling:.2f} + {decoder:.2f} + {training:.2f}"
+        lines.append(f"| {rate / 1e12:.0f} | {shown} | {ranks * each:.1f} |")
+    return "\n".join(lines) + "\n"
 
 
 def table(*, ranks: int = 8, micro_batches: int = 4) -> str:

@@ -180,11 +180,13 @@ def test_decoded_pictures_are_the_vqmodels_and_do_not_depend_on_the_batch(tiny_g
         torch.testing.assert_close(decode(tiny_generator, tokens), pictures)
 
 
-def test_bf16_decodes_the_same_picture_roughly_and_is_off_by_default(tiny_generator):
+def test_bf16_decodes_the_same_picture_roughly_and_is_for_models_in_it(tiny_generator, tiny_generator_folder):
     tokens = torch.randint(tiny_generator.codes, (3, 16), generator=torch.Generator().manual_seed(0))
     exact, rough = decode(tiny_generator, tokens), decode(tiny_generator, tokens, bf16=True)
     assert rough.dtype == torch.float32 and not torch.equal(exact, rough)
     assert (exact - rough).abs().mean() < 1 / 255
+    low = load_generator(tiny_generator_folder, dtype=torch.bfloat16)
+    assert torch.equal(decode(low, tokens), rough) and torch.equal(decode(low, tokens, bf16=False), exact)
 
 
 def edit(path, change):

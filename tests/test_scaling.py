@@ -7,9 +7,10 @@ import torch
 import torch.distributed as dist
 
 from speedrl.distributed import shard
+from speedrl.models.flops import forward_flops
 from speedrl.models.lora import add_lora
 from speedrl.models.meissonic import MeissonicTransformer
-from speedrl.scaling import communication, memory, table
+from speedrl.scaling import communication, memory, picture_flops, plan, table, throughput
 from tests.conftest import TRANSFORMER
 
 
@@ -74,5 +75,23 @@ def test_communication_counts_what_each_rank_sends():
     assert communication(100, ranks=2, parallel="fsdp", reference=False) == 0.5 * (200 + 2 * 200 + 400)
 
 
-def test_the_readme_has_the_table_that_the_calculator_makes():
-    assert table() in (Path(__file__).parent.parent / "README.md").read_text()
+def test_operations_of_a_picture_are_those_of_its_calls():
+    network, shape = MeissonicTransformer(**TRANSFORMER), {"grid": (4, 4), "text": 8}
+    whole = forward_flops(network, batch=1, **shape)
+    assert picture_flops(network, steps=1, **shape) == (whole, 4 * whole)
+    assert picture_flops(network, steps=1, guidance=2.0, reference=False, **shape) == (2 * whole, 6 * whole)
+    sampling, training = picture_flops(network, steps=4, **shape)
+    body = forward_flops(network, batch=1, places=0, **shape)
+    assert 4 * body < sampling < 4 * whole  # the head at all places at first, at few in the end
+    assert training == 4 * (4 * body + whole - body)  # at each place once
+    assert picture_flops(network, steps=4, trained=2, **shape) == (sampling, training / 2)
+
+
+def test_throughput_is_that_of_the_work_and_of_what_is_sent():
+    assert throughput(10.0, rate=100.0) == 10
+    assert throughput(10.0, rate=100.0, pictures=5, sent=50.0, bandwidth=100.0) == 5
+
+
+def test_the_readme_has_the_tables_that_the_calculator_makes():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    assert table() in readme and plan() in readme

@@ -18,12 +18,11 @@ from experiments.bench.measure import peak_gb, seconds_of
 from experiments.bench.plain import plain_rollout, plain_update
 from speedrl.loss import normalise
 from speedrl.models.checkpoint import Prompts, load_generator, repeat, take
-from speedrl.models.flops import forward_flops
 from speedrl.models.meissonic import MeissonicTransformer
 from speedrl.platform import bf16_autocast, bf16_is_fast, quiet_allocator
 from speedrl.rollout import Rollout, Step, compiled_step, draw_noise, rollout, step
 from speedrl.sample import guided_policy
-from speedrl.schedule import masked_counts
+from speedrl.scaling import picture_flops
 from speedrl.update import micro_batch_loss, rows, token_weights, trained_steps
 
 KINDS = ("ours", "plain", "plain-each-step")
@@ -94,16 +93,12 @@ def update(
 
 
 def operations(model: MeissonicTransformer, sizes: Sizes) -> tuple[float, float]:
-    """FLOPs of our rollout and of our update: what the mathematics needs, nothing that is computed again."""
-    times, length = 1 if sizes.guidance == 1 else 2, sizes.grid[0] * sizes.grid[1]
-    shape = {"grid": sizes.grid, "text": sizes.text}
-    left = [length, *masked_counts(torch.tensor([sizes.steps]), length=length)[0].tolist()]
-    calls = [forward_flops(model, batch=sizes.batch * times, places=left[s], **shape) for s in range(sizes.steps)]
-    trained = sizes.steps if sizes.trained is None else sizes.trained
-    body = forward_flops(model, batch=sizes.batch * trained * times, places=0, **shape)
-    one = forward_flops(model, batch=sizes.batch * times, places=length, **shape)
-    head = (one - forward_flops(model, batch=sizes.batch * times, places=0, **shape)) * trained / sizes.steps
-    return float(sum(calls)), (body + head) * (4 if sizes.kl_weight else 3)
+    """FLOPs of our rollout and of our update."""
+    each = picture_flops(
+        model, grid=sizes.grid, text=sizes.text, steps=sizes.steps, trained=sizes.trained, guidance=sizes.guidance,
+        reference=bool(sizes.kl_weight),
+    )  # fmt: skip
+    return sizes.batch * each[0], sizes.batch * each[1]
 
 
 def main(

@@ -69,7 +69,6 @@ def against_pipeline(ceilings: dict[str, float], *, device: str, small: bool, ou
         for how in ("", " compiled"):
             pipeline = AmusedPipeline.from_pretrained(folder, torch_dtype=dtype).to(device)
             pipeline.set_progress_bar_config(disable=True)
-            pipeline.vqvae.to(torch.float32)  # as ours: half precision gives NaN
             generator = load_generator(folder, device=device, dtype=dtype)
             if how:
                 pipeline.transformer.compile()

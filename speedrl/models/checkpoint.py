@@ -368,13 +368,15 @@ def fitting_batch(generator: Generator) -> int:
 
 
 @torch.inference_mode()
-def decode(generator: Generator, tokens: Tensor, *, batch: int | None = None, bf16: bool = False) -> Tensor:
+def decode(generator: Generator, tokens: Tensor, *, batch: int | None = None, bf16: bool | None = None) -> Tensor:
     """Pictures of finished tokens int64 [B, L]: float32 [B, 3, H, W] in [0, 1], `batch` of them at a time.
 
     The decoders of Meissonic and aMUSEd give [0, 1] themselves: nothing is rescaled. `batch` None is `fitting_batch`.
-    `bf16` computes convolutions in bfloat16: about one part in 255 from float32, for pictures that are only scored.
+    `bf16` computes convolutions in bfloat16, by default where the transformer's weights are in it: about one part in
+    255 from float32.
     """
     rows, columns = generator.grid
+    bf16 = next(generator.transformer.parameters()).dtype == torch.bfloat16 if bf16 is None else bf16
     batch = fitting_batch(generator) if batch is None else batch
     pictures = []
     for part in tokens.split(batch):
