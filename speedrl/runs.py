@@ -50,7 +50,7 @@ def trained_once(folder: Path, options: dict, *, device: str) -> Path:
 
 def one_run(folder: Path, options: dict, evaluation: dict, *, device: str) -> list[dict]:
     """Trains and evaluates what a folder is for: the rows of `evaluate`."""
-    torch.compiler.reset()  # with the networks of a few runs before, the compiler would give up and run this one eagerly
+    torch.compiler.reset()  # after the networks of a few runs the compiler would give up, and run this one eagerly
     model = trained_once(folder, options, device=device)
     return evaluate([str(model)], out=folder / "eval", device=device, **evaluation)
 
