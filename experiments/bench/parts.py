@@ -88,8 +88,16 @@ def command(ceilings: dict[str, float], *, device: str, small: bool, out: Path) 
         how = ("sample", "an owl", "--steps", steps, "--device", device, "--out", picture)
         rows.append({"what": f"speedrl sample, {steps} steps", "seconds": felt(*how)})
     picture.unlink()
-    for steps in (32, 8, 4):
+    base, trained = "with guidance", "without, as trained models are sampled"
+    for how, guidance, steps in (
+        (base, None, 32),
+        (base, None, 8),
+        (base, None, 4),
+        (trained, 1.0, 8),
+        (trained, 1.0, 4),
+    ):
         for count in (1,) if small else (1, 64):
-            found = in_a_process("experiments.bench.shares", "--steps", steps, "--count", count, "--device", device)
-            rows.append({"what": f"{count} at a time, {steps} steps, a picture"} | found)
+            given = {"steps": steps, "count": count, "device": device} | ({"guidance": guidance} if guidance else {})
+            found = in_a_process("experiments.bench.shares", *options(given))
+            rows.append({"what": f"{steps} steps {how}, {count} at a time, a picture"} | found)
     return rows

@@ -19,6 +19,7 @@ def main(
     model: Annotated[str, Option(help="A model that `speedrl` loads.")] = "embedded",
     steps: Annotated[int, Option(help="Sampling steps.")] = 8,
     count: Annotated[int, Option(help="Pictures at a time.")] = 1,
+    guidance: Annotated[float | None, Option(help="1 is none. [default: the model's]")] = None,
     repeats: Annotated[int, Option(help="Runs; their median counts.")] = 3,
     device: Annotated[str, Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
@@ -28,11 +29,12 @@ def main(
     generator = load_generator(model, device=device)
     load = time.perf_counter() - began
     prompts = [f"an owl, number {i}" for i in range(count)]
-    tokens = generate(generator, prompts, steps=steps, batch=count)
+    sampler = {"steps": steps, "batch": count, "guidance": guidance}
+    tokens = generate(generator, prompts, **sampler)
     how = {"device": device, "repeats": repeats}
     with torch.inference_mode():
         text = seconds_of(lambda: encode_prompts(generator, prompts), **how)
-        whole = seconds_of(lambda: generate(generator, prompts, steps=steps, batch=count), **how)
+        whole = seconds_of(lambda: generate(generator, prompts, **sampler), **how)
         pixels = seconds_of(lambda: decode(generator, tokens), **how)
         pictures = decode(generator, tokens)
         png = seconds_of(lambda: [to_pil(picture) for picture in pictures], **how)
