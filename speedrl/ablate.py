@@ -275,10 +275,10 @@ def conclude(
     section = Section(
         title=name,
         words=[*words, *complaints],
-        pictures=[(f"{name}.png", caption)],
+        pictures=[(f"{name}.png", caption)] if curves else [],
         tables=[columns_of(rows, error="interval")],
         commands=commands,
-        files=[f"{name}.json", f"{name}.md", f"{name}.svg"],
+        files=[f"{name}.json", f"{name}.md", *([f"{name}.svg"] if curves else [])],
     )
     return [row | {"ablation": name} for row in rows], section
 
