@@ -220,10 +220,8 @@ class TokenEmbed(nn.Module):
         self.layer_norm = RMSNorm(width)
         self.conv = nn.Conv2d(width, width, 1, bias=False)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.projected(self.embeddings(tokens))
-
-    def projected(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        """Of `embeddings` of the tokens, which are looked up apart: see `MeissonicTransformer.features`."""
         return F.linear(self.layer_norm(x), self.conv.weight.flatten(1))
 
 
@@ -341,7 +339,7 @@ class MeissonicTransformer(nn.Module):
 
     def into_blocks(self, x: Tensor) -> Tensor:
         """Embeddings [B, H, W, width] -> what the blocks work on [B, H / 2, W / 2, width], or [B, H, W, width]."""
-        x = self.embed.projected(x)
+        x = self.embed(x)
         for block in self.down_block.values():
             x = block(x)
         return self.project_to_hidden(self.project_to_hidden_norm(x))
