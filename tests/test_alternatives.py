@@ -86,7 +86,9 @@ def test_finetune_loss_is_the_cross_entropy_at_what_is_still_masked():
 @pytest.fixture
 def options(tiny_generator_folder, tmp_path):
     (tmp_path / "prompts.txt").write_text("a b\nc d\n")
-    return dict(model=str(tiny_generator_folder), prompts=str(tmp_path / "prompts.txt"), pictures=8, lr=3e-3)
+    return dict(
+        model=str(tiny_generator_folder), prompts=str(tmp_path / "prompts.txt"), pictures=8, lr=3e-3, compile=False
+    )
 
 
 def rows(out):
@@ -101,6 +103,16 @@ def test_fine_tuning_learns_the_teachers_pictures_and_saves_a_model_of_few_steps
     assert (found.steps, found.guidance) == (3, 1.0)
     budget = json.loads((tmp_path / "a/budget.json").read_text())
     assert budget["pictures_seen"] == 96 and budget["network_calls"] >= 96 * (12 + 2 + 1)
+
+
+def test_fine_tuning_on_kept_pictures_is_that_on_the_same_pictures_drawn_anew(options, tmp_path, monkeypatch):
+    settings = options | {"steps": "2-3", "iterations": 2}
+    alone = finetune(out=tmp_path / "a", **settings)
+    first = finetune(out=tmp_path / "b", data=tmp_path / "pictures", **settings)
+    monkeypatch.setattr("experiments.alternatives.finetune.generate", None)
+    again = finetune(out=tmp_path / "c", data=tmp_path / "pictures", **settings)
+    weights = [load_generator(model).transformer.state_dict() for model in (alone, first, again)]
+    assert all(torch.equal(value, other[name]) for other in weights[1:] for name, value in weights[0].items())
 
 
 def test_distillation_saves_a_model_of_one_step_that_follows_its_teacher(options, tmp_path):

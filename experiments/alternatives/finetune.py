@@ -12,10 +12,11 @@ import typer
 from rich.progress import track
 from torch import Tensor
 
-from experiments.alternatives.shared import log, optimiser, save, start
+from experiments.alternatives.shared import kept, log, optimiser, save, start
 from speedrl.evaluate import network_calls
 from speedrl.likelihood import log_probs
 from speedrl.models.checkpoint import Prompts, take
+from speedrl.platform import bf16_autocast
 from speedrl.rollout import Noise, draw_noise
 from speedrl.sample import generate, guided_policy
 from speedrl.schedule import masked_counts, step_range, temperatures, timesteps
@@ -72,25 +73,35 @@ def finetune(
     lr: float = 3e-5,
     clip_grad: float = 1.0,
     seed: int = 0,
+    data: Path | None = None,
+    compile: bool = True,
     device: str = "cpu",
 ) -> Path:
     """Fine-tunes `model` on pictures that it draws itself in its own number of steps, with its own guidance.
 
     Each iteration draws `pictures` fresh ones, takes each at one step of a rollout of `steps` steps ("8", or "2-16")
     that reveals them, and makes one update. -> OUT/model, sampled without guidance, which the pictures already have.
+    In the folder `data` the pictures of a seed are kept, for trainings on the same ones with other settings; products
+    are in bf16 where that is fast, as in `speedrl.train`.
     """
     settings, out, bounds = dict(locals()), Path(out), step_range(steps)
     if bounds.chosen:
         raise ValueError(f"fine-tuning has no policy that chooses its steps: give a number or a range, not {steps!r}")
-    student = start(model, prompts, device=device)
+    student = start(model, prompts, device=device, compile=compile)
     teacher, optimizer = student.teacher, optimiser(student.transformer, lr=lr)
     random = torch.Generator().manual_seed(seed)
-    calls = 0
+    calls, autocast = 0, bf16_autocast(device)
     (out / "metrics.jsonl").unlink(missing_ok=True)
     for iteration in track(range(iterations), f"fine-tuning, seed {seed}, lr {lr:g}"):
         encoded, texts = student.draw(pictures, random)
         # seeds past those of evaluation: no picture that is measured is also taught
-        targets = generate(teacher, texts, steps=teacher.steps, seed=1_000_000 + seed * 10_000 + iteration).clone()
+        fresh = 1_000_000 + seed * 10_000 + iteration
+
+        def drawn(texts: list[str] = texts, fresh: int = fresh) -> Tensor:
+            with autocast:
+                return generate(teacher, texts, steps=teacher.steps, seed=fresh)
+
+        targets = kept(data and Path(data) / f"{fresh}.safetensors", drawn).to(device, copy=True)
         counts = torch.randint(bounds[0], bounds[1] + 1, (pictures,), generator=random).to(device)
         step = (torch.rand(pictures, generator=random).to(device) * counts).long()
         noise = draw_noise(pictures, bounds[1], student.length, seed=seed, first=iteration * pictures, device=device)
@@ -98,17 +109,19 @@ def finetune(
         def policy(part: Prompts) -> Callable[[Tensor, Tensor], Tensor]:
             return guided_policy(student.transformer, part, student.empty, guidance=1, grid=teacher.grid)
 
-        reveal_step = forced_reveals(
-            policy(encoded), targets, counts, noise, mask_id=teacher.mask_id, temperature=teacher.temperature,
-            schedule=teacher.schedule,
-        )  # fmt: skip
+        with autocast:
+            reveal_step = forced_reveals(
+                policy(encoded), targets, counts, noise, mask_id=teacher.mask_id, temperature=teacher.temperature,
+                schedule=teacher.schedule,
+            )  # fmt: skip
         calls += pictures * (network_calls(teacher.steps, teacher.guidance) + int(counts.max()) + 1)
         loss = 0.0
         for index in torch.arange(pictures, device=device).split(micro_batch):
-            part = finetune_loss(
-                policy(take(encoded, index)), targets[index], reveal_step[index], step[index], counts[index],
-                mask_id=teacher.mask_id,
-            ) * (len(index) / pictures)  # fmt: skip
+            with autocast:
+                part = finetune_loss(
+                    policy(take(encoded, index)), targets[index], reveal_step[index], step[index], counts[index],
+                    mask_id=teacher.mask_id,
+                ) * (len(index) / pictures)  # fmt: skip
             part.backward()
             loss += part.item()
         norm = descend(optimizer, clip_grad=clip_grad).item()

@@ -2,13 +2,15 @@
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from speedrl.files import append_lines, write_json
+from speedrl.files import append_lines, write_atomically, write_json
 from speedrl.models.checkpoint import Generator, Prompts, encode_prompts, load_generator, save_generator, take
 from speedrl.state import plain
 from speedrl.train import draw_prompts, training_prompts
@@ -33,11 +35,15 @@ class Student(NamedTuple):
         return take(self.prompts, chosen.to(self.prompts.text.device)), [self.texts[i] for i in chosen]
 
 
-def start(model: str, prompts: str | Path | None, *, device: str) -> Student:
+def start(model: str, prompts: str | Path | None, *, device: str, compile: bool) -> Student:
     """The teacher `model` and a student that starts as its copy. `prompts` None are the embedded model's."""
     teacher = load_generator(model, device=device)
     transformer = copy.deepcopy(teacher.transformer)
     teacher.transformer.requires_grad_(False)
+    if compile:
+        torch.compiler.reset()  # after the networks of a few trainings the compiler would give up
+        for network in (teacher.transformer, transformer):
+            network.compile_blocks()
     texts = list(training_prompts(model, prompts))
     return Student(
         teacher, transformer, encode_prompts(teacher, texts), texts, encode_prompts(teacher, [teacher.negative])
@@ -47,6 +53,17 @@ def start(model: str, prompts: str | Path | None, *, device: str) -> Student:
 def optimiser(transformer: nn.Module, *, lr: float) -> torch.optim.Optimizer:
     """That of `speedrl.train`, with a rate of its own, which is tuned."""
     return torch.optim.AdamW(transformer.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+
+
+def kept(path: Path | None, make: Callable[[], Tensor]) -> Tensor:
+    """The tensor of a file, or where there is none that of `make`, which is written to it; of `make` without a path."""
+    if path is not None and path.exists():
+        return safetensors.torch.load_file(path)["tokens"]
+    made = make()
+    if path is not None:
+        tensors = {"tokens": made.cpu().contiguous()}
+        write_atomically(path, lambda partial: safetensors.torch.save_file(tensors, partial))
+    return made
 
 
 def log(out: Path, row: dict) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
+import torch
 import typer
 from rich.console import Console
 from typer import Option
@@ -22,6 +23,7 @@ from typer import Option
 from experiments.alternatives.distil import distil
 from experiments.alternatives.finetune import finetune
 from speedrl.ablate import over_runs
+from speedrl.cli import loading
 from speedrl.errors import one_line
 from speedrl.evaluate import METRICS, columns_of, evaluate, markdown, prompt_sets
 from speedrl.files import write_atomically, write_json
@@ -67,8 +69,8 @@ def trainers(
     shared = {"model": base, "prompts": prompts}
     groups = max(1, pictures // 8)
     own = {"steps": steps, "groups": groups, "group_size": pictures // groups, "quality": quality, "compile": compile}
-    few = shared | {"steps": steps, "pictures": pictures, "device": device}
-    one = shared | {"pictures": pictures, "device": device}
+    one = shared | {"pictures": pictures, "compile": compile, "device": device}
+    few = one | {"steps": steps}
 
     def module(name: str, options: dict) -> str:
         return command(name, options).replace("speedrl ", "python -m experiments.alternatives.", 1)
@@ -79,7 +81,8 @@ def trainers(
             lambda out, **o: command("train", {"out": out / "run"} | shared | own | o | {"device": device}),
         ),
         "fine-tuning": Trainer(
-            lambda out, **options: finetune(out=out, **few, **options),
+            # the pictures of a seed are the same for every learning rate
+            lambda out, **options: finetune(out=out, data=out.parent.parent / "pictures", **few, **options),
             lambda out, **options: module("finetune", {"out": out} | few | options),
         ),
         "one-step distillation": Trainer(
@@ -88,6 +91,12 @@ def trainers(
             steps=1,
         ),
     }
+
+
+def evaluated(models: Sequence[str], *, precision: str = "fp32", **options) -> list[dict]:
+    """`evaluate` with the options of `speedrl eval`."""
+    torch.compiler.reset()  # after the networks of a few measurements the compiler would give up
+    return evaluate(models, loading=loading({"precision": precision}), **options)
 
 
 def run_folder(folder: Path, *, lr: float, seed: int) -> Path:
@@ -115,7 +124,7 @@ def chosen_lr(
     rewards = {}
     for lr in lrs:
         model = trained(method, folder, lr=lr, seed=0, iterations=iterations)
-        (row,) = evaluate([str(model)], out=folder / "selection", steps=(steps,), guidance=(1.0,), **selection)
+        (row,) = evaluated([str(model)], out=folder / "selection", steps=(steps,), guidance=(1.0,), **selection)
         rewards[lr] = row["reward"]
     return max(rewards, key=rewards.get), {f"{lr:g}": reward for lr, reward in rewards.items()}
 
@@ -129,8 +138,8 @@ def best_settings(
         steps = [budget if guidance == 1 else budget // 2 for budget in budgets]
         steps = tuple(s for s in steps if s >= 1)
         if steps:
-            rows += evaluate([base], out=folder, steps=steps, guidance=(guidance,), temperature=TEMPERATURES,
-                             **selection)  # fmt: skip
+            rows += evaluated([base], out=folder, steps=steps, guidance=(guidance,), temperature=TEMPERATURES,
+                              **selection)  # fmt: skip
     best = []
     for budget in budgets:
         row = max((row for row in rows if row["network_calls"] == budget), key=lambda row: row["reward"])
@@ -142,7 +151,7 @@ def measured(name: str, method: Method, *, out: Path, measuring: dict, seeds: in
     """The rows of a method, with METRIC_interval: over its trainings, or over sampling seeds where it has but one."""
     runs = []
     for model in method.models:
-        every = (evaluate([model], out=out, seeds=seeds, **settings, **measuring) for settings in method.settings)
+        every = (evaluated([model], out=out, seeds=seeds, **settings, **measuring) for settings in method.settings)
         runs.append(list(itertools.chain.from_iterable(every)))
     rows = over_runs(name, runs)
     if len(runs) == 1:
@@ -225,6 +234,7 @@ def main(
         str | None, Option(help="Prompts to measure. [default: the embedded model's two sets]")
     ] = None,
     quality: Annotated[str, Option(help="The reward, as of speedrl train.")] = "embedded",
+    precision: Annotated[str, Option(help="Of what is measured, as of speedrl eval.")] = "fp32",
     quick: Annotated[bool, Option(help="Only show that everything runs.")] = False,
     device: Annotated[str, Option(help="cpu, cuda, ...")] = "cpu",
 ) -> None:
@@ -240,10 +250,10 @@ def main(
         texts[name] = lines[:4] if quick else lines
     for name, lines in texts.items():
         write_atomically(out / f"{name}.txt", lambda to, lines=lines: to.write_text("\n".join(lines) + "\n"))
-    shared = {"quality": quality, "device": device, "pictures": 0, "figure": False}
+    shared = {"quality": quality, "device": device, "pictures": 0, "figure": False, "precision": precision}
     # the embedded model's own two sets keep their names, which the judge knows
     own = {} if eval_prompts is None and not quick else {"prompts": str(out / f"{[*texts][1]}.txt")}
-    measuring = shared | own | {"count": count}
+    measuring = shared | own | {"count": count, "compile": not quick}
     selection = shared | {"prompts": str(out / "selection.txt"), "count": 2, "seeds": 1}
 
     methods: dict[str, Method] = {}
