@@ -31,6 +31,7 @@ from speedrl.files import write_atomically, write_json
 from speedrl.loss import normalise
 from speedrl.models.checkpoint import Generator, Prompts, codebook, decode, encode_prompts, load_generator, repeat, take
 from speedrl.page import Section, write_page
+from speedrl.platform import bf16_autocast, bf16_is_fast
 from speedrl.reward import Score, load_quality
 from speedrl.rollout import Rollout, draw_noise, rollout
 from speedrl.sample import guided_policy
@@ -70,7 +71,7 @@ class Tally(NamedTuple):
 @torch.no_grad()
 def draw(
     generator: Generator, texts: list[str], score: Score, *, steps: str, groups: int, group_size: int, guidance: float,
-    temperature: float, order: str, seed: int, number: int,
+    temperature: float, order: str, seed: int, number: int, bf16: bool = False,
 ) -> Batch:  # fmt: skip
     """Batch `number` of a seed: rollouts of the generator, rewarded by `score`."""
     random = torch.Generator().manual_seed(seed * 1_000_003 + number)
@@ -85,10 +86,11 @@ def draw(
     wanted = [texts[i] for i in chosen]
     prompts, empty = encode_prompts(generator, wanted), encode_prompts(generator, [generator.negative])
     policy = guided_policy(generator.transformer, prompts, empty, guidance=guidance, grid=generator.grid)
-    done = rollout(
-        policy, counts, noise, length=length, mask_id=generator.mask_id, temperature=temperature, order=order,
-        grid=generator.grid, record=True, guess=True,
-    )  # fmt: skip
+    with bf16_autocast(device, enabled=bf16):
+        done = rollout(
+            policy, counts, noise, length=length, mask_id=generator.mask_id, temperature=temperature, order=order,
+            grid=generator.grid, record=True, guess=True,
+        )  # fmt: skip
     rewards = score(decode(generator, done.tokens), wanted).to(device)
     advantages = group_advantages(rewards.view(groups, -1)).view(-1, 1)
     return Batch(done, prompts, advantages.expand(done.countdown.shape), wanted, rewards)
@@ -96,7 +98,7 @@ def draw(
 
 def gradient(
     generator: Generator, reference: nn.Module, batch: Batch, name: str, *, guidance: float, order: str,
-    slopes: Tensor | None = None, micro_batch: int = 16,
+    slopes: Tensor | None = None, micro_batch: int = 16, bf16: bool = False,
 ) -> Tensor:  # fmt: skip
     """Gradient of one estimator's loss at the generator's parameters, a token on average: float32 [P].
 
@@ -113,13 +115,14 @@ def gradient(
     for index in torch.arange(len(advantages), device=weights.device).split(micro_batch):
         part = Rollout(*(None if field is None else field[index] for field in done))
         states = rows(part, every[index], mask_id=generator.mask_id, every_place=name == "exact")
-        loss, _ = micro_batch_loss(
-            transformer, reference if of_kl else None, part, states, take(prompts, index[states.sample]),
-            repeat(empty, len(states.sample)), advantages[index] * (not of_kl), weights[index], grid=generator.grid,
-            guidance=guidance, reference_guidance=guidance, order=order, likelihood="token" if of_kl else name,
-            clip_range=0.2, kl=name if of_kl else "none", kl_weight=1.0, codes=codebook(generator),
-            slopes=None if slopes is None else slopes[index],
-        )  # fmt: skip
+        with bf16_autocast(weights.device, enabled=bf16):
+            loss, _ = micro_batch_loss(
+                transformer, reference if of_kl else None, part, states, take(prompts, index[states.sample]),
+                repeat(empty, len(states.sample)), advantages[index] * (not of_kl), weights[index], grid=generator.grid,
+                guidance=guidance, reference_guidance=guidance, order=order, likelihood="token" if of_kl else name,
+                clip_range=0.2, kl=name if of_kl else "none", kl_weight=1.0, codes=codebook(generator),
+                slopes=None if slopes is None else slopes[index],
+            )  # fmt: skip
         parts = torch.autograd.grad(normalise(loss, weights.sum()), learned, allow_unused=True)
         zeros = (torch.zeros_like(p) if g is None else g for p, g in zip(learned, parts, strict=True))
         found += torch.cat([g.flatten() for g in zeros])
@@ -172,15 +175,17 @@ def study(
     order: str = "confidence",
     behaviour: Generator | None = None,
     seed: int = 0,
+    bf16: bool = False,
 ) -> list[dict[str, Any]]:
     """A row for each estimator: `summary`, and cosine_of_reference, that of the two halves of its reference.
 
     `behaviour` samples the batches that are compared in place of `generator`, which samples those of the reference.
+    `bf16`: products in it, as in training.
     ValueError for fewer than two batches of either kind.
     """
     if min(batches, reference_batches) < 2:
         raise ValueError("a variance needs at least 2 batches, and a reference 2")
-    settings = {"guidance": guidance, "order": order}
+    settings = {"guidance": guidance, "order": order, "bf16": bf16}
     drawn = {"steps": steps, "groups": groups, "group_size": group_size, "seed": seed,
              "temperature": generator.temperature}  # fmt: skip
     size = sum(p.numel() for p in generator.transformer.parameters() if p.requires_grad)
@@ -262,6 +267,7 @@ def main(
     groups: Annotated[int, Option(help="Prompts of a batch.")] = 8,
     group_size: Annotated[int, Option(help="Pictures of a prompt.")] = 8,
     seed: Annotated[int, Option(help="Of prompts, noise and --away.")] = 0,
+    compile: Annotated[bool, Option(help="Use torch.compile.")] = True,
     device: Annotated[str, Option(help="cpu, cuda, ...")] = "cpu",
 ) -> None:
     """Measure the variance of the gradient under each KL estimator and each likelihood."""
@@ -272,11 +278,14 @@ def main(
     behaviour = generator._replace(transformer=copy.deepcopy(generator.transformer)) if stale else None
     if behaviour:
         perturbed(behaviour.transformer, away=stale, seed=seed + 1)
+    if compile:
+        for network in (generator.transformer, reference, *([behaviour.transformer] if behaviour else [])):
+            network.compile_blocks()
     texts = list(training_prompts(base, prompts))
     found = study(
         generator, reference, texts, load_quality(quality, device=device), batches=batches, groups=groups,
         reference_batches=reference_batches, group_size=group_size, steps=steps, guidance=guidance, order=order,
-        behaviour=behaviour, seed=seed,
+        behaviour=behaviour, seed=seed, bf16=bf16_is_fast(device),
     )  # fmt: skip
     about = {"model": model, "base": base, "order": order, "stale": stale, "away": away, "seed": seed}
     write(out, "gradients", "Noise of the gradient", found, in_words(found), about)
