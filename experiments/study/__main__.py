@@ -257,9 +257,12 @@ def main(
     selection = shared | {"prompts": str(out / "selection.txt"), "count": 2, "seeds": 1}
 
     methods: dict[str, Method] = {}
-    guided = sorted({1.0, load_generator(base).guidance, 3.0})
+    start = load_generator(base)
+    guided = sorted({1.0, start.guidance, 3.0})
     plain = {"steps": tuple(costs), "guidance": (1.0,)}
     methods["base"] = Method((base,), (plain,))
+    own_steps = {"steps": (start.steps,), "guidance": (start.guidance,)}
+    methods["base, own settings"] = Method((base,), (own_steps,), note=f"{start.steps} steps, as it comes")
     best = best_settings(base, out / "base-selection", costs, guidances=guided, selection=selection)
     methods["base, best settings"] = Method((base,), best, note="temperature and guidance chosen for each budget")
     for order in ("random", "halton"):
