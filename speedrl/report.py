@@ -19,7 +19,7 @@ from speedrl.sample import contact_sheet, draw, sample, save_png
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MARKERS = "osD^vPX*<>"
+MARKERS = "osD^vPX*<>hd8"
 DASHES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
 
 
@@ -98,11 +98,12 @@ def report(
 
 
 def look(k: int) -> dict[str, Any]:
-    """Colour, marker and dash of line k: of up to 50 lines no two share marker and dash, so no colour is needed."""
+    """Colour, marker and dash of line k: of 65 lines no two share marker and dash, of 13 no two a marker, so no colour
+    is needed."""
     return {
         "color": f"C{k % 10}",
-        "marker": MARKERS[k % 10],
-        "linestyle": DASHES[(k + k // 10) % len(DASHES)],
+        "marker": MARKERS[k % len(MARKERS)],
+        "linestyle": DASHES[k % len(DASHES)],
     }
 
 
@@ -214,6 +215,7 @@ def plot_pareto(
     quality, below the diversity; left against network calls, right against seconds. `real` is what real pictures have.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     titles = {quality: METRICS.get(quality, quality), "diversity": "diversity"} | dict(titles or {})
     figure = Figure(figsize=(10, 7 + 0.2 * len(methods)), layout="constrained", dpi=130)
@@ -238,6 +240,10 @@ def plot_pareto(
         panel.set_xscale("log", base=2 if cost == "network_calls" else 10)
         if cost == "network_calls":
             panel.set_xticks(list(ticks), list(ticks.values()))
+        else:  # as plain numbers, few enough to be read
+            panel.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+            panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            panel.xaxis.set_minor_formatter(NullFormatter())
         panel.set_ylabel(titles[metric])
         panel.set_xlabel({"network_calls": "network calls a picture", "seconds_per_image": "seconds a picture"}[cost])
         panel.grid(alpha=0.3)

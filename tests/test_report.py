@@ -31,8 +31,8 @@ def test_what_sets_runs_apart_is_paired_by_seed_and_averaged_over_stretches():
 
 
 def test_no_two_lines_look_alike_without_colour():
-    looks = [look(k) for k in range(50)]
-    assert len({(one["marker"], one["linestyle"]) for one in looks}) == 50
+    looks = [look(k) for k in range(65)]
+    assert len({(one["marker"], one["linestyle"]) for one in looks}) == 65
 
 
 def test_figures_are_written_as_png_and_svg_and_the_same_twice(tmp_path):

@@ -187,7 +187,8 @@ def against(name: str, rows: Mapping[str, list[dict]], *, seeds: int) -> list[st
             for metric in ("judge_r1", "reward", "diversity"):
                 if row.get(metric) is not None and one.get(metric) is not None:
                     every.append(welch(*sample_of(row, metric), other=sample_of(one, metric)))
-                    where = f"{row['prompts']} prompts, {row['network_calls']} calls"
+                    calls = row["network_calls"]
+                    where = f"{row['prompts']} prompts, {calls} call{'s' * (calls != 1)}"
                     said.append(f"{where}: {say(METRICS[metric], every[-1])}")
         if said:
             words.append(f"{name}, against {other}. {'. '.join(line[0].upper() + line[1:] for line in said)}.")
