@@ -97,11 +97,34 @@ def loading(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
+def in_one_line(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose errors that the user can mend are one line on standard error and exit status 2; a signal is one
+    line and a status of 128 plus its number."""
+
+    @functools.wraps(command)
+    def run(**options):
+        try:
+            command(**options)
+        except (ValueError, OSError) as error:
+            print("error:", " ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
+            raise typer.Exit(2) from error
+        except RuntimeError as error:
+            if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+                raise
+            advice = "try --precision bf16, fewer pictures at a time (--batch, --micro-batch), or a smaller --size"
+            print(f"error: not enough memory; {advice}", file=sys.stderr)
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt as error:
+            print(str(error) or "interrupted", file=sys.stderr)
+            raise typer.Exit(getattr(error, "status", 130)) from error
+
+    return run
+
+
 def forwards(target: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Makes a command of a function: options without a default take that of the same keyword of `target`.
 
-    Errors that the user can mend are one line on standard error and exit status 2; a signal is one line and a status of
-    128 plus its number.
+    Errors are told by `in_one_line`.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -109,24 +132,7 @@ def forwards(target: str) -> Callable[[Callable[..., None]], Callable[..., None]
         given = {name: value for name, value in defaults(target).items() if name in named}
         command.__kwdefaults__ = given | (command.__kwdefaults__ or {})
 
-        @functools.wraps(command)
-        def run(**options):
-            try:
-                command(**options)
-            except (ValueError, OSError) as error:
-                print("error:", " ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
-                raise typer.Exit(2) from error
-            except RuntimeError as error:
-                if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
-                    raise
-                advice = "try --precision bf16, fewer pictures at a time (--batch, --micro-batch), or a smaller --size"
-                print(f"error: not enough memory; {advice}", file=sys.stderr)
-                raise typer.Exit(2) from error
-            except KeyboardInterrupt as error:
-                print(str(error) or "interrupted", file=sys.stderr)
-                raise typer.Exit(getattr(error, "status", 130)) from error
-
-        return run
+        return in_one_line(command)
 
     return decorate
 

@@ -117,6 +117,7 @@ def evaluate(
                 which = f", {kind}, {turn}" if len(sampler) > 1 else ""
                 labels.append(f"{shorten(model)}, {s} step{'s' * (s != 1)}{which}")
             if compile:  # after the contact sheet, whose few pictures would not pay for it
+                torch.compiler.reset()  # after the networks of a few models the compiler would give up
                 generator.transformer.compile_blocks()
             todo = []
             every = itertools.product(sets, strengths, heats, sampler, dict.fromkeys(steps))

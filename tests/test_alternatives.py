@@ -1,14 +1,20 @@
 """Fine-tuning and distillation: their losses by autograd and enumeration, and that they learn on a tiny generator."""
 
 import json
+import shlex
 
 import pytest
 import torch
+import typer
+from typer.testing import CliRunner
 
 from experiments.alternatives.distil import auxiliary_loss, distil, divergence_gradient, mask_again, student_loss
 from experiments.alternatives.finetune import finetune, finetune_loss, forced_reveals
+from experiments.alternatives.shared import kept
+from speedrl.cli import in_one_line
 from speedrl.models.checkpoint import load_generator
 from speedrl.rollout import draw_noise, rollout
+from speedrl.runs import command
 from speedrl.schedule import masked_counts
 from tests.test_rollout import CODES, LENGTH, policy
 
@@ -113,6 +119,29 @@ def test_fine_tuning_on_kept_pictures_is_that_on_the_same_pictures_drawn_anew(op
     again = finetune(out=tmp_path / "c", data=tmp_path / "pictures", **settings)
     weights = [load_generator(model).transformer.state_dict() for model in (alone, first, again)]
     assert all(torch.equal(value, other[name]) for other in weights[1:] for name, value in weights[0].items())
+
+
+@pytest.mark.parametrize("train", [finetune, distil])
+def test_the_command_that_a_report_prints_trains_and_tells_errors_in_one_line(train, options, tmp_path):
+    app = typer.Typer()
+    app.command()(in_one_line(train))
+    given = options | {"out": tmp_path / "a", "iterations": 1}
+    _, _, *flags = shlex.split(command(train.__name__, given))
+    assert CliRunner().invoke(app, flags).exit_code == 0
+    assert load_generator(tmp_path / "a/model").guidance == 1.0
+    wrong = CliRunner().invoke(app, [*flags, "--prompts", "nowhere.txt"])
+    assert wrong.exit_code == 2 and wrong.stderr.startswith("error: nowhere.txt") and wrong.stderr.count("\n") == 1
+
+
+def test_pictures_are_kept_by_all_that_they_depend_on(tmp_path):
+    def of(value):
+        return lambda: torch.full((2,), value)
+
+    assert kept(tmp_path, ["weights", ["a"], 1], of(1)).tolist() == [1, 1]
+    assert kept(tmp_path, ["weights", ["a"], 1], of(2)).tolist() == [1, 1]
+    for about in (["others", ["a"], 1], ["weights", ["b"], 1], ["weights", ["a"], 2]):
+        assert kept(tmp_path, about, of(3)).tolist() == [3, 3]
+    assert kept(None, ["weights", ["a"], 1], of(4)).tolist() == [4, 4]
 
 
 def test_distillation_saves_a_model_of_one_step_that_follows_its_teacher(options, tmp_path):

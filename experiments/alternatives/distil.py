@@ -5,17 +5,21 @@ masked again; at the masked places the guided teacher and an auxiliary model, wh
 own pictures, say what they expect there. Where they differ, the student's logits are pushed along the difference.
 """
 
+import copy
 import math
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import typer
 from rich.progress import track
 from torch import Tensor
+from typer import Option
 
-from experiments.alternatives.shared import Student, log, optimiser, save, start
+from experiments.alternatives.shared import Student, compiled, log, optimiser, save, start
+from speedrl.cli import in_one_line
 from speedrl.likelihood import sample_tokens
-from speedrl.models.checkpoint import Prompts, load_generator, take
+from speedrl.models.checkpoint import Prompts, take
 from speedrl.platform import bf16_autocast
 from speedrl.rollout import Noise, draw_noise
 from speedrl.sample import from_random, guided_policy
@@ -76,7 +80,7 @@ def one_step(student: Student, part: Prompts, noise: Noise, beginning: Noise, *,
 
 def distil(
     *,
-    out: Path,
+    out: Annotated[Path, Option()],  # without Option typer would take it by its place
     model: str = "embedded",
     prompts: str | None = None,
     random_share: float = 0.4,
@@ -99,10 +103,10 @@ def distil(
     that is fast, as in `speedrl.train`.
     """
     settings, out = dict(locals()), Path(out)
-    student = start(model, prompts, device=device, compile=compile)
-    teacher, auxiliary = student.teacher, load_generator(model, device=device).transformer
+    student = start(model, prompts, device=device)
+    teacher, auxiliary = student.teacher, copy.deepcopy(student.transformer)
     if compile:
-        auxiliary.compile_blocks()
+        compiled(teacher.transformer, student.transformer, auxiliary)
     optimizer, own = optimiser(student.transformer, lr=lr), optimiser(auxiliary, lr=lr)
     guidance = teacher.guidance if guidance is None else guidance
     random = torch.Generator().manual_seed(seed)
@@ -147,4 +151,4 @@ def distil(
 
 
 if __name__ == "__main__":  # python -m experiments.alternatives.distil --out FOLDER
-    typer.run(distil)
+    typer.run(in_one_line(distil))

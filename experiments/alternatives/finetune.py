@@ -6,16 +6,19 @@ teaches is what many steps would have put there; it is never told which of its o
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import typer
 from rich.progress import track
 from torch import Tensor
+from typer import Option
 
-from experiments.alternatives.shared import kept, log, optimiser, save, start
-from speedrl.evaluate import network_calls
+from experiments.alternatives.shared import compiled, kept, log, optimiser, save, start
+from speedrl.cli import in_one_line
+from speedrl.evaluate import fingerprint, network_calls
 from speedrl.likelihood import log_probs
-from speedrl.models.checkpoint import Prompts, take
+from speedrl.models.checkpoint import Prompts, parts_of, take
 from speedrl.platform import bf16_autocast
 from speedrl.rollout import Noise, draw_noise
 from speedrl.sample import generate, guided_policy
@@ -63,7 +66,7 @@ def finetune_loss(
 
 def finetune(
     *,
-    out: Path,
+    out: Annotated[Path, Option()],  # without Option typer would take it by its place
     model: str = "embedded",
     prompts: str | None = None,
     steps: str = "2-16",
@@ -81,13 +84,15 @@ def finetune(
 
     Each iteration draws `pictures` fresh ones, takes each at one step of a rollout of `steps` steps ("8", or "2-16")
     that reveals them, and makes one update. -> OUT/model, sampled without guidance, which the pictures already have.
-    In the folder `data` the pictures of a seed are kept, for trainings on the same ones with other settings; products
+    In the folder `data` the pictures are kept, for trainings on the same ones with another learning rate; products
     are in bf16 where that is fast, as in `speedrl.train`.
     """
     settings, out, bounds = dict(locals()), Path(out), step_range(steps)
     if bounds.chosen:
         raise ValueError(f"fine-tuning has no policy that chooses its steps: give a number or a range, not {steps!r}")
-    student = start(model, prompts, device=device, compile=compile)
+    student, weights = start(model, prompts, device=device), fingerprint(*parts_of(model))
+    if compile:
+        compiled(student.teacher.transformer, student.transformer)
     teacher, optimizer = student.teacher, optimiser(student.transformer, lr=lr)
     random = torch.Generator().manual_seed(seed)
     calls, autocast = 0, bf16_autocast(device)
@@ -101,7 +106,7 @@ def finetune(
             with autocast:
                 return generate(teacher, texts, steps=teacher.steps, seed=fresh)
 
-        targets = kept(data and Path(data) / f"{fresh}.safetensors", drawn).to(device, copy=True)
+        targets = kept(data, [weights, texts, fresh], drawn).to(device, copy=True)
         counts = torch.randint(bounds[0], bounds[1] + 1, (pictures,), generator=random).to(device)
         step = (torch.rand(pictures, generator=random).to(device) * counts).long()
         noise = draw_noise(pictures, bounds[1], student.length, seed=seed, first=iteration * pictures, device=device)
@@ -131,4 +136,4 @@ def finetune(
 
 
 if __name__ == "__main__":  # python -m experiments.alternatives.finetune --out FOLDER
-    typer.run(finetune)
+    typer.run(in_one_line(finetune))

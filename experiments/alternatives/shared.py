@@ -1,6 +1,7 @@
 """What fine-tuning and distillation share: the student, its prompts, and how it is saved."""
 
 import copy
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -35,19 +36,22 @@ class Student(NamedTuple):
         return take(self.prompts, chosen.to(self.prompts.text.device)), [self.texts[i] for i in chosen]
 
 
-def start(model: str, prompts: str | Path | None, *, device: str, compile: bool) -> Student:
+def start(model: str, prompts: str | Path | None, *, device: str) -> Student:
     """The teacher `model` and a student that starts as its copy. `prompts` None are the embedded model's."""
     teacher = load_generator(model, device=device)
     transformer = copy.deepcopy(teacher.transformer)
     teacher.transformer.requires_grad_(False)
-    if compile:
-        torch.compiler.reset()  # after the networks of a few trainings the compiler would give up
-        for network in (teacher.transformer, transformer):
-            network.compile_blocks()
     texts = list(training_prompts(model, prompts))
     return Student(
         teacher, transformer, encode_prompts(teacher, texts), texts, encode_prompts(teacher, [teacher.negative])
     )
+
+
+def compiled(*networks: nn.Module) -> None:
+    """Compiles the blocks of the networks of one training."""
+    torch.compiler.reset()  # after those of a few trainings the compiler would give up
+    for network in networks:
+        network.compile_blocks()
 
 
 def optimiser(transformer: nn.Module, *, lr: float) -> torch.optim.Optimizer:
@@ -55,14 +59,17 @@ def optimiser(transformer: nn.Module, *, lr: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(transformer.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
 
 
-def kept(path: Path | None, make: Callable[[], Tensor]) -> Tensor:
-    """The tensor of a file, or where there is none that of `make`, which is written to it; of `make` without a path."""
-    if path is not None and path.exists():
+def kept(folder: str | Path | None, about: list, make: Callable[[], Tensor]) -> Tensor:
+    """What `make` gives: from a file of the folder, where one was kept of all that it depends on, `about`, else written
+    to it. Without a folder nothing is kept."""
+    if folder is None:
+        return make()
+    path = Path(folder) / f"{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}.safetensors"
+    if path.exists():
         return safetensors.torch.load_file(path)["tokens"]
     made = make()
-    if path is not None:
-        tensors = {"tokens": made.cpu().contiguous()}
-        write_atomically(path, lambda partial: safetensors.torch.save_file(tensors, partial))
+    tensors = {"tokens": made.cpu().contiguous()}
+    write_atomically(path, lambda partial: safetensors.torch.save_file(tensors, partial))
     return made
 
 

@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
-import torch
 import typer
 from rich.console import Console
 from typer import Option
@@ -23,7 +22,7 @@ from typer import Option
 from experiments.alternatives.distil import distil
 from experiments.alternatives.finetune import finetune
 from speedrl.ablate import over_runs
-from speedrl.cli import loading
+from speedrl.cli import in_one_line, loading
 from speedrl.errors import one_line
 from speedrl.evaluate import METRICS, columns_of, evaluate, markdown, prompt_sets
 from speedrl.files import write_atomically, write_json
@@ -95,7 +94,6 @@ def trainers(
 
 def evaluated(models: Sequence[str], *, precision: str = "fp32", **options) -> list[dict]:
     """`evaluate` with the options of `speedrl eval`."""
-    torch.compiler.reset()  # after the networks of a few measurements the compiler would give up
     return evaluate(models, loading=loading({"precision": precision}), **options)
 
 
@@ -377,4 +375,4 @@ def conclude(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    typer.run(in_one_line(main))

@@ -22,6 +22,7 @@ from typer import Option
 
 from experiments.study.gradients import Batch, draw, gradient, write
 from speedrl.advantage import group_advantages
+from speedrl.cli import in_one_line
 from speedrl.critic import reward_slopes
 from speedrl.models.checkpoint import Generator, codebook, decode, decode_embeddings, fitting_batch, load_generator
 from speedrl.reward import Score, differentiable, load_quality
@@ -177,4 +178,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    typer.run(in_one_line(main))

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from typer import Option
 
 from speedrl.advantage import group_advantages
+from speedrl.cli import in_one_line
 from speedrl.files import write_atomically, write_json
 from speedrl.loss import normalise
 from speedrl.models.checkpoint import Generator, Prompts, codebook, decode, encode_prompts, load_generator, repeat, take
@@ -287,9 +288,10 @@ def main(
         reference_batches=reference_batches, group_size=group_size, steps=steps, guidance=guidance, order=order,
         behaviour=behaviour, seed=seed, bf16=bf16_is_fast(device),
     )  # fmt: skip
-    about = {"model": model, "base": base, "order": order, "stale": stale, "away": away, "seed": seed}
+    about = {"model": model, "base": base, "order": order, "stale": stale, "away": away, "seed": seed,
+             "bf16": bf16_is_fast(device)}  # fmt: skip
     write(out, "gradients", "Noise of the gradient", found, in_words(found), about)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    typer.run(in_one_line(main))
