@@ -20,6 +20,7 @@ import typer
 from rich.console import Console
 from typer import Option
 
+from speedrl.cli import in_one_line
 from speedrl.models.checkpoint import Generator, find, save_generator
 from speedrl.models.meissonic import MeissonicTransformer
 from speedrl.platform import import_torchvision
@@ -93,4 +94,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    typer.run(in_one_line(main))

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from typer import Option
 
+from speedrl.cli import in_one_line
 from speedrl.files import write_atomically, write_json
 from tests import reference
 from tests.reference import pictures, tensors
@@ -111,4 +112,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    typer.run(in_one_line(main))

@@ -61,6 +61,11 @@ def test_the_study_compares_every_method_and_keeps_what_is_finished(app, tiny_ge
         monkeypatch.setattr(study, name, refuse)
     monkeypatch.setattr(speedrl.evaluate, "one_cell", refuse)
     assert app(*options).exit_code == 0
+    others = ["2-3" if option == "2-4" else option for option in options]
+    assert app(*others).exit_code == 0
+    failed = json.loads((report / "study.json").read_text())["failed"]
+    assert set(failed) == trained - {"one-step distillation"}
+    assert all("holds a run of other options" in why for why in failed.values())
 
 
 def test_settings_and_learning_rates_are_chosen_by_the_reward(monkeypatch, tmp_path):

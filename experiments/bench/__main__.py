@@ -18,6 +18,7 @@ from experiments.bench.ceilings import ceilings
 from experiments.bench.growth import growth
 from experiments.bench.measure import machine, table
 from experiments.bench.pipeline import against_pipeline
+from speedrl.cli import in_one_line
 from speedrl.files import write_atomically, write_json
 from speedrl.platform import quiet_allocator
 
@@ -77,4 +78,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    typer.run(in_one_line(main))

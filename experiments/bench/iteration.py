@@ -16,6 +16,7 @@ from typer import Option
 
 from experiments.bench.measure import peak_gb, seconds_of
 from experiments.bench.plain import plain_rollout, plain_update
+from speedrl.cli import in_one_line
 from speedrl.loss import normalise
 from speedrl.models.checkpoint import Prompts, load_generator, repeat, take
 from speedrl.models.meissonic import MeissonicTransformer
@@ -186,4 +187,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    typer.run(in_one_line(main))

@@ -9,6 +9,7 @@ import typer
 from typer import Option
 
 from experiments.bench.measure import seconds_of
+from speedrl.cli import in_one_line
 from speedrl.models.checkpoint import decode, encode_prompts, load_generator
 from speedrl.platform import quiet_allocator
 from speedrl.sample import generate, to_pil
@@ -45,4 +46,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    typer.run(in_one_line(main))

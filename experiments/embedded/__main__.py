@@ -17,6 +17,7 @@ import typer
 from typer import Option
 
 from experiments.embedded import build_judge, compose, data, train_base, train_clip, train_vq
+from speedrl.cli import in_one_line
 from speedrl.platform import quiet_allocator
 
 
@@ -70,4 +71,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    typer.run(in_one_line(main))

@@ -11,6 +11,7 @@ from typer import Option
 
 from experiments.embedded import build_judge, compose, data, train_clip
 from speedrl import judge
+from speedrl.cli import in_one_line
 from speedrl.files import write_json
 from speedrl.platform import quiet_allocator
 
@@ -54,4 +55,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    typer.run(in_one_line(main))

@@ -105,13 +105,14 @@ def trained(method: Trainer, folder: Path, *, lr: float, seed: int, iterations: 
     """The model of one training, kept in `run_folder`; ValueError where it was of other options."""
     out = run_folder(folder, lr=lr, seed=seed)
     options = {"lr": lr, "seed": seed, "iterations": iterations}
+    made = method.command(Path("OUT"), **options)  # all that it depends on, wherever it lies
     if (out / "done.json").exists():
         kept = json.loads((out / "done.json").read_text())
-        if kept["options"] != options:
+        if kept.get("made") != made:
             raise ValueError(f"{out} holds a run of other options: give another folder, or the same options")
         return Path(kept["model"])
     model = method.train(out, **options)
-    write_json(out / "done.json", {"options": options, "model": str(model)})
+    write_json(out / "done.json", {"made": made, "model": str(model)})
     return model
 
 
