@@ -101,7 +101,7 @@ def look(k: int) -> dict[str, Any]:
     """Colour, marker and dash of line k: of 65 lines no two share marker and dash, of 13 no two a marker, so no colour
     is needed."""
     return {
-        "color": f"C{k % 10}",
+        "color": f"C{k % 11 - 1}" if k % 11 else "black",
         "marker": MARKERS[k % len(MARKERS)],
         "linestyle": DASHES[k % len(DASHES)],
     }
