@@ -26,7 +26,7 @@ from torch import Tensor
 from typer import Option
 
 from experiments.embedded import build_judge, compose, data
-from speedrl.cli import in_one_line
+from speedrl.cli import in_one_line, numbers
 from speedrl.evaluate import measure, network_calls
 from speedrl.files import write_atomically, write_json
 from speedrl.interval import caution, interval, paired, say
@@ -36,7 +36,7 @@ from speedrl.page import Section, write_page
 from speedrl.platform import bf16_is_fast, quiet_allocator
 from speedrl.prompts import read_prompts
 from speedrl.reward import load_quality
-from speedrl.sample import generate
+from speedrl.sample import generate, planned
 
 COLUMNS = {
     "reward": "reward", "judge_r1": "R@1 EfficientNet", "sscd_r1": "R@1 SSCD", "judge_r5": "R@5 EfficientNet",
@@ -175,7 +175,10 @@ def main(
     """Measure trained runs on other prompts and by another judge."""
     quiet_allocator()
     for source in (base, *model):
-        parts_of(source)  # says what is no model before anything is computed
+        parts_of(source)  # what is no model, or no number of steps, is told before anything is computed
+    own, counts = load_generator(base), numbers(steps, int, option="steps")
+    for s in counts:
+        planned(own, s)
     judge, sscd, score, console = load_judge(), load_sscd(), load_quality("embedded"), Console()
     data.fetch(cache / "packages")
     concepts, sprites = data.sprites(cache / "packages", data.TRAIN_VENDORS, cache / "train.npz")
@@ -205,8 +208,6 @@ def main(
         found |= {"sscd_r1": float(first.float().mean()), "sscd_r5": float(five.float().mean())}
         return found | {"background": one_background(images.flatten(0, 1))}
 
-    counts = [int(s) for s in steps.split(",")]
-    own = load_generator(base)
     settings = {"base": [*((s, 1.0) for s in counts), (own.steps, own.guidance)], "trained": [(s, 1.0) for s in counts]}
     rows: dict[tuple, dict] = {}
 
