@@ -32,7 +32,8 @@ def join(device: torch.device | str, *, parallel: str = "ddp", minutes: float = 
     """Joins the ranks that torchrun started, if it did; returns this rank's own device.
 
     gloo between processors, NCCL between GPUs. A rank that waits longer than `minutes` for another stops. ValueError
-    for an unknown `parallel`, and for "fsdp" without torchrun, whose world it needs.
+    for an unknown `parallel`, and for "fsdp" without torchrun, whose world it needs; ConnectionError where the ranks do
+    not find each other.
     """
     if parallel not in ("ddp", "fsdp"):
         raise ValueError(f"unknown parallel {parallel!r}: choose ddp or fsdp")
@@ -45,10 +46,26 @@ def join(device: torch.device | str, *, parallel: str = "ddp", minutes: float = 
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
+        try:
+            dist.init_process_group(backend, timeout=timedelta(minutes=minutes), **meeting_point())
+        except RuntimeError as error:
+            raise ConnectionError(f"rank {os.environ['RANK']} did not find the others: {one_line(error)}") from error
     if parallel == "fsdp" and not dist.is_initialized():
         raise ValueError("fsdp needs ranks: start with torchrun --nproc-per-node N -m speedrl train")
     return str(device)
+
+
+def meeting_point() -> dict[str, Any]:
+    """Where the ranks look for each other, as arguments of init_process_group.
+
+    On one node torchrun keeps one store through its restarts, with the addresses of ranks that are gone, so each attempt
+    has keys of its own. On several nodes, which count their restarts apart, its c10d rendezvous makes a new store.
+    """
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if not restarts or int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
+        return {}
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    return {"store": dist.PrefixStore(f"attempt-{restarts}", store), "rank": rank, "world_size": world_size}
 
 
 def leave() -> None:

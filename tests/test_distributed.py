@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import speedrl.train
-from speedrl.distributed import any_rank, everyone, gathered, share, total, total_stats
+from speedrl.distributed import any_rank, everyone, gathered, join, share, total, total_stats
 from speedrl.export import export
 from speedrl.state import newest
 from speedrl.train import train
@@ -187,7 +187,6 @@ def deadly(images, prompts):
     return green(images, prompts)
 
 
-@pytest.mark.skipif("SPEEDRL_KILLS" not in os.environ, reason="half a minute, and ranks may miss each other: just kill")
 def test_torchrun_starts_killed_ranks_again_which_resume_and_stops_them_in_good_order(options, tmp_path):
     """The command of the README. A rank is killed, all start again and go on; then torchrun is told to stop."""
     options |= {"quality": "tests.test_distributed:deadly", "save_every": 1}
@@ -218,6 +217,34 @@ def test_torchrun_starts_killed_ranks_again_which_resume_and_stops_them_in_good_
     for path in (tmp_path / "whole/model").rglob("*.safetensors"):
         one, other = load_file(path), load_file(tmp_path / "run" / path.relative_to(tmp_path / "whole"))
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def joins_again(port, attempt):
+    """As torchrun starts a rank, with the store that torchrun has kept; rank 1 comes late the second time."""
+    os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+                   "TORCHELASTIC_RESTART_COUNT": str(attempt)}  # fmt: skip
+    if attempt and os.environ["RANK"] == "1":
+        time.sleep(2)
+    join("cpu", minutes=1)
+    print(everyone(os.environ["RANK"]))
+
+
+def test_ranks_that_torchrun_starts_again_do_not_look_for_those_that_are_gone(tmp_path):
+    store = torch.distributed.TCPStore("127.0.0.1", free_port(), is_master=True, wait_for_workers=False)
+    for attempt in range(2):
+        statuses = finish(start_ranks(joins_again, 2, tmp_path, store.port, attempt))
+        said = (tmp_path / "rank-0.log").read_text()
+        assert statuses == [0, 0] and said == "['0', '1']\n", said
+
+
+def joins_alone():
+    os.environ["WORLD_SIZE"] = "2"
+    with pytest.raises(ConnectionError, match="rank 0 did not find the others: Timed out"):
+        join("cpu", minutes=0.02)
+
+
+def test_a_rank_that_does_not_find_the_others_says_so(tmp_path):
+    assert finish(start_ranks(joins_alone, 1, tmp_path)) == [0], (tmp_path / "rank-0.log").read_text()
 
 
 def dies(out, options):
