@@ -32,6 +32,10 @@ Schedule = Annotated[
     str | None, Option(help="Mask schedule: cosine, linear, square, arccos or power:X. [default: the model's]")
 ]
 Order = Annotated[str | None, Option(help="Order of reveal: confidence, random or halton. [default: the model's]")]
+Revise = Annotated[
+    float | None,
+    Option(help="Share of the tokens that the last quarter of 8 steps or more draws again. [default: the model's]"),
+]
 Precision = Annotated[str, Option(help="fp32, bf16 or fp16, of transformer and text encoder.")]
 
 app = typer.Typer(
@@ -159,6 +163,7 @@ def sample(
     ],
     schedule: Schedule,
     order: Order,
+    revise: Revise,
     text_encoder: TextEncoder = None,
     size: Size = None,
     negative_prompt: Negative = None,
@@ -179,7 +184,8 @@ def sample(
         quiet_allocator()
         generator = load_generator(model, device=device, **how)
     wanted = [prompt for prompt in prompts for _ in range(count)]
-    options = {"guidance": guidance, "temperature": temperature, "schedule": schedule, "order": order}
+    options = {"guidance": guidance, "temperature": temperature, "schedule": schedule, "order": order,
+               "revise": revise}  # fmt: skip
     pictures = draw(generator, wanted, steps=steps, seed=seed, **options)
     scale = max(1, 256 // generator.size[0])  # small pictures large enough to see
     if len(pictures) == 1:
@@ -229,6 +235,9 @@ def train(
     ],
     schedule: Schedule,
     order: Order,
+    revise: Annotated[
+        float, Option(help="Share of the tokens that the trained model's last quarter of 8 steps or more draws again.")
+    ],
     likelihood: Annotated[str, Option(help="token, sequence or exact.")],
     clip_range: Annotated[float, Option(help="Ratios are clipped to 1 +- this.")],
     kl: Annotated[str, Option(help="Divergence: ce, reverse, k1, k2, k3 or none.")],
@@ -337,6 +346,7 @@ def evaluate(
     temperature: Annotated[str | None, Option(help="Temperatures of the reveal. [default: the model's]")],
     schedule: Annotated[str | None, Option(help="Mask schedules, like cosine,arccos. [default: the model's]")],
     order: Annotated[str | None, Option(help="Orders of reveal, like confidence,halton. [default: the model's]")],
+    revise: Annotated[str | None, Option(help="Shares of tokens to draw again, like 0,0.2. [default: the model's]")],
     prompts: Annotated[str | None, Option(help=PROMPTS)],
     held_out: Annotated[str | None, Option(help="Another, of prompts that no training saw.")],
     count: Annotated[int, Option(help="Pictures of each prompt and seed.")],
@@ -361,6 +371,7 @@ def evaluate(
     options["steps"] = tuple("auto" if part == "auto" else numbers(part, int, option="steps")[0] for part in counts)
     options["guidance"] = numbers(guidance, float, option="guidance")
     options["temperature"] = numbers(temperature, float, option="temperature")
+    options["revise"] = numbers(revise, float, option="revise")
     options |= {name: options[name] and tuple(options[name].split(",")) for name in ("schedule", "order")}
     from speedrl.evaluate import evaluate
     from speedrl.platform import quiet_allocator

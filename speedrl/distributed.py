@@ -58,8 +58,8 @@ def join(device: torch.device | str, *, parallel: str = "ddp", minutes: float = 
 def meeting_point() -> dict[str, Any]:
     """Where the ranks look for each other, as arguments of init_process_group.
 
-    On one node torchrun keeps one store through its restarts, with the addresses of ranks that are gone, so each attempt
-    has keys of its own. On several nodes, which count their restarts apart, its c10d rendezvous makes a new store.
+    On one node torchrun keeps one store through its restarts, with the addresses of ranks that are gone, so each
+    attempt has keys of its own. On several nodes, which count restarts apart, its c10d rendezvous makes a new store.
     """
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     if not restarts or int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:

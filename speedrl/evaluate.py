@@ -20,6 +20,7 @@ from speedrl.judge import Judge, concepts_in, diversity, features, frechet, load
 from speedrl.models.checkpoint import Generator, chooses_steps, decode, fitting_batch, load_generator, parts_of
 from speedrl.platform import check_device
 from speedrl.prompts import read_prompts
+from speedrl.revise import check_share
 from speedrl.reward import EMBEDDED, Score, load_qualities
 from speedrl.rollout import ORDERS
 from speedrl.sample import contact_sheet, draw, sample, save_png
@@ -29,6 +30,7 @@ METRICS = {
     "reward": "reward", "judge_r1": "R@1", "judge_r5": "R@5", "frechet": "Fréchet", "diversity": "diversity",
     "pixel_diversity": "pixel diversity",
 }  # fmt: skip
+USUAL = {"schedule": "cosine", "order": "confidence", "revise": 0.0}  # settings of the sampler, and what is not told
 
 
 def evaluate(
@@ -40,6 +42,7 @@ def evaluate(
     temperature: Sequence[float] | None = None,
     schedule: Sequence[str] | None = None,
     order: Sequence[str] | None = None,
+    revise: Sequence[float] | None = None,
     prompts: str | Path | Sequence[str] | None = None,
     held_out: str | Path | Sequence[str] | None = None,
     count: int = 4,
@@ -56,16 +59,16 @@ def evaluate(
     """Evaluates every model at every step count and setting of the sampler, on each set of prompts: one row each.
 
     `steps` are numbers, or "auto" of models that choose them. guidance None is the model's own and 1 (none);
-    temperature, mask schedule and reveal order None are its own.
+    temperature, mask schedule, reveal order and the share of tokens to revise None are its own.
     Prompts are files of lines or lists: without any, the sets "seen" and "held-out" are the embedded model's two lists;
     `prompts` alone is evaluated alone, as "given", and `held_out` beside it as "given held-out". `count` pictures of
     each prompt for each of `seeds` seeds; picture i of a seed starts from the same noise whatever the model and the
     settings. `quality` None leaves the reward out. `pictures` is the number of columns of the contact sheet, 0 for
     none, `figure` whether quality is plotted against calls. `compile` pays where there are many pictures.
 
-    A row: model, prompts (the set), steps, guidance, temperature, schedule, order, network_calls (one a step, two with
-    guidance), seconds_per_image (median over seeds; text encoder and decoder included, in batches of `batch`, by
-    default `fitting_batch`), and each of METRICS with METRIC_spread, the standard deviation over seeds (n - 1); None
+    A row: model, prompts (the set), steps, guidance, temperature, schedule, order, revise, network_calls (one a step,
+    two with guidance), seconds_per_image (median over seeds; text encoder and decoder included, in batches of `batch`,
+    by default `fitting_batch`), and each of METRICS with METRIC_spread, the standard deviation over seeds (n - 1); None
     where it has no meaning. Where steps are "auto", network_calls is the mean of what the pictures took, so that it
     stands beside counts of as many calls, and there are steps_mean, steps_of_prompts, the mean of each prompt, and
     steps_std, their standard deviation over prompts.
@@ -85,6 +88,8 @@ def evaluate(
         mask_ratio(torch.zeros(()), kind=kind)
     if unknown := [kind for kind in order or () if kind not in ORDERS]:
         raise ValueError(f"unknown reveal order {unknown[0]!r}: choose confidence, random or halton")
+    for share in revise or ():
+        check_share(share)
     sets = prompt_sets(prompts, held_out)
     weights = {model: fingerprint(*parts_of(model)) for model in models}
     if "auto" in steps and (fixed := [model for model in models if not chooses_steps(model)]):
@@ -109,23 +114,22 @@ def evaluate(
             strengths = list(dict.fromkeys(guidance or (generator.guidance, 1.0)))
             heats = list(dict.fromkeys(temperature or (generator.temperature,)))
             kinds, turns = schedule or (generator.schedule,), order or (generator.order,)
-            sampler = list(dict.fromkeys(itertools.product(kinds, turns)))
-            for (kind, turn), s in itertools.product(sampler, dict.fromkeys(steps)) if shown else ():
+            sampler = list(dict.fromkeys(itertools.product(kinds, turns, revise or (generator.revise,))))
+            for chosen, s in itertools.product(sampler, dict.fromkeys(steps)) if shown else ():
                 progress.update(task, description=f"{shorten(model)}: pictures")
-                options = {"guidance": strengths[0], "temperature": heats[0], "schedule": kind, "order": turn}
+                options = {"guidance": strengths[0], "temperature": heats[0]} | dict(zip(USUAL, chosen, strict=True))
                 sheet.append(sample(generator, shown, steps=s, **options).cpu())
-                which = f", {kind}, {turn}" if len(sampler) > 1 else ""
+                which = f", {in_words(chosen)}" if len(sampler) > 1 else ""
                 labels.append(f"{shorten(model)}, {s} step{'s' * (s != 1)}{which}")
             if compile:  # after the contact sheet, whose few pictures would not pay for it
                 torch.compiler.reset()  # after the networks of a few models the compiler would give up
                 generator.transformer.compile_blocks()
             todo = []
             every = itertools.product(sets, strengths, heats, sampler, dict.fromkeys(steps))
-            for which, g, t, (kind, turn), s in every:
+            for which, g, t, chosen, s in every:
                 calls = network_calls(generator.pace.most if s == "auto" else s, g)  # the most, until counted
-                row = {"model": model, "prompts": which, "steps": s, "guidance": float(g), "temperature": float(t),
-                       "schedule": kind, "order": turn, "network_calls": calls,
-                       "weights": weights[model]}  # fmt: skip
+                row = {"model": model, "prompts": which, "steps": s, "guidance": float(g), "temperature": float(t)}
+                row |= dict(zip(USUAL, chosen, strict=True)) | {"network_calls": calls, "weights": weights[model]}
                 settings = json.dumps([row, sets[which], count, seeds, quality, scored_by, judged_by, device, how])
                 row["settings"] = hashlib.sha256(settings.encode()).hexdigest()[:16]
                 old = kept.get(identity(row), {})
@@ -141,7 +145,7 @@ def evaluate(
                 row |= one_cell(
                     generator, judge, scores, sets[row["prompts"]], which=row["prompts"], steps=row["steps"],
                     guidance=row["guidance"], temperature=row["temperature"], schedule=row["schedule"],
-                    order=row["order"], count=count, seeds=seeds, batch=batch,
+                    order=row["order"], revise=row["revise"], count=count, seeds=seeds, batch=batch,
                     after_seed=lambda cost=cost: progress.advance(task, cost / seeds),
                 )  # fmt: skip
                 done += cost
@@ -174,11 +178,13 @@ def one_cell(
     after_seed: Callable[[], object],
     schedule: str | None = None,
     order: str | None = None,
+    revise: float | None = None,
 ) -> dict[str, float | None]:
     """seconds_per_image, METRICS and their spread, of `count` pictures of each prompt for each seed 0 .. seeds - 1;
     with steps "auto" also what `evaluate` says of them."""
     wanted = [prompt for prompt in prompts for _ in range(count)]
-    options = {"guidance": guidance, "temperature": temperature, "schedule": schedule, "order": order, "batch": batch}
+    options = {"guidance": guidance, "temperature": temperature, "schedule": schedule, "order": order,
+               "revise": revise, "batch": batch}  # fmt: skip
     # compilation and first calls stay out of the clock
     some = wanted[: fitting_batch(generator) if batch is None else batch]
     sample(generator, some, steps=1, **options)
@@ -304,9 +310,15 @@ def identity(row: dict) -> tuple:
     return tuple(row[name] for name in ("model", "prompts", "steps", "guidance", "temperature")) + sampler_of(row)
 
 
-def sampler_of(row: dict) -> tuple[str, str]:
-    """Mask schedule and reveal order of a row; rows of before there was a choice have what there was."""
-    return row.get("schedule", "cosine"), row.get("order", "confidence")
+def sampler_of(row: dict) -> tuple[str, str, float]:
+    """What a row has of USUAL; rows of before there was a choice have what there was."""
+    return tuple(row.get(name, usual) for name, usual in USUAL.items())
+
+
+def in_words(sampler: Sequence) -> str:
+    """A sampler's settings, in the order of USUAL, for a label."""
+    schedule, order, share = sampler
+    return f"{schedule}, {order}" + f", revised {share:g}" * bool(share)
 
 
 def read_results(path: Path) -> dict[tuple, dict]:
@@ -349,12 +361,11 @@ def columns_of(rows: list[dict], *, spreads: bool = True, error: str = "spread")
         text = "–" if value is None else f"{value:.{digits}f}"
         return text if spread is None or not spreads else f"{text} ±{spread:.{digits}f}"
 
-    usual = all(sampler_of(row) == ("cosine", "confidence") for row in rows)
-    sampler = [] if usual else ["schedule", "order"]
+    sampler = [name for name, usual in USUAL.items() if any(row.get(name, usual) != usual for row in rows)]
     header = ["model", "prompts", "steps", "guidance", "temperature", *sampler, "calls", "s/image", *shown.values()]
     lines = [
         [shorten(row["model"]), row["prompts"], str(row["steps"]), f"{row['guidance']:g}", f"{row['temperature']:g}",
-         *(() if usual else sampler_of(row)), calls_of(row), f"{row['seconds_per_image']:.3f}",
+         *(str(row.get(name, USUAL[name])) for name in sampler), calls_of(row), f"{row['seconds_per_image']:.3f}",
          *(number(row, name) for name in shown)]
         for row in rows
     ]  # fmt: skip
@@ -418,7 +429,7 @@ def plot(rows: list[dict], path: Path, *, real: dict | None = None) -> None:
             if points:
                 label = f"{shorten(model)}{', auto' * auto}, guidance {guidance:g}"
                 label += f", temperature {temperature:g}" if len(heats) > 1 else ""
-                label += f", {' '.join(sampler)}" if len(samplers) > 1 else ""
+                label += f", {in_words(sampler)}" if len(samplers) > 1 else ""
                 calls, values, spreads = zip(*points, strict=True)
                 panel.errorbar(
                     calls, values, yerr=spreads, label=label,

@@ -80,7 +80,8 @@ def sampled_as(generator: Generator, settings: Mapping[str, Any]) -> dict[str, A
     return {"num_inference_steps": step_range(settings["steps"]).most, "guidance_scale": settings["guidance"],
             "temperature": generator.temperature if heat is None else heat,
             "masking_schedule": settings["schedule"] or generator.schedule,
-            "reveal_order": settings["order"] or generator.order, "negative_prompt": generator.negative,
+            "reveal_order": settings["order"] or generator.order,
+            "revised_share": settings.get("revise", generator.revise), "negative_prompt": generator.negative,
             "micro_conds": generator.micro_conds}  # fmt: skip
 
 

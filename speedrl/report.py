@@ -13,6 +13,7 @@ from speedrl.evaluate import METRICS, calls_of, judge_if_there, network_calls, o
 from speedrl.files import write_atomically, write_json
 from speedrl.interval import interval, paired
 from speedrl.models.checkpoint import load_generator
+from speedrl.revise import split_steps
 from speedrl.reward import load_qualities
 from speedrl.sample import contact_sheet, draw, sample, save_png
 
@@ -45,7 +46,8 @@ def report(
     its temperature (what few steps give without other weights); the trained model as it was trained, and where it
     chooses its steps also at their rounded mean, which then counts as its steps; and both without guidance, or as the
     trained model has it, at twice and four times its steps and so on, up to a quarter of the network calls of the first
-    row. On the first `some` prompts of each set, `count` pictures of each for each of `seeds` seeds.
+    row, the base as it is and with the trained model's revision where there is one. On the first `some` prompts of each
+    set, `count` pictures of each for each of `seeds` seeds.
     Writes OUT/comparison.json and OUT/before_after.png and prints the table.
     """
     out, trained, console = Path(out), str(trained), Console()
@@ -68,6 +70,9 @@ def report(
     quarter = max(1, network_calls(before.steps, before.guidance) // (4 * network_calls(1, after.guidance)))
     more = [few * 2**k for k in range(1, quarter.bit_length()) if few * 2**k < quarter] + [quarter]
     settings += [(base, before, n, after.guidance, heat) for n in more if n != few]
+    again = before._replace(revise=after.revise)
+    enough = [n for n in dict.fromkeys((few, *more)) if split_steps(n, share=after.revise)[1]]
+    settings += [(f"{base}, revised", again, n, after.guidance, heat) for n in enough]
     settings += [(trained, after, n, after.guidance, after.temperature) for n in dict.fromkeys((*own, *more))]
     rows = []
     for which in sets:
@@ -90,7 +95,7 @@ def report(
     sheet = [sample(generator, shown, steps=steps).cpu() for _, generator, steps in lines]
     scale = max(1, 96 // sheet[0].shape[-1])
     save_png(contact_sheet(sheet, labels=labels, titles=shown, scale=scale), out / "before_after.png")
-    names = {base: "before", f"{base}, tuned": "before, tuned", trained: "after"}
+    names = {base: "before", f"{base}, tuned": "before, tuned", f"{base}, revised": "before, revised", trained: "after"}
     named = [row | {"model": names[row["model"]]} for row in rows]
     console.print(table(named, width=console.width))
     console.print(f"wrote {out / 'before_after.png'} and {out / 'comparison.json'}", soft_wrap=True)

@@ -23,6 +23,7 @@ from speedrl.models.checkpoint import (
     take,
 )
 from speedrl.pace import Pace, first_plan
+from speedrl.revise import check_share, revise_tokens, revised_counts, split_steps
 from speedrl.rollout import Noise, draw_noise, rollout
 from speedrl.schedule import step_range
 from speedrl.tuning import settled
@@ -119,16 +120,18 @@ def draw(
     seed: int = 0,
     schedule: str | None = None,
     order: str | None = None,
+    revise: float | None = None,
     batch: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Tokens int64 [B, L] of B prompts, `batch` at a time, by default `fitting_batch`, and the steps taken int64 [B].
 
     `steps` is their number or "auto", where the model chooses ("auto:8": at most 8 of them); None is "auto" for a model
-    that was trained to choose and 8 for another. Guidance, temperature, mask schedule and reveal order None are the
-    generator's own, to which its tuning is applied where the steps are given, and guidance leads away from its negative
-    prompt. The noise of sample i depends on (seed, i) alone.
-    ValueError for no prompts, for steps outside 1 .. L or that the model cannot choose, and for an unknown schedule or
-    order.
+    that was trained to choose and 8 for another. Guidance, temperature, mask schedule, reveal order and the share to
+    `revise` None are the generator's own, to which its tuning is applied where the steps are given, and guidance leads
+    away from its negative prompt. Steps that the model chooses revise nothing (see `split_steps`). The noise of sample
+    i depends on (seed, i) alone.
+    ValueError for no prompts, for steps outside 1 .. L or that the model cannot choose, for an unknown schedule or
+    order, and for a share outside 0 .. 1.
     """
     length, (first_steps, at_most) = generator.grid[0] * generator.grid[1], planned(generator, steps)
     most, pace = at_most or first_steps, generator.pace if at_most else None
@@ -138,6 +141,9 @@ def draw(
         wrong = f"guidance {guidance} and temperature {temperature}"
         raise ValueError(f"both must be finite, and the temperature not negative: {wrong}")
     schedule, order = schedule or generator.schedule, order or generator.order
+    share = check_share(generator.revise if revise is None else revise)
+    revealing, revising = (first_steps, 0) if at_most else split_steps(first_steps, share=share)
+    again = revised_counts(revising, length=length, share=share)
     tuned = generator.tuning is not None and at_most is None
     batch = fitting_batch(generator) if batch is None else batch
     encoded, empty = encode_prompts(generator, prompts), encode_prompts(generator, [generator.negative])
@@ -153,7 +159,8 @@ def draw(
             beyond = Noise(noise.uniform[:, most], noise.gumbel[:, most])  # what no step uses
             policy = from_random(policy, beyond, share=generator.random_share, mask_id=generator.mask_id,
                                  codes=generator.codes)  # fmt: skip
-        counts = torch.full((size,), first_steps, device=device)
+        counts = torch.full((size,), revealing, device=device)
+        tuning = settled(generator.tuning, counts) if tuned else None
         finished = rollout(
             policy,
             counts,
@@ -166,10 +173,14 @@ def draw(
             grid=generator.grid,
             sparse=True,
             at_most=at_most,
-            tuning=settled(generator.tuning, counts) if tuned else None,
+            tuning=tuning,
         )
+        if again:
+            rest = Noise(noise.uniform[:, revealing:most], noise.gumbel[:, revealing:most])
+            sharp = None if tuning is None else tuning.last
+            finished = revise_tokens(policy, finished, rest, again, mask_id=generator.mask_id, sharpness=sharp)
         tokens.append(finished.tokens)
-        taken.append(finished.steps)
+        taken.append(finished.steps + revising)
     return torch.cat(tokens), torch.cat(taken)
 
 

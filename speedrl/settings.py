@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from speedrl.models.checkpoint import adapter_of
+from speedrl.revise import check_share
 from speedrl.reward import Score, differentiable, parse_quality
 from speedrl.rollout import ORDERS
 from speedrl.schedule import StepRange, mask_ratio
@@ -90,6 +91,7 @@ def check_numbers(settings: Mapping[str, Any]) -> None:
         positive = ("kl_weight", "pace_weight", "temperature", "quality_clip", "warmup")
         if name in positive and value is not None and value < 0:
             raise ValueError(f"{option} must not be negative, got {value}")
+    check_share(settings["revise"])
     if not -(2**63) <= settings["seed"] < 2**63:
         raise ValueError(f"seed must fit in 64 bits, got {settings['seed']}")
     if settings["groups"] * settings["group_size"] >= 2**31:

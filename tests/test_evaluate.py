@@ -92,18 +92,34 @@ def test_what_is_there_is_kept_and_the_rest_computed(judge, tiny_generator_folde
     assert measured[5:] == [(2, 1.5)] and len(json.loads((tmp_path / "out" / "results.json").read_text())) == 1
 
 
+def test_what_is_revised_and_what_is_not_are_rows_of_their_own(judge, tiny_generator_folder, tmp_path, capsys):
+    options = dict(out=tmp_path, steps=(4, 8), prompts=PROMPTS, count=1, seeds=1, pictures=2, guidance=(1.0,))
+    rows = evaluate([tiny_generator_folder], revise=(0.0, 0.5), **options)
+    assert [(row["revise"], row["steps"], row["network_calls"]) for row in rows] == [
+        (0.0, 4, 4), (0.0, 8, 8), (0.5, 4, 4), (0.5, 8, 8)
+    ]  # fmt: skip
+    assert rows[0]["reward"] == rows[2]["reward"] and rows[1]["reward"] != rows[3]["reward"]
+    header, lines = columns_of(rows)
+    assert "schedule" not in header and [line[header.index("revise")] for line in lines] == ["0.0", "0.0", "0.5", "0.5"]
+    assert "revise" not in columns_of(rows[:2])[0]
+
+
 def test_orders_and_schedules_are_rows_of_their_own(judge, tiny_generator_folder, tmp_path, capsys):
     options = dict(out=tmp_path, steps=(3,), prompts=PROMPTS, count=1, seeds=1, pictures=0, guidance=(1.0,))
     rows = evaluate([tiny_generator_folder], schedule=("cosine", "square"), order=("random", "halton"), **options)
     assert [sampler_of(row) for row in rows] == [
-        ("cosine", "random"), ("cosine", "halton"), ("square", "random"), ("square", "halton")
+        ("cosine", "random", 0.0), ("cosine", "halton", 0.0), ("square", "random", 0.0), ("square", "halton", 0.0)
     ]  # fmt: skip
     assert len({row["reward"] for row in rows}) == 4
     (own,) = evaluate([tiny_generator_folder], **options)
-    assert sampler_of(own) == ("cosine", "confidence")
+    assert sampler_of(own) == ("cosine", "confidence", 0.0)
     assert len(json.loads((tmp_path / "results.json").read_text())) == 5
     assert "| halton |" in markdown(rows) and "| confidence |" not in markdown([own])
-    for wrong, says in (({"order": ("best",)}, "'best'"), ({"schedule": ("cubic",)}, "'cubic'")):
+    for wrong, says in (
+        ({"order": ("best",)}, "'best'"),
+        ({"schedule": ("cubic",)}, "'cubic'"),
+        ({"revise": (2.0,)}, "2.0"),
+    ):
         with pytest.raises(ValueError, match=says):
             evaluate([tiny_generator_folder], **options, **wrong)
 

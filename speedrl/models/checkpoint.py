@@ -54,6 +54,7 @@ class Generator(NamedTuple):
     index: dict | None = None  # model_index.json, by which a diffusers pipeline loads the folder
     schedule: str = "cosine"  # how many tokens stay masked, and which are revealed first
     order: str = "confidence"
+    revise: float = 0.0  # share of the tokens that the last steps begin to draw again
     tuning: Tensor | None = None  # float32 [octaves of steps, scalars], learned factors on all that, in logs
     random_share: float = 0.0  # of the tokens that a distilled one-step generator starts from in place of masks
     pace: Pace | None = None  # what chooses the number of steps, float32, of a generator that was trained to
@@ -188,6 +189,7 @@ def load_folder(
         index=index,
         schedule=scheduler.get("masking_schedule", "cosine"),
         order=scheduler.get("reveal_order", "confidence"),
+        revise=scheduler.get("revised_share", 0.0),
         tuning=torch.tensor(scheduler["tuning"]) if scheduler.get("tuning") else None,
         random_share=scheduler.get("random_share", 0.0),
         pace=load_pace(folder / "pace", transformer, device=device),

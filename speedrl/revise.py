@@ -1,0 +1,67 @@
+"""Revision: the last steps draw again what was least sure when it was drawn, now that the rest of the picture is there.
+
+Tokens of one step are drawn apart, and those of early steps before most of the picture is known: some do not go with
+what came after. In parallel decoding nothing that is revealed ever changes. Here a share of the steps, in place of
+revealing less at a time, masks the tokens of least log-probability and draws them anew, fewer each time (as in
+remasking samplers of masked diffusion, arXiv 2503.00307). Network calls stay the same.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from speedrl.likelihood import sample_tokens
+from speedrl.rollout import Noise, Rollout
+
+
+def check_share(share: float) -> float:
+    """The share, if it is one of tokens. ValueError outside 0 .. 1."""
+    if not 0 <= share <= 1:
+        raise ValueError(f"the share of tokens to revise must be 0 to 1, got {share}")
+    return share
+
+
+def split_steps(steps: int, *, share: float, least: int = 8) -> tuple[int, int]:
+    """Of so many steps those that reveal and those that revise: a quarter, none where the share of tokens is 0.
+
+    Under `least` steps none revises: there every step is needed to reveal.
+    """
+    revising = steps // 4 if share and steps >= least else 0
+    return steps - revising, revising
+
+
+def revised_counts(steps: int, *, length: int, share: float) -> list[int]:
+    """Tokens of `length` that each of the revising steps draws again: the share of them at first, then fewer each time
+    by as many, so that the last step, which nothing follows, changes little."""
+    return [round(length * share * (steps - step) / steps) for step in range(steps)]
+
+
+@torch.no_grad()
+def revise_tokens(
+    policy: Callable[..., Tensor],
+    finished: Rollout,
+    noise: Noise,
+    counts: list[int],
+    *,
+    mask_id: int,
+    sharpness: Tensor | None = None,
+) -> Rollout:
+    """A finished rollout of B samples with its least sure tokens drawn again, a step of the network for each of counts.
+
+    policy as of `rollout` with `sparse`; noise of [B, len(counts) or more, L]; sharpness float32 [B] is a factor on the
+    logits. The network is told that it is at its last step. A token's log-probability is that of its latest draw, so
+    one that is drawn surely is left alone from then on. Of the rollout tokens and log_probs change, and nothing else:
+    its other fields are of the draws before, so it cannot be trained on.
+    """
+    tokens, sure = finished.tokens.clone(), finished.log_probs.clone()
+    samples = torch.arange(len(tokens), device=tokens.device)
+    last_step = torch.zeros_like(samples)
+    for step, count in enumerate(counts):
+        places = sure.argsort(dim=-1, stable=True)[:, :count]
+        logits = policy(tokens.scatter(1, places, mask_id), last_step, samples, places)
+        if sharpness is not None:
+            logits = logits.float() * sharpness[:, None, None]
+        drawn, log_p = sample_tokens(logits, noise.uniform[:, step].gather(1, places))
+        tokens, sure = tokens.scatter(1, places, drawn), sure.scatter(1, places, log_p)
+    return finished._replace(tokens=tokens, log_probs=sure)

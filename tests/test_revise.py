@@ -1,0 +1,120 @@
+"""Revision: what was least sure is drawn again, for no more network calls, and tokens that were drawn apart agree."""
+
+import json
+
+import pytest
+import torch
+
+from speedrl.export import save_trained
+from speedrl.models.checkpoint import load_generator, parameters
+from speedrl.revise import revise_tokens, revised_counts, split_steps
+from speedrl.rollout import draw_noise, rollout
+from speedrl.sample import draw, generate
+from speedrl.train import train
+
+PROMPTS = ["an owl", "a fox", "an elk", "a cat", "an owl"]
+MASK = 4
+
+
+def twins(tokens, timestep, samples=None, places=None):
+    """Two places that show the same one of two codes: either with a half where both are masked, else the other's."""
+    logits = torch.zeros(*tokens.shape, 2)
+    for place in (0, 1):
+        other = tokens[:, 1 - place]
+        known = (other != MASK)[:, None] & (torch.arange(2) != other[:, None])
+        logits[:, place] = torch.where(known, -torch.inf, 0.0)
+    return logits if places is None else logits.gather(1, places[..., None].expand(*places.shape, 2))
+
+
+def test_tokens_that_were_drawn_apart_agree_once_one_of_them_is_drawn_again():
+    noise = draw_noise(4000, 2, 2, seed=0)
+    apart = rollout(twins, torch.ones(4000, dtype=torch.int64), noise, length=2, mask_id=MASK)
+    agree = (apart.tokens[:, 0] == apart.tokens[:, 1]).double().mean()
+    assert abs(agree - 0.5) < 4 * (0.25 / 4000) ** 0.5
+    again = revise_tokens(twins, apart, noise._replace(uniform=noise.uniform[:, 1:]), [1], mask_id=MASK)
+    assert (again.tokens[:, 0] == again.tokens[:, 1]).all()
+    share = again.tokens.double().mean()  # as often the one as the other: no code is lost
+    assert abs(share - 0.5) < 4 * (0.25 / 4000) ** 0.5
+
+
+def test_the_least_sure_are_drawn_again_with_the_rest_seen_and_are_left_once_they_are_sure():
+    seen = []
+
+    def policy(tokens, timestep, samples, places):
+        seen.append((tokens.clone(), timestep.clone()))
+        logits = torch.zeros(*places.shape, 3)
+        logits[..., 2] = 50.0  # sure of code 2 wherever it is asked
+        return logits
+
+    length = 8
+    noise = draw_noise(3, 3, length, seed=1)
+    unsure = lambda tokens, timestep: torch.zeros(*tokens.shape, 3)  # noqa: E731
+    first = rollout(unsure, torch.ones(3, dtype=torch.int64), noise, length=length, mask_id=MASK)
+    order = torch.stack([torch.randperm(length, generator=torch.Generator().manual_seed(i)) for i in range(3)])
+    first = first._replace(log_probs=-order.float(), tokens=torch.zeros_like(first.tokens))
+    again = revise_tokens(policy, first, noise, [3, 2], mask_id=MASK)
+    assert torch.equal(seen[0][0] == MASK, order >= 5)  # the three of least log-probability
+    assert torch.equal(seen[1][0] == MASK, (order >= 3) & (order < 5))  # then the next two: those are sure by now
+    assert torch.equal(again.tokens, torch.where(order >= 3, 2, 0))
+    assert all(not timestep.any() for _, timestep in seen)
+    assert torch.equal(again.log_probs[order < 3], first.log_probs[order < 3])
+    assert (again.log_probs[order >= 3] > -1e-6).all()
+
+
+def test_sharpness_is_a_factor_on_the_logits_of_what_is_drawn_again():
+    def policy(tokens, timestep, samples, places):
+        return torch.tensor([0.0, 1.0]).expand(*places.shape, 2)
+
+    noise = draw_noise(2, 1, 4, seed=0)
+    unsure = lambda tokens, timestep: torch.zeros(*tokens.shape, 2)  # noqa: E731
+    first = rollout(unsure, torch.ones(2, dtype=torch.int64), noise, length=4, mask_id=MASK)
+    again = revise_tokens(policy, first, noise, [4], mask_id=MASK, sharpness=torch.tensor([1.0, 3.0]))
+    expected = (torch.tensor([0.0, 1.0]) * torch.tensor([[1.0], [3.0]])).log_softmax(-1).gather(1, again.tokens)
+    torch.testing.assert_close(again.log_probs, expected)
+
+
+def test_a_quarter_of_the_steps_revises_ever_fewer_tokens():
+    assert [split_steps(n, share=0.2) for n in (4, 7, 8, 16, 18)] == [(4, 0), (7, 0), (6, 2), (12, 4), (14, 4)]
+    assert split_steps(16, share=0.0) == (16, 0)
+    assert revised_counts(4, length=256, share=0.2) == [51, 38, 26, 13]
+    assert revised_counts(0, length=256, share=0.2) == []
+
+
+def test_revised_pictures_cost_as_many_calls_and_do_not_depend_on_the_batch(tiny_generator, monkeypatch):
+    calls, network = [], tiny_generator.transformer
+    features = network.features
+    monkeypatch.setattr(network, "features", lambda tokens, *rest: calls.append(len(tokens)) or features(tokens, *rest))
+    plain, _ = draw(tiny_generator, PROMPTS, steps=8, seed=1, guidance=1)
+    assert calls == [5] * 8
+    calls.clear()
+    again, taken = draw(tiny_generator, PROMPTS, steps=8, seed=1, guidance=1, revise=0.5)
+    assert calls == [5] * 8 and taken.tolist() == [8] * 5
+    assert not torch.equal(plain, again)
+    assert torch.equal(again, generate(tiny_generator, PROMPTS, steps=8, seed=1, guidance=1, revise=0.5, batch=2))
+    own = tiny_generator._replace(revise=0.5)
+    assert torch.equal(again, generate(own, PROMPTS, steps=8, seed=1, guidance=1))
+    assert torch.equal(plain, generate(own, PROMPTS, steps=8, seed=1, guidance=1, revise=0.0))
+    few = [generate(own, PROMPTS, steps=4, seed=1, revise=share) for share in (0.0, 0.5)]
+    assert torch.equal(*few)  # under eight steps all are needed to reveal
+    for share in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="must be 0 to 1"):
+            generate(tiny_generator, PROMPTS, steps=8, revise=share)
+
+
+def test_a_trained_model_keeps_the_share_that_it_revises(tiny_generator_folder, tmp_path):
+    options = dict(model=str(tiny_generator_folder), prompts=tmp_path / "prompts.txt", iterations=1, groups=1,
+                   group_size=2, steps="2", compile=False, tune=False)  # fmt: skip
+    options["prompts"].write_text("an owl\n")
+    for name, given, share in (("default", {}, 0.2), ("none", {"revise": 0.0}, 0.0)):
+        model = train(out=tmp_path / name, **options, **given)
+        assert json.loads((model / "scheduler/scheduler_config.json").read_text())["revised_share"] == share
+        assert load_generator(model).revise == share
+    with pytest.raises(ValueError, match="must be 0 to 1"):
+        train(out=tmp_path / "wrong", **options, revise=2.0)
+
+
+def test_a_checkpoint_of_before_there_was_revision_becomes_a_model_without(tiny_generator, tmp_path):
+    settings = dict(model="embedded", steps="4", guidance=1.0, temperature=None, schedule=None, order=None, lora=None,
+                    loading={}, merge=False)  # fmt: skip
+    learned = {name: value.detach() for name, value in parameters(tiny_generator).items()}
+    assert load_generator(save_trained(tmp_path, tiny_generator, learned, None, settings)).revise == 0.0
