@@ -218,6 +218,18 @@ def test_report_compares_the_trained_model_with_its_base(options, tmp_path):
     assert (tmp_path / "run/before_after.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_report_has_the_base_with_the_trained_models_revision_where_there_are_steps_for_it(options, tmp_path):
+    from speedrl.report import report
+
+    base = options["model"]
+    for share, calls in ((0.5, [8]), (0.0, [])):
+        trained = train(out=tmp_path / "run", iterations=1, revise=share, **options | {"steps": "8"})
+        rows = report(base, trained, out=tmp_path / "run", prompts=options["prompts"], quality=options["quality"],
+                      count=2, seeds=1)  # fmt: skip
+        assert [row["network_calls"] for row in rows if row["model"] == f"{base}, revised"] == calls
+        shutil.rmtree(tmp_path / "run")
+
+
 @pytest.fixture
 def with_lora(options, tmp_path):
     """A short run that trained an adapter and merged it as well."""

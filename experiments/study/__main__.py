@@ -208,7 +208,11 @@ def equal_calls(methods: Mapping[str, Method], calls: int, prompts: list[str], *
         if not fitting:
             continue
         cost, steps, settings = max(fitting, key=lambda found: found[0])
-        options = {key: settings[key][0] for key in ("guidance", "temperature", "schedule", "order") if key in settings}
+        options = {
+            key: settings[key][0]
+            for key in ("guidance", "temperature", "schedule", "order", "revise")
+            if key in settings
+        }
         generator = load_generator(method.models[0], device=device)
         rows.append(sample(generator, prompts, steps=steps, **options).cpu())
         labels.append(f"{name}, {cost} call{'s' * (cost > 1)}")
@@ -259,7 +263,7 @@ def main(
     methods: dict[str, Method] = {}
     start = load_generator(base)
     guided = sorted({1.0, start.guidance, 3.0})
-    plain = {"steps": tuple(costs), "guidance": (1.0,)}
+    plain = {"steps": tuple(costs), "guidance": (1.0,), "revise": (0.0,)}  # which any of the models could do
     methods["base"] = Method((base,), (plain,))
     own_steps = {"steps": (start.steps,), "guidance": (start.guidance,)}
     methods["base, own settings"] = Method((base,), (own_steps,), note=f"{start.steps} steps, as it comes")
