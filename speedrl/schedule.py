@@ -132,9 +132,9 @@ def step_range(text: str, *, at_most: int = 16) -> StepRange:
     with `at_most`. ValueError otherwise, and for counts under 1."""
     kind, colon, most = str(text).partition(":")
     chosen = kind == "auto"
-    low, _, high = ("1", "-", most if colon else str(at_most)) if chosen else str(text).partition("-")
+    low, dash, high = ("1", "-", most if colon else str(at_most)) if chosen else str(text).partition("-")
     try:
-        bounds = StepRange(int(low), int(high if chosen else high or low), chosen)
+        bounds = StepRange(int(low), int(high if dash else low), chosen)
     except ValueError:
         raise ValueError(f"steps must be a number, a range or auto, like 8, 2-16 or auto:16, not {text!r}") from None
     if not 1 <= bounds.least <= bounds.most:
