@@ -190,7 +190,7 @@ def test_step_ranges():
     assert step_range("auto", at_most=5).most == 5
     with pytest.raises(ValueError, match="must rise"):
         step_range("9-3")
-    for wrong in ("auto:", "auto:2-4", "autos", "auto:x"):
+    for wrong in ("auto:", "auto:2-4", "autos", "auto:x", "2-"):
         with pytest.raises(ValueError, match="range or auto"):
             step_range(wrong)
     with pytest.raises(ValueError, match="at least 1"):
