@@ -133,7 +133,7 @@ def ablate(
         "seeds": eval_seeds,
         "pictures": 0,
         "figure": False,
-        "revise": (0.0,),  # of the trained and of what they started from alike
+        "revise": (options.get("revise", 0.0),),  # of the trained and of what they started from alike
         **(evaluation or {}),
     }
     if quick:

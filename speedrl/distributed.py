@@ -46,8 +46,9 @@ def join(device: torch.device | str, *, parallel: str = "ddp", minutes: float = 
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        patience = timedelta(minutes=minutes)
         try:
-            dist.init_process_group(backend, timeout=timedelta(minutes=minutes), **meeting_point())
+            dist.init_process_group(backend, timeout=patience, **meeting_point(patience))
         except RuntimeError as error:
             raise ConnectionError(f"rank {os.environ['RANK']} did not find the others: {one_line(error)}") from error
     if parallel == "fsdp" and not dist.is_initialized():
@@ -55,8 +56,8 @@ def join(device: torch.device | str, *, parallel: str = "ddp", minutes: float = 
     return str(device)
 
 
-def meeting_point() -> dict[str, Any]:
-    """Where the ranks look for each other, as arguments of init_process_group.
+def meeting_point(timeout: timedelta) -> dict[str, Any]:
+    """Where the ranks look for each other, and for how long, as arguments of init_process_group.
 
     On one node torchrun keeps one store through its restarts, with the addresses of ranks that are gone, so each
     attempt has keys of its own. On several nodes, which count restarts apart, its c10d rendezvous makes a new store.
@@ -64,7 +65,7 @@ def meeting_point() -> dict[str, Any]:
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     if not restarts or int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
         return {}
-    store, rank, world_size = next(dist.rendezvous("env://"))
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
     return {"store": dist.PrefixStore(f"attempt-{restarts}", store), "rank": rank, "world_size": world_size}
 
 

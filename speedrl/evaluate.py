@@ -119,7 +119,7 @@ def evaluate(
                 progress.update(task, description=f"{shorten(model)}: pictures")
                 options = {"guidance": strengths[0], "temperature": heats[0]} | dict(zip(USUAL, chosen, strict=True))
                 sheet.append(sample(generator, shown, steps=s, **options).cpu())
-                which = f", {in_words(chosen)}" if len(sampler) > 1 else ""
+                which = f", {sampler_words(chosen)}" if len(sampler) > 1 else ""
                 labels.append(f"{shorten(model)}, {s} step{'s' * (s != 1)}{which}")
             if compile:  # after the contact sheet, whose few pictures would not pay for it
                 torch.compiler.reset()  # after the networks of a few models the compiler would give up
@@ -315,7 +315,7 @@ def sampler_of(row: dict) -> tuple[str, str, float]:
     return tuple(row.get(name, usual) for name, usual in USUAL.items())
 
 
-def in_words(sampler: Sequence) -> str:
+def sampler_words(sampler: Sequence) -> str:
     """A sampler's settings, in the order of USUAL, for a label."""
     schedule, order, share = sampler
     return f"{schedule}, {order}" + f", revised {share:g}" * bool(share)
@@ -429,7 +429,7 @@ def plot(rows: list[dict], path: Path, *, real: dict | None = None) -> None:
             if points:
                 label = f"{shorten(model)}{', auto' * auto}, guidance {guidance:g}"
                 label += f", temperature {temperature:g}" if len(heats) > 1 else ""
-                label += f", {in_words(sampler)}" if len(samplers) > 1 else ""
+                label += f", {sampler_words(sampler)}" if len(samplers) > 1 else ""
                 calls, values, spreads = zip(*points, strict=True)
                 panel.errorbar(
                     calls, values, yerr=spreads, label=label,

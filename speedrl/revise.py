@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from speedrl.likelihood import sample_tokens
-from speedrl.rollout import Noise, Rollout
+from speedrl.rollout import Rollout
 
 
 def check_share(share: float) -> float:
@@ -41,7 +41,7 @@ def revised_counts(steps: int, *, length: int, share: float) -> list[int]:
 def revise_tokens(
     policy: Callable[..., Tensor],
     finished: Rollout,
-    noise: Noise,
+    uniform: Tensor,
     counts: list[int],
     *,
     mask_id: int,
@@ -49,10 +49,10 @@ def revise_tokens(
 ) -> Rollout:
     """A finished rollout of B samples with its least sure tokens drawn again, a step of the network for each of counts.
 
-    policy as of `rollout` with `sparse`; noise of [B, len(counts) or more, L]; sharpness float32 [B] is a factor on the
-    logits. The network is told that it is at its last step. A token's log-probability is that of its latest draw, so
-    one that is drawn surely is left alone from then on. Of the rollout tokens and log_probs change, and nothing else:
-    its other fields are of the draws before, so it cannot be trained on.
+    policy as of `rollout` with `sparse`; uniform float32 [B, len(counts) or more, L], as `Noise`'s; sharpness float32
+    [B] is a factor on the logits. The network is told that it is at its last step. A token's log-probability is that of
+    its latest draw, so one that is drawn surely is left alone from then on. Of the rollout tokens and log_probs change,
+    and nothing else: its other fields are of the draws before, so it cannot be trained on.
     """
     tokens, sure = finished.tokens.clone(), finished.log_probs.clone()
     samples = torch.arange(len(tokens), device=tokens.device)
@@ -62,6 +62,6 @@ def revise_tokens(
         logits = policy(tokens.scatter(1, places, mask_id), last_step, samples, places)
         if sharpness is not None:
             logits = logits.float() * sharpness[:, None, None]
-        drawn, log_p = sample_tokens(logits, noise.uniform[:, step].gather(1, places))
+        drawn, log_p = sample_tokens(logits, uniform[:, step].gather(1, places))
         tokens, sure = tokens.scatter(1, places, drawn), sure.scatter(1, places, log_p)
     return finished._replace(tokens=tokens, log_probs=sure)

@@ -176,8 +176,7 @@ def draw(
             tuning=tuning,
         )
         if again:
-            rest = Noise(noise.uniform[:, revealing:most], noise.gumbel[:, revealing:most])
-            sharp = None if tuning is None else tuning.last
+            rest, sharp = noise.uniform[:, revealing:], None if tuning is None else tuning.last
             finished = revise_tokens(policy, finished, rest, again, mask_id=generator.mask_id, sharpness=sharp)
         tokens.append(finished.tokens)
         taken.append(finished.steps + revising)

@@ -237,14 +237,16 @@ def test_ranks_that_torchrun_starts_again_do_not_look_for_those_that_are_gone(tm
         assert statuses == [0, 0] and said == "['0', '1']\n", said
 
 
-def joins_alone():
-    os.environ["WORLD_SIZE"] = "2"
+def joins_alone(attempt):
+    os.environ |= {"WORLD_SIZE": "2", "TORCHELASTIC_RESTART_COUNT": str(attempt)}
     with pytest.raises(ConnectionError, match="rank 0 did not find the others: Timed out"):
         join("cpu", minutes=0.02)
 
 
-def test_a_rank_that_does_not_find_the_others_says_so(tmp_path):
-    assert finish(start_ranks(joins_alone, 1, tmp_path)) == [0], (tmp_path / "rank-0.log").read_text()
+@pytest.mark.parametrize("attempt", [0, 1])
+def test_a_rank_that_does_not_find_the_others_says_so_in_time(tmp_path, attempt):
+    statuses = finish(start_ranks(joins_alone, 1, tmp_path, attempt))
+    assert statuses == [0], (tmp_path / "rank-0.log").read_text()
 
 
 def dies(out, options):

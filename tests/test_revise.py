@@ -31,7 +31,7 @@ def test_tokens_that_were_drawn_apart_agree_once_one_of_them_is_drawn_again():
     apart = rollout(twins, torch.ones(4000, dtype=torch.int64), noise, length=2, mask_id=MASK)
     agree = (apart.tokens[:, 0] == apart.tokens[:, 1]).double().mean()
     assert abs(agree - 0.5) < 4 * (0.25 / 4000) ** 0.5
-    again = revise_tokens(twins, apart, noise._replace(uniform=noise.uniform[:, 1:]), [1], mask_id=MASK)
+    again = revise_tokens(twins, apart, noise.uniform[:, 1:], [1], mask_id=MASK)
     assert (again.tokens[:, 0] == again.tokens[:, 1]).all()
     share = again.tokens.double().mean()  # as often the one as the other: no code is lost
     assert abs(share - 0.5) < 4 * (0.25 / 4000) ** 0.5
@@ -52,7 +52,7 @@ def test_the_least_sure_are_drawn_again_with_the_rest_seen_and_are_left_once_the
     first = rollout(unsure, torch.ones(3, dtype=torch.int64), noise, length=length, mask_id=MASK)
     order = torch.stack([torch.randperm(length, generator=torch.Generator().manual_seed(i)) for i in range(3)])
     first = first._replace(log_probs=-order.float(), tokens=torch.zeros_like(first.tokens))
-    again = revise_tokens(policy, first, noise, [3, 2], mask_id=MASK)
+    again = revise_tokens(policy, first, noise.uniform, [3, 2], mask_id=MASK)
     assert torch.equal(seen[0][0] == MASK, order >= 5)  # the three of least log-probability
     assert torch.equal(seen[1][0] == MASK, (order >= 3) & (order < 5))  # then the next two: those are sure by now
     assert torch.equal(again.tokens, torch.where(order >= 3, 2, 0))
@@ -68,7 +68,7 @@ def test_sharpness_is_a_factor_on_the_logits_of_what_is_drawn_again():
     noise = draw_noise(2, 1, 4, seed=0)
     unsure = lambda tokens, timestep: torch.zeros(*tokens.shape, 2)  # noqa: E731
     first = rollout(unsure, torch.ones(2, dtype=torch.int64), noise, length=4, mask_id=MASK)
-    again = revise_tokens(policy, first, noise, [4], mask_id=MASK, sharpness=torch.tensor([1.0, 3.0]))
+    again = revise_tokens(policy, first, noise.uniform, [4], mask_id=MASK, sharpness=torch.tensor([1.0, 3.0]))
     expected = (torch.tensor([0.0, 1.0]) * torch.tensor([[1.0], [3.0]])).log_softmax(-1).gather(1, again.tokens)
     torch.testing.assert_close(again.log_probs, expected)
 

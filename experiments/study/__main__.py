@@ -208,13 +208,9 @@ def equal_calls(methods: Mapping[str, Method], calls: int, prompts: list[str], *
         if not fitting:
             continue
         cost, steps, settings = max(fitting, key=lambda found: found[0])
-        options = {
-            key: settings[key][0]
-            for key in ("guidance", "temperature", "schedule", "order", "revise")
-            if key in settings
-        }
+        options = {key: settings[key][0] for key in ("guidance", "temperature", "schedule", "order") if key in settings}
         generator = load_generator(method.models[0], device=device)
-        rows.append(sample(generator, prompts, steps=steps, **options).cpu())
+        rows.append(sample(generator, prompts, steps=steps, revise=0.0, **options).cpu())
         labels.append(f"{name}, {cost} call{'s' * (cost > 1)}")
     return contact_sheet(rows, labels=labels, titles=prompts, scale=max(1, 96 // rows[0].shape[-1]))
 
@@ -255,6 +251,7 @@ def main(
     for name, lines in texts.items():
         write_atomically(out / f"{name}.txt", lambda to, lines=lines: to.write_text("\n".join(lines) + "\n"))
     shared = {"quality": quality, "device": device, "pictures": 0, "figure": False, "precision": precision}
+    shared["revise"] = (0.0,)  # which any of the models could do
     # the embedded model's own two sets keep their names, which the judge knows
     own = {} if eval_prompts is None and not quick else {"prompts": str(out / f"{[*texts][1]}.txt")}
     measuring = shared | own | {"count": count, "compile": not quick}
@@ -263,7 +260,7 @@ def main(
     methods: dict[str, Method] = {}
     start = load_generator(base)
     guided = sorted({1.0, start.guidance, 3.0})
-    plain = {"steps": tuple(costs), "guidance": (1.0,), "revise": (0.0,)}  # which any of the models could do
+    plain = {"steps": tuple(costs), "guidance": (1.0,)}
     methods["base"] = Method((base,), (plain,))
     own_steps = {"steps": (start.steps,), "guidance": (start.guidance,)}
     methods["base, own settings"] = Method((base,), (own_steps,), note=f"{start.steps} steps, as it comes")
