@@ -3,7 +3,9 @@
 Tokens of one step are drawn apart, and those of early steps before most of the picture is known: some do not go with
 what came after. In parallel decoding nothing that is revealed ever changes. Here a share of the steps, in place of
 revealing less at a time, masks the tokens of least log-probability and draws them anew, fewer each time (as in
-remasking samplers of masked diffusion, arXiv 2503.00307). Network calls stay the same.
+remasking samplers of masked diffusion, arXiv 2503.00307). What is drawn in one step lies on the fields of one colour of
+a chequerboard, so that each token sees its four neighbours, and no two neighbours are drawn apart again (the parallel
+Gibbs sampler of a lattice; Gonzalez et al., AISTATS 2011). Network calls stay the same.
 """
 
 from collections.abc import Callable
@@ -32,9 +34,15 @@ def split_steps(steps: int, *, share: float, least: int = 8) -> tuple[int, int]:
 
 
 def revised_counts(steps: int, *, length: int, share: float) -> list[int]:
-    """Tokens of `length` that each of the revising steps draws again: the share of them at first, then fewer each time
-    by as many, so that the last step, which nothing follows, changes little."""
-    return [round(length * share * (steps - step) / steps) for step in range(steps)]
+    """Tokens of `length` that each of the revising steps draws again: the first two, one of each colour, the share of
+    them together, and each two that follow fewer by as many, so that the last, which nothing follows, change little."""
+    pairs = (steps + 1) // 2
+    return [round(length * share / 2 * (pairs - step // 2) / pairs) for step in range(steps)]
+
+
+def chequered(rows: int, columns: int) -> Tensor:
+    """The colour 0 or 1 of each place of a grid, int64 [rows * columns]: neighbours have different ones."""
+    return ((torch.arange(rows)[:, None] + torch.arange(columns)) % 2).flatten()
 
 
 @torch.no_grad()
@@ -45,23 +53,28 @@ def revise_tokens(
     counts: list[int],
     *,
     mask_id: int,
+    grid: tuple[int, int],
     sharpness: Tensor | None = None,
+    sharper: float = 1.5,
 ) -> Rollout:
     """A finished rollout of B samples with its least sure tokens drawn again, a step of the network for each of counts.
 
-    policy as of `rollout` with `sparse`; uniform float32 [B, len(counts) or more, L], as `Noise`'s; sharpness float32
-    [B] is a factor on the logits. The network is told that it is at its last step. A token's log-probability is that of
-    its latest draw, so one that is drawn surely is left alone from then on. Of the rollout tokens and log_probs change,
-    and nothing else: its other fields are of the draws before, so it cannot be trained on.
+    policy as of `rollout` with `sparse`; uniform float32 [B, len(counts) or more, L], as `Noise`'s; `grid` the rows and
+    columns of the L tokens. The steps draw on the two colours in turn, no more than there are places of one. sharpness
+    float32 [B] is a factor on the logits, and `sharper` another: with nearly everything seen little is left open. The
+    network is told that it is at its last step. A token's log-probability is that of its latest draw, so one that is
+    drawn surely is left alone from then on. Of the rollout tokens and log_probs change, and nothing else: its other
+    fields are of the draws before, so it cannot be trained on.
     """
     tokens, sure = finished.tokens.clone(), finished.log_probs.clone()
-    samples = torch.arange(len(tokens), device=tokens.device)
+    samples, colour = torch.arange(len(tokens), device=tokens.device), chequered(*grid).to(tokens.device)
     last_step = torch.zeros_like(samples)
+    sharpness = sharper if sharpness is None else sharper * sharpness[:, None, None]
     for step, count in enumerate(counts):
-        places = sure.argsort(dim=-1, stable=True)[:, :count]
-        logits = policy(tokens.scatter(1, places, mask_id), last_step, samples, places)
-        if sharpness is not None:
-            logits = logits.float() * sharpness[:, None, None]
+        turn = step % 2
+        count = min(count, (len(colour) + 1 - turn) // 2)
+        places = sure.masked_fill(colour != turn, torch.inf).argsort(dim=-1, stable=True)[:, :count]
+        logits = policy(tokens.scatter(1, places, mask_id), last_step, samples, places).float() * sharpness
         drawn, log_p = sample_tokens(logits, uniform[:, step].gather(1, places))
         tokens, sure = tokens.scatter(1, places, drawn), sure.scatter(1, places, log_p)
     return finished._replace(tokens=tokens, log_probs=sure)

@@ -177,7 +177,8 @@ def draw(
         )
         if again:
             rest, sharp = noise.uniform[:, revealing:], None if tuning is None else tuning.last
-            finished = revise_tokens(policy, finished, rest, again, mask_id=generator.mask_id, sharpness=sharp)
+            finished = revise_tokens(policy, finished, rest, again, mask_id=generator.mask_id, grid=generator.grid,
+                                     sharpness=sharp)  # fmt: skip
         tokens.append(finished.tokens)
         taken.append(finished.steps + revising)
     return torch.cat(tokens), torch.cat(taken)

@@ -136,7 +136,7 @@ def train(
     temperature: float | None = None,
     schedule: str | None = None,
     order: str | None = None,
-    revise: float = 0.2,
+    revise: float = 0.5,
     likelihood: str = "token",
     clip_range: float = 0.2,
     kl: str = "ce",
