@@ -84,8 +84,9 @@ def test_sharpness_is_a_factor_on_the_logits_of_what_is_drawn_again():
     assert torch.equal(again.log_probs[:, 1::2], first.log_probs[:, 1::2])
 
 
-def test_a_quarter_of_the_steps_revises_ever_fewer_tokens():
-    assert [split_steps(n, share=0.5) for n in (4, 7, 8, 16, 18)] == [(4, 0), (7, 0), (6, 2), (12, 4), (14, 4)]
+def test_the_last_steps_revise_ever_fewer_tokens_where_enough_are_left_to_reveal():
+    assert [split_steps(n, share=0.5)[1] for n in (1, 4, 5, 6, 7, 8, 16, 18, 32)] == [0, 0, 0, 2, 2, 4, 4, 4, 8]
+    assert split_steps(32, share=0.5) == (24, 8)
     assert split_steps(16, share=0.0) == (16, 0)
     assert revised_counts(4, length=256, share=0.5) == [64, 64, 32, 32]
     assert revised_counts(3, length=256, share=0.5) == [64, 64, 32]
@@ -114,7 +115,7 @@ def test_revised_pictures_cost_as_many_calls_and_do_not_depend_on_the_batch(tiny
     assert torch.equal(again, generate(own, PROMPTS, steps=8, seed=1, guidance=1))
     assert torch.equal(plain, generate(own, PROMPTS, steps=8, seed=1, guidance=1, revise=0.0))
     few = [generate(own, PROMPTS, steps=4, seed=1, revise=share) for share in (0.0, 0.5)]
-    assert torch.equal(*few)  # under eight steps all are needed to reveal
+    assert torch.equal(*few)  # under six steps all are needed to reveal
     for share in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="must be 0 to 1"):
             generate(tiny_generator, PROMPTS, steps=8, revise=share)
