@@ -24,13 +24,12 @@ def check_share(share: float) -> float:
     return share
 
 
-def split_steps(steps: int, *, share: float, least: int = 4) -> tuple[int, int]:
-    """Of so many steps those that reveal and those that revise, none where the share of tokens is 0.
+def split_steps(steps: int, *, share: float, least: int = 6) -> tuple[int, int]:
+    """Of so many steps those that reveal and those that revise: a quarter, but two at the least, one of each colour.
 
-    Four of them revise, a quarter where that is more, and fewer, in pairs, where less than `least` would be left to
-    reveal: under six steps none.
+    None where the share of tokens is 0, and of fewer than `least`: there every step is needed to reveal.
     """
-    revising = max(steps // 4, min(4, (steps - least) // 2 * 2)) if share and steps >= least + 2 else 0
+    revising = max(steps // 4, 2) if share and steps >= least else 0
     return steps - revising, revising
 
 
