@@ -34,7 +34,7 @@ Schedule = Annotated[
 Order = Annotated[str | None, Option(help="Order of reveal: confidence, random or halton. [default: the model's]")]
 Revise = Annotated[
     float | None,
-    Option(help="Share of the tokens that the last of 6 steps or more draw again. [default: the model's]"),
+    Option(help="Share of the tokens to draw again in the last quarter of 6 steps or more. [default: the model's]"),
 ]
 Precision = Annotated[str, Option(help="fp32, bf16 or fp16, of transformer and text encoder.")]
 
@@ -236,7 +236,8 @@ def train(
     schedule: Schedule,
     order: Order,
     revise: Annotated[
-        float, Option(help="Share of the tokens that the trained model's last of 6 steps or more draw again.")
+        float,
+        Option(help="Share of the tokens that the trained model draws again in the last quarter of 6 steps or more."),
     ],
     likelihood: Annotated[str, Option(help="token, sequence or exact.")],
     clip_range: Annotated[float, Option(help="Ratios are clipped to 1 +- this.")],

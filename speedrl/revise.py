@@ -67,13 +67,13 @@ def revise_tokens(
     fields are of the draws before, so it cannot be trained on.
     """
     tokens, sure = finished.tokens.clone(), finished.log_probs.clone()
-    samples, colour = torch.arange(len(tokens), device=tokens.device), chequered(*grid).to(tokens.device)
+    samples, colour = torch.arange(len(tokens), device=tokens.device), chequered(*grid)
+    fields = [(colour == turn).nonzero().squeeze(-1).to(tokens.device) for turn in (0, 1)]
     last_step = torch.zeros_like(samples)
     sharpness = sharper if sharpness is None else sharper * sharpness[:, None, None]
     for step, count in enumerate(counts):
-        turn = step % 2
-        count = min(count, (len(colour) + 1 - turn) // 2)
-        places = sure.masked_fill(colour != turn, torch.inf).argsort(dim=-1, stable=True)[:, :count]
+        field = fields[step % 2]
+        places = field[sure[:, field].argsort(dim=-1, stable=True)[:, :count]]
         logits = policy(tokens.scatter(1, places, mask_id), last_step, samples, places).float() * sharpness
         drawn, log_p = sample_tokens(logits, uniform[:, step].gather(1, places))
         tokens, sure = tokens.scatter(1, places, drawn), sure.scatter(1, places, log_p)
