@@ -32,6 +32,10 @@ gradients *options:
 credit *options:
     .venv/bin/python -m experiments.study.credit {{options}}
 
+# what steps that the policy chooses bring; `just pace --model runs/auto`
+pace *options:
+    .venv/bin/python -m experiments.study.pace {{options}}
+
 # trained runs on unseen compositions, and by a judge of another architecture; `just transfer --model runs/train`
 transfer *options:
     .venv/bin/pip install -e ".[rebuild]"

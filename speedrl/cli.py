@@ -208,12 +208,12 @@ def train(
     steps: Annotated[
         str,
         Option(
-            help="Sampling steps: 8; 2-16 to draw them; auto:16, or auto, for the policy to choose at most 16, anew at "
-            "every step."
+            help="Sampling steps: 8; 2-16 to draw them; auto:8, or auto, for the policy to choose from 4 to 8: half "
+            "reveal, and it revises as long as that pays."
         ),
     ],
     shared_steps: Annotated[bool, Option(help="With a range: all pictures of a prompt have the same number.")],
-    pace_weight: Annotated[float, Option(help="With auto: how many tokens a choice weighs as much as.")],
+    pace_lr: Annotated[float, Option(help="With auto: the learning rate of what chooses.")],
     steps_reward: Annotated[float, Option(help="Weight of the speed reward: what saving every network call is worth.")],
     quality_gate: Annotated[float | None, Option(help="Quality under which speed earns nothing. [default: none]")],
     quality_clip: Annotated[

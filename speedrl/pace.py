@@ -1,110 +1,132 @@
-"""The pace: how many steps the policy still wants to take, chosen by itself at every state.
+"""The pace: how many steps a picture takes, decided by the policy once it sees what it has drawn.
 
-A fixed or drawn step count is independent of the policy, so its speed reward has no expected gradient. Here the count
-is an action: at each state a small head on the transformer's features gives a distribution over the number of steps
-left, one is drawn, and the step reveals what a schedule of that many steps would reveal next; 1 reveals everything.
-The log-probability of the draws enters the objective beside that of the tokens.
+A fixed or drawn step count is independent of the policy, so its speed reward has no expected gradient. Here a picture
+is revealed in half of the most steps that it may take. Then a small head on the transformer's features says whether to
+stop, or to draw the least sure tokens again in a sweep of two steps (`revise`), after which it decides anew. A sweep
+brings much to a picture that went wrong and little to others, and what the network knew of the tokens that it drew last
+tells these apart.
+
+In training every picture takes all sweeps, so that what each decision leads to is known, and the objective is the
+exact expectation over decisions: the reward at each number of steps times the probability to stop there. Its gradient
+is the policy gradient without the noise of drawn decisions.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speedrl.likelihood import first_past, log_probs
-from speedrl.schedule import mask_ratio
+from speedrl.revise import revise_tokens, revised_counts
+from speedrl.rollout import Rollout
+
+SWEEP = 2  # steps, one for each colour
+
+
+def divided(most: int) -> tuple[int, int]:
+    """Of at most so many steps those that reveal, half, and how many sweeps may follow. ValueError below 3 steps."""
+    if most < 3:
+        raise ValueError(f"a policy that chooses needs 3 steps at the least, to reveal and revise, got {most}")
+    return most // 2, (most - most // 2) // SWEEP
 
 
 class Pace(nn.Module):
-    """Logits over 1 .. most steps left, from what the transformer knows of a state. Starts as the prior `plan_logits`.
-
-    The features are averaged over the positions still masked: what is left to decide says how many steps it takes.
-    """
+    """Logits of going on after 0, 1, .. sweeps, from `summary` of the features at the step before. Starts at 0: of two
+    pictures one goes on."""
 
     def __init__(self, width: int, most: int):
         super().__init__()
-        self.norm = nn.LayerNorm(width, elementwise_affine=False)
-        self.out = nn.Linear(width, most)
+        self.most = most
+        self.out = nn.Linear(width, divided(most)[1])
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
     @property
-    def most(self) -> int:
-        """The most steps that it chooses from."""
+    def sweeps(self) -> int:
+        """How many sweeps may follow what is revealed."""
         return self.out.out_features
 
-    def forward(self, features: Tensor, masked: Tensor, planned: Tensor) -> Tensor:
-        """features [B, L, C], masked bool [B, L], planned int64 [B] -> float32 logits [B, most].
+    def forward(self, known: Tensor, *, first: int = 0) -> Tensor:
+        """known float32 [B, K, C], what was known at K decisions from the `first` on -> float32 [B, K].
 
-        `planned` is the number of steps left by the last choice, which the network was conditioned on. In float32
-        whatever surrounds it, so that the choice that is scored is the one that was made.
+        Of unit length each, so that one learning rate serves any width. In float32 whatever surrounds it.
         """
-        with torch.autocast(features.device.type, enabled=False):
-            share = masked / masked.sum(-1, keepdim=True).clamp(min=1)
-            pooled = torch.einsum("bl,blc->bc", share, features.float())
-            logits = F.linear(self.norm(pooled), self.out.weight.float(), self.out.bias.float())
-        return logits + plan_logits(planned, self.most)
+        with torch.autocast(known.device.type, enabled=False):
+            directions = F.layer_norm(known.float(), known.shape[-1:]) / known.shape[-1] ** 0.5
+            rows = slice(first, first + known.shape[1])
+            return torch.einsum("bkc,kc->bk", directions, self.out.weight[rows].float()) + self.out.bias[rows].float()
 
 
-def plan_logits(planned: Tensor, most: int, *, spread: float = 0.5) -> Tensor:
-    """The prior, which keeps to the plan: int64 [B] -> float32 [B, most], Gaussian in log2 of the steps left.
+def summary(features: Tensor, masked: Tensor) -> Tensor:
+    """Features [B, L, C] averaged over the places that are masked, bool [B, L], and drawn now: float32 [B, C]."""
+    share = masked / masked.sum(-1, keepdim=True).clamp(min=1)
+    return torch.einsum("bl,blc->bc", share, features.float())
 
-    `spread` is its standard deviation in octaves: enough that every state tries a shorter and a longer way.
+
+def stop_log_probs(logits: Tensor) -> Tensor:
+    """Log-probability in nats of stopping after 0 .. K sweeps: logits [B, K] of going on -> float32 [B, K + 1]."""
+    went_on = F.pad(F.logsigmoid(logits).cumsum(-1), (1, 0))
+    return went_on + F.pad(F.logsigmoid(-logits), (0, 1))
+
+
+def expected(logits: Tensor, values: Tensor) -> Tensor:
+    """What each picture is to expect of the decisions: logits [B, K], values [B, K + 1] at each stop -> float32 [B]."""
+    return (stop_log_probs(logits).exp() * values).sum(-1)
+
+
+class Stops(NamedTuple):
+    """Pictures wherever the policy may stop: B samples, K sweeps."""
+
+    tokens: Tensor  # int64 [B, K + 1, L], after each number of sweeps
+    known: Tensor  # float32 [B, K, C], the summaries that the decisions are made by
+    logits: Tensor  # float32 [B, K], of going on
+
+
+@torch.no_grad()
+def every_stop(
+    policy: Callable[..., tuple[Tensor, Tensor]], pace: Pace | None, finished: Rollout, uniform: Tensor, *,
+    share: float, **how,
+) -> Stops:  # fmt: skip
+    """The stops of a finished rollout, with its summary, of samples of as many steps; without a pace its end alone.
+
+    uniform [B, S, L] of all steps; `share` of the tokens that a sweep draws again; `how` as `revise_tokens` takes it.
     """
-    left = torch.arange(1, most + 1, device=planned.device)
-    octaves = left.float().log2() - planned.clamp(min=1).float().log2()[:, None]
-    return -((octaves / spread) ** 2) / 2
+    if pace is None:
+        nothing = finished.log_probs[:, :0]
+        return Stops(finished.tokens[:, None], nothing[..., None], nothing)
+    found = [finished]
+    for sweep in range(pace.sweeps):
+        found.append(swept(policy, found[-1], uniform, sweep, share=share, **how))
+    known = torch.stack([each.summary for each in found[:-1]], 1)
+    return Stops(torch.stack([each.tokens for each in found], 1), known, pace(known))
 
 
-def first_plan(most: int) -> int:
-    """The number of steps that a rollout of at most `most` sets out with: halfway from 1 to `most` in octaves.
-
-    From there shorter and longer ways are as near: untrained, of at most 16, it takes 7.0 +- 4.1 steps. From 16 no
-    first choice could be longer, and it takes 12.0 +- 2.9. Were it drawn, the count would vary without the policy.
-    """
-    return round(most**0.5)
+def swept(policy: Callable[..., tuple[Tensor, Tensor]], finished: Rollout, uniform: Tensor, sweep: int, *,
+          share: float, **how) -> Rollout:  # fmt: skip
+    """A picture that was revealed and has had `sweep` sweeps, after one more; the rest as of `every_stop`."""
+    counts = revised_counts(SWEEP, length=finished.tokens.shape[1], share=share)
+    return revise_tokens(policy, finished, uniform[:, finished.countdown.shape[1] + SWEEP * sweep :], counts, **how)
 
 
-def within(logits: Tensor, budget: Tensor | int) -> Tensor:
-    """Logits [B, most] without the choices of more steps than may still be taken: `budget` int or int64 [B], from 1."""
-    left = torch.arange(1, logits.shape[-1] + 1, device=logits.device)
-    return logits.masked_fill(left > (budget[:, None] if torch.is_tensor(budget) else budget), -torch.inf)
+def until_stop(
+    policy: Callable[..., tuple[Tensor, Tensor]], pace: Pace, finished: Rollout, uniform: Tensor, *, sweeps: int,
+    sharpness: Tensor | None = None, **how,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Tokens int64 [B, L] of pictures that each take sweeps, at most so many, for as long as that is the likelier
+    decision, and the steps that they took, int64 [B]. The rest as of `every_stop`."""
+    tokens, steps = finished.tokens.clone(), finished.steps.clone()
+    running, who = finished, torch.arange(len(tokens), device=tokens.device)
 
+    def of_these(seen: Tensor, timestep: Tensor, samples: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        return policy(seen, timestep, who[samples], places)
 
-def draw_pace(logits: Tensor, uniform: Tensor) -> Tensor:
-    """Steps left, by inverting the distribution function: logits [B, most], uniform [B] in [0, 1) -> int64 [B] >= 1.
-
-    A choice of probability 0 is never drawn.
-    """
-    probs = logits.softmax(-1)
-    return first_past(probs, uniform * probs.sum(-1))[0] + 1
-
-
-def pace_log_prob(logits: Tensor, left: Tensor) -> Tensor:
-    """Log-probability in nats of the choice `left` int64 [B], 1 or more: float32 [B]."""
-    return log_probs(logits, left - 1)
-
-
-def advance(
-    progress: Tensor, masked: Tensor, left: Tensor, *, length: int, kind: str = "cosine"
-) -> tuple[Tensor, Tensor]:
-    """One step of `left` more: progress float64 [B] in [0, 1] along the schedule, masked int64 [B] -> both after it.
-
-    Along the schedule a step covers its share of the way that remains, 1 / left, so that N choices of N, N - 1, ..., 1
-    follow the schedule of N steps (`masked_counts`), to the token as the progress is kept in float64 and rounded as
-    there. Every step reveals at least one token; the last reveals all.
-    """
-    after = torch.where(left > 1, progress + (1 - progress) / left, 1.0)
-    wanted = (length * mask_ratio(after.float(), kind=kind)).floor().long()
-    kept = torch.minimum(wanted, masked - 1).clamp(min=1)
-    return after, torch.where((left > 1) & (masked > 1), kept, 0)
-
-
-def heat(progress: Tensor, left: Tensor, *, start: float) -> Tensor:
-    """Temperature of the confidence noise in a step of `left` more: progress float64 [B], int64 [B] -> float32 [B].
-
-    That of `temperatures` at step s of N where N - s = left are left and s / N = progress lie behind, so it is 0 at
-    the last step and `start` at the first, and choices of N, N - 1, ..., 1 have those of N steps.
-    """
-    # s / (N - 1), of N = left / (1 - progress) steps; the first of one step is its last, and counts as the first
-    behind = left * progress / (left - 1 + progress).clamp(min=torch.finfo(progress.dtype).tiny)
-    return start * (1 - behind.float())
+    for sweep in range(sweeps):
+        on = (pace(running.summary[:, None], first=sweep)[:, 0] > 0).nonzero().squeeze(-1)
+        if not len(on):
+            break
+        who, running = who[on], Rollout(*(None if field is None else field[on] for field in running))
+        sharp = None if sharpness is None else sharpness[who]
+        running = swept(of_these, running, uniform[who], sweep, sharpness=sharp, **how)
+        tokens[who], steps[who] = running.tokens, steps[who] + SWEEP
+    return tokens, steps

@@ -59,14 +59,15 @@ def revise_tokens(
 ) -> Rollout:
     """A finished rollout of B samples with its least sure tokens drawn again, a step of the network for each of counts.
 
-    policy as of `rollout` with `sparse`; uniform float32 [B, len(counts) or more, L], as `Noise`'s; `grid` the rows and
-    columns of the L tokens. The steps draw on the two colours in turn, no more than there are places of one. sharpness
-    float32 [B] is a factor on the logits, and `sharper` another: with nearly everything seen little is left open. The
-    network is told that it is at its last step. A token's log-probability is that of its latest draw, so one that is
-    drawn surely is left alone from then on. Of the rollout tokens and log_probs change, and nothing else: its other
-    fields are of the draws before, so it cannot be trained on.
+    policy as of `rollout` with `sparse`, and with a summary if `finished` has one; uniform float32 [B, len(counts) or
+    more, L], as `Noise`'s; `grid` the rows and columns of the L tokens. The steps draw on the two colours in turn, no
+    more than there are places of one. sharpness float32 [B] is a factor on the logits, and `sharper` another: with
+    nearly everything seen little is left open. The network is told that it is at its last step. A token's log-
+    probability is that of its latest draw, so one that is drawn surely is left alone from then on. Of the rollout
+    tokens, log_probs and the summary change, and nothing else: its other fields are of the draws before, so it cannot
+    be trained on.
     """
-    tokens, sure = finished.tokens.clone(), finished.log_probs.clone()
+    tokens, sure, summary = finished.tokens.clone(), finished.log_probs.clone(), finished.summary
     samples, colour = torch.arange(len(tokens), device=tokens.device), chequered(*grid)
     fields = [(colour == turn).nonzero().squeeze(-1).to(tokens.device) for turn in (0, 1)]
     last_step = torch.zeros_like(samples)
@@ -74,7 +75,9 @@ def revise_tokens(
     for step, count in enumerate(counts):
         field = fields[step % 2]
         places = field[sure[:, field].argsort(dim=-1, stable=True)[:, :count]]
-        logits = policy(tokens.scatter(1, places, mask_id), last_step, samples, places).float() * sharpness
-        drawn, log_p = sample_tokens(logits, uniform[:, step].gather(1, places))
+        logits = policy(tokens.scatter(1, places, mask_id), last_step, samples, places)
+        if summary is not None:
+            logits, summary = logits
+        drawn, log_p = sample_tokens(logits.float() * sharpness, uniform[:, step].gather(1, places))
         tokens, sure = tokens.scatter(1, places, drawn), sure.scatter(1, places, log_p)
-    return finished._replace(tokens=tokens, log_probs=sure)
+    return finished._replace(tokens=tokens, log_probs=sure, summary=summary)

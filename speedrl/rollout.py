@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from speedrl.likelihood import exact_log_prob, sample_tokens
-from speedrl.pace import advance, draw_pace, heat, pace_log_prob, within
 from speedrl.platform import can_compile
 from speedrl.schedule import halton_order, masked_counts, seeded, temperatures, timesteps
 from speedrl.tuning import Tuning, sharpness
@@ -29,10 +28,9 @@ class Rollout(NamedTuple):
     rank: Tensor | None = None  # int64 [B, S, L], 0 for the first position to be revealed; the masked come first
     exact: Tensor | None = None  # float32 [B, S], `exact_log_prob` of each step
     terms: Tensor | None = None  # int64 [B, S], its number of terms
-    left: Tensor | None = None  # int64 [B, S], the steps left that the policy chose, 0 once a sample is finished
-    left_log_probs: Tensor | None = None  # float32 [B, S], log p of these choices
     sharpness: Tensor | None = None  # float32 [B, S], factor on the logits at each step, None for 1
     guess: Tensor | None = None  # int64 [B, S, L], each state with the likeliest token wherever it is masked
+    summary: Tensor | None = None  # float32 [B, C], what the policy knew at the last step (`pace`)
 
 
 class Noise(NamedTuple):
@@ -40,7 +38,6 @@ class Noise(NamedTuple):
 
     uniform: Tensor  # float32 [B, S, L] in [0, 1): which token is drawn
     gumbel: Tensor  # float32 [B, S, L]: which positions are revealed
-    pace: Tensor | None = None  # float32 [B, S] in [0, 1): how many steps are left
 
 
 class Step(NamedTuple):
@@ -54,13 +51,11 @@ class Step(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What the steps do: known beforehand where step counts are given, else filled as the policy chooses. S steps."""
+    """What the steps do, known beforehand. S steps."""
 
     masked_after: Tensor  # int64 [B, S], tokens still masked after each step
     countdown: Tensor  # int64 [B, S], as Rollout's
     temperature: Tensor  # float32 [B, S]
-    left: Tensor | None = None
-    left_log_probs: Tensor | None = None
 
 
 def draw_noise(
@@ -70,21 +65,18 @@ def draw_noise(
     *,
     seed: int,
     first: int = 0,
-    pace: bool = False,
     device: torch.device | str = "cpu",
 ) -> Noise:
-    """Noise for samples first .. first + batch - 1 of a seed, each [steps, length], float32; with `pace` its own too.
+    """Noise for samples first .. first + batch - 1 of a seed, each [steps, length], float32.
 
     A sample's noise depends on `seed` and its index alone, not on the batch around it or on the number of steps
     drawn, and is the same on every device: it is drawn on the CPU, by a generator of its own.
     """
-    uniform, choices = torch.empty(batch, steps, 2, length), torch.empty(batch, steps) if pace else None
+    uniform = torch.empty(batch, steps, 2, length)
     for i in range(batch):
         torch.rand(steps, 2, length, generator=seeded(f"{seed},{first + i}"), out=uniform[i])
-        if pace:
-            torch.rand(steps, generator=seeded(f"{seed},{first + i},pace"), out=choices[i])
     gumbel = -(-uniform[:, :, 1].clamp(min=2**-25).log()).log()  # rand is a multiple of 2**-24, 0 included
-    return Noise(uniform[:, :, 0].to(device), gumbel.to(device), choices.to(device) if pace else None)
+    return Noise(uniform[:, :, 0].to(device), gumbel.to(device))
 
 
 def step(
@@ -161,42 +153,6 @@ def given_plan(
     return Plan(counts.to(steps.device), timesteps(steps), heat), before.unbind(1)
 
 
-def chosen_plan(
-    planned: Tensor, uniform: Tensor, *, at_most: int, length: int, schedule: str, temperature: float
-) -> tuple[Plan, Iterator[Tensor], Callable[[int, Tensor, Tensor], None]]:
-    """A plan that the policy's choices fill, the masked tokens before each step (see `turns`), and what fills it.
-
-    planned int64 [B], what each sample sets out with; uniform [B, at_most or more]. The last is
-    settle(step, samples int64 [n], logits of the pace [n, most]): it draws the steps left and writes down what follows
-    for this step and the next one's countdown. The way along the schedule is kept on the host, where given counts have
-    theirs computed too: so each settling waits once for the device.
-    """
-    batch, device = len(planned), planned.device
-    kinds = (torch.int64, torch.int64, torch.float32, torch.int64, torch.float32)
-    plan = Plan(*(torch.zeros(batch, at_most, dtype=kind, device=device) for kind in kinds))
-    plan.countdown[:, 0] = planned.clamp(1, at_most) - 1
-    progress, masked = torch.zeros(batch, dtype=torch.float64), torch.full((batch,), length)
-
-    def before_each_step() -> Iterator[Tensor]:
-        while masked.any():
-            yield masked
-
-    def settle(s: int, samples: Tensor, logits: Tensor) -> None:
-        logits = within(logits, at_most - s)
-        drawn = draw_pace(logits, uniform[samples, s])
-        who, left = torch.stack([samples, drawn]).cpu()
-        left = left.masked_fill(masked[who] == 0, 0)
-        plan.temperature[samples, s] = (heat(progress[who], left, start=temperature) * (left > 0)).to(device)
-        progress[who], masked[who] = advance(progress[who], masked[who], left, length=length, kind=schedule)
-        plan.masked_after[samples, s], plan.left[samples, s] = masked[who].to(device), left.to(device)
-        plan.left_log_probs[samples, s] = pace_log_prob(logits, drawn) * (plan.left[samples, s] > 0)
-        if s + 1 < at_most:
-            # this step is one of the steps left, and the countdown is one less than what it leaves
-            plan.countdown[samples, s + 1] = (left - 2).masked_fill(masked[who] == 0, 0).to(device)
-
-    return plan, before_each_step(), settle
-
-
 @torch.no_grad()
 def rollout(
     policy: Callable[..., Tensor],
@@ -212,7 +168,7 @@ def rollout(
     record: bool = False,
     sparse: bool = False,
     guess: bool = False,
-    at_most: int | None = None,
+    summarise: bool = False,
     tuning: Tuning | None = None,
     step: Callable[..., Step] = step,
 ) -> Rollout:
@@ -226,16 +182,10 @@ def rollout(
     falls linearly to 0 at the last. order "confidence" reveals the likeliest tokens first, "random" any, "halton" those
     of `halton_order` on the `grid` of rows and columns. N = 1 draws every token at once. `record` keeps the draws and
     the order that `exact_log_prob` needs, and its values: then all samples and places are asked for. `guess` keeps what
-    the policy would most likely finish from each state. `step` may be a
-    compiled `speedrl.rollout.step`. The host waits for the device once, at the start. ValueError for shapes that do not
-    fit and for another order.
-
-    With `at_most` the policy chooses: `steps` are what the samples set out with, and it gives, beside the logits, those
-    of the steps left, [B or n, most] (`Pace`). One is drawn, of no more than the sample still has of `at_most`, and the
-    step is the first of a schedule of so many more (`advance`, `heat`); the network's timestep at the next state is
-    what it leaves, less one. The host then waits for the device once a step, to see who has finished.
-
-    `tuning` has scalars for each sample, on the mask schedule, the temperature and the logits, of given step counts.
+    the policy would most likely finish from each state. With `summarise` the policy gives, beside the logits, a summary
+    of what it knows, [B or n, C] (`pace`), and that of each sample's last step is kept. `step` may be a compiled
+    `speedrl.rollout.step`. The host waits for the device once, at the start. ValueError for shapes that do not fit and
+    for another order. `tuning` has scalars for each sample, on the mask schedule, the temperature and the logits.
 
     Under torch.inference_mode the results are inference tensors, which autograd refuses: clone them before training.
     """
@@ -243,26 +193,17 @@ def rollout(
         raise ValueError(f"unknown reveal order {order!r}: choose confidence, random or halton")
     if order == "halton" and (grid is None or grid[0] * grid[1] != length):
         raise ValueError(f"the order halton needs a grid of {length} tokens, got {grid}")
-    if at_most is not None and noise.pace is None:
-        raise ValueError("a policy that chooses needs noise for it: draw_noise(..., pace=True)")
-    if at_most is not None and tuning is not None:
-        raise ValueError("tuning is of given step counts, not of chosen ones")
     device, narrow = steps.device, sparse and not record
     order_of = halton_order(*grid).to(device) if order == "halton" else None
-    how = {"length": length, "schedule": schedule, "temperature": temperature}
-    if at_most is None:
-        (plan, masked), settle = given_plan(steps, tuning, **how), None
-    else:
-        plan, masked, settle = chosen_plan(steps, noise.pace, at_most=at_most, **how)
-    asked = turns(masked, length=length, narrow=narrow, device=device)
-    asked = asked if settle else list(asked)  # now, so that nothing waits for the device later
+    plan, masked = given_plan(steps, tuning, length=length, schedule=schedule, temperature=temperature)
+    asked = list(turns(masked, length=length, narrow=narrow, device=device))  # now: nothing waits for the device later
     batch, most = plan.masked_after.shape
     if noise.uniform.shape[0] != batch or noise.uniform.shape[1] < most or noise.uniform.shape[2] != length:
         raise ValueError(f"noise of shape {tuple(noise.uniform.shape)} for a rollout of {(batch, most, length)}")
     tokens = torch.full((batch, length), mask_id, device=device)
     reveal_step = torch.zeros_like(tokens)
     log_probs = torch.zeros(batch, length, device=device)
-    recorded, guessed = [], []
+    recorded, guessed, summary = [], [], None
     sharp = None if tuning is None else sharpness(tuning, steps)  # [B, S]
     for s, (samples, count) in enumerate(asked):
         seen = tokens[samples]  # [n, L]
@@ -270,9 +211,11 @@ def rollout(
         places = places_that_are(seen == mask_id, count) if narrow else every
         where = samples[:, None] * length + places  # [n, K], in the flat batch
         logits = policy(seen, plan.countdown[samples, s], *((samples, places) if sparse else ()))
-        if settle:
-            logits, choices = logits
-            settle(s, samples, choices)
+        if summarise:
+            logits, known = logits
+            summary = known.new_zeros(batch, known.shape[-1]) if summary is None else summary
+            unfinished = (steps > s)[samples, None]
+            summary[samples] = torch.where(unfinished, known, summary[samples])
         if sharp is not None:
             logits = logits.float() * sharp[samples, s, None, None]
         if logits.shape[-1] > mask_id:
@@ -300,12 +243,9 @@ def rollout(
         tokens.view(-1)[where] = done.tokens
         reveal_step.view(-1)[where] = reveal_step.view(-1)[where].masked_fill(done.revealed, s)
         log_probs.view(-1)[where] = torch.where(done.revealed, done.log_probs, log_probs.view(-1)[where])
-    if settle:
-        steps = (plan.left > 0).sum(-1)
-        plan = Plan(*(part[:, : s + 1] for part in plan))
     of_record = [torch.stack(parts, 1) for parts in zip(*recorded, strict=True)] or [None] * 4
-    finished = Rollout(tokens, reveal_step, steps, log_probs, plan.countdown, plan.temperature, *of_record, *plan[3:])
-    return finished._replace(sharpness=sharp, guess=torch.stack(guessed, 1) if guess else None)
+    finished = Rollout(tokens, reveal_step, steps, log_probs, plan.countdown, plan.temperature, *of_record)
+    return finished._replace(sharpness=sharp, guess=torch.stack(guessed, 1) if guess else None, summary=summary)
 
 
 def state(rollout: Rollout, step: Tensor | int, *, mask_id: int) -> Tensor:

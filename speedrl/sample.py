@@ -22,7 +22,7 @@ from speedrl.models.checkpoint import (
     repeat,
     take,
 )
-from speedrl.pace import Pace, first_plan
+from speedrl.pace import SWEEP, divided, summary, until_stop
 from speedrl.revise import check_share, revise_tokens, revised_counts, split_steps
 from speedrl.rollout import Noise, draw_noise, rollout
 from speedrl.schedule import step_range
@@ -39,14 +39,14 @@ def guided_policy(
     *,
     guidance: float,
     grid: tuple[int, int],
-    pace: Pace | None = None,
+    summarise: bool = False,
 ) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
     """policy(tokens int64 [B, L], timestep int64 [B]) -> guided logits [B, L, codes], for `rollout` and training.
 
     policy(tokens [n, L], timestep [n], samples int64 [n], places int64 [n, K]) -> [n, K, codes] is that of some samples
     at some places. `prompts` of B, `empty` of 1 or B. One call of the network on [empty, prompts], twice the rows; at
-    guidance 1 the empty prompt plays no part, and one call on the rows gives the network's own logits. With a `pace` it
-    gives its logits [B or n, most] beside them, from the features of `prompts` in the same call.
+    guidance 1 the empty prompt plays no part, and one call on the rows gives the network's own logits. With
+    `summarise` it gives the `summary` of the prompts' features beside them, [B or n, C], from the same call.
     """
     size, times = len(prompts.text), 1 if guidance == 1 else 2
     known = prompts if times == 1 else join(repeat(empty, size // len(empty.text)), prompts)
@@ -59,10 +59,8 @@ def guided_policy(
         features = transformer.features(tokens.repeat(times, 1).unflatten(1, grid), timestep.repeat(times), *part)
         found = head_at(transformer, features, where)
         found = found if times == 1 else guided(*reversed(found.chunk(2)), guidance)
-        if pace is None:
-            return found
-        # what is no code is masked; a sample sets out with one step more than the countdown says
-        return found, pace(features[-len(tokens) :], tokens >= transformer.codes, timestep + 1)
+        # what is no code is masked
+        return (found, summary(features[-len(tokens) :], tokens >= transformer.codes)) if summarise else found
 
     return policy
 
@@ -88,8 +86,8 @@ def from_random(
 
 
 def planned(generator: Generator, steps: int | str | None) -> tuple[int, int | None]:
-    """The steps that a picture is drawn in, and None; or where the policy chooses those that it sets out with, and the
-    most that it may take. ValueError for what this generator cannot do."""
+    """The steps that a picture is drawn in, and None; or where the policy chooses those that reveal, and how many
+    sweeps it may take. ValueError for what this generator cannot do."""
     pace, length = generator.pace, generator.grid[0] * generator.grid[1]
     if steps is None:
         steps = 8 if pace is None else "auto"
@@ -97,9 +95,10 @@ def planned(generator: Generator, steps: int | str | None) -> tuple[int, int | N
         if pace is None:
             raise ValueError("this model does not choose its steps: give a number, or a model of train --steps auto")
         most = step_range(steps, at_most=pace.most).most
-        if most > pace.most:
-            raise ValueError(f"this model chooses from 1 to {pace.most} steps, not {most}")
-        return min(first_plan(pace.most), most), most
+        revealing = divided(pace.most)[0]
+        if not revealing <= most <= pace.most:
+            raise ValueError(f"this model chooses from {revealing} to {pace.most} steps, not at most {most}")
+        return revealing, (most - revealing) // SWEEP
     try:
         count = int(steps)
     except ValueError:
@@ -127,14 +126,13 @@ def draw(
 
     `steps` is their number or "auto", where the model chooses ("auto:8": at most 8 of them); None is "auto" for a model
     that was trained to choose and 8 for another. Guidance, temperature, mask schedule, reveal order and the share to
-    `revise` None are the generator's own, to which its tuning is applied where the steps are given, and guidance leads
-    away from its negative prompt. Steps that the model chooses revise nothing (see `split_steps`). The noise of sample
-    i depends on (seed, i) alone.
+    `revise` None are the generator's own, to which its tuning is applied, and guidance leads
+    away from its negative prompt. The noise of sample i depends on (seed, i) alone.
     ValueError for no prompts, for steps outside 1 .. L or that the model cannot choose, for an unknown schedule or
     order, and for a share outside 0 .. 1.
     """
-    length, (first_steps, at_most) = generator.grid[0] * generator.grid[1], planned(generator, steps)
-    most, pace = at_most or first_steps, generator.pace if at_most else None
+    length, (first_steps, sweeps) = generator.grid[0] * generator.grid[1], planned(generator, steps)
+    chooses = sweeps is not None
     guidance = generator.guidance if guidance is None else guidance
     temperature = generator.temperature if temperature is None else temperature
     if not math.isfinite(guidance) or not 0 <= temperature < math.inf:
@@ -142,9 +140,11 @@ def draw(
         raise ValueError(f"both must be finite, and the temperature not negative: {wrong}")
     schedule, order = schedule or generator.schedule, order or generator.order
     share = check_share(generator.revise if revise is None else revise)
-    revealing, revising = (first_steps, 0) if at_most else split_steps(first_steps, share=share)
+    if chooses and not share:
+        raise ValueError("a model that chooses its steps revises in those that it adds: give --revise above 0")
+    revealing, revising = (first_steps, 0) if chooses else split_steps(first_steps, share=share)
     again = revised_counts(revising, length=length, share=share)
-    tuned = generator.tuning is not None and at_most is None
+    most = first_steps + SWEEP * (sweeps or 0)
     batch = fitting_batch(generator) if batch is None else batch
     encoded, empty = encode_prompts(generator, prompts), encode_prompts(generator, [generator.negative])
     device = encoded.text.device
@@ -152,15 +152,15 @@ def draw(
     for first in range(0, len(prompts), batch):
         part = take(encoded, torch.arange(first, min(first + batch, len(prompts)), device=device))
         size = len(part.text)
-        policy = guided_policy(generator.transformer, part, empty, guidance=guidance, grid=generator.grid, pace=pace)
-        noise = draw_noise(size, most + bool(generator.random_share), length, seed=seed, first=first,
-                           pace=pace is not None, device=device)  # fmt: skip
+        policy = guided_policy(generator.transformer, part, empty, guidance=guidance, grid=generator.grid,
+                               summarise=chooses)  # fmt: skip
+        noise = draw_noise(size, most + bool(generator.random_share), length, seed=seed, first=first, device=device)
         if generator.random_share:
             beyond = Noise(noise.uniform[:, most], noise.gumbel[:, most])  # what no step uses
             policy = from_random(policy, beyond, share=generator.random_share, mask_id=generator.mask_id,
                                  codes=generator.codes)  # fmt: skip
         counts = torch.full((size,), revealing, device=device)
-        tuning = settled(generator.tuning, counts) if tuned else None
+        tuning = None if generator.tuning is None else settled(generator.tuning, counts)
         finished = rollout(
             policy,
             counts,
@@ -172,15 +172,18 @@ def draw(
             order=order,
             grid=generator.grid,
             sparse=True,
-            at_most=at_most,
+            summarise=chooses,
             tuning=tuning,
         )
+        how = {"mask_id": generator.mask_id, "grid": generator.grid, "sharpness": tuning and tuning.last}
+        if chooses:
+            drawn, took = until_stop(policy, generator.pace, finished, noise.uniform, sweeps=sweeps, share=share, **how)
+        else:
+            drawn, took = finished.tokens, finished.steps + revising
         if again:
-            rest, sharp = noise.uniform[:, revealing:], None if tuning is None else tuning.last
-            finished = revise_tokens(policy, finished, rest, again, mask_id=generator.mask_id, grid=generator.grid,
-                                     sharpness=sharp)  # fmt: skip
-        tokens.append(finished.tokens)
-        taken.append(finished.steps + revising)
+            drawn = revise_tokens(policy, finished, noise.uniform[:, revealing:], again, **how).tokens
+        tokens.append(drawn)
+        taken.append(took)
     return torch.cat(tokens), torch.cat(taken)
 
 

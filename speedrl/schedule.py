@@ -124,11 +124,11 @@ class StepRange(NamedTuple):
 
     least: int
     most: int
-    chosen: bool = False  # by the policy, at every state; else drawn independently of it
+    chosen: bool = False  # by the policy; else drawn independently of it
 
 
-def step_range(text: str, *, at_most: int = 16) -> StepRange:
-    """Reads "8" as 8 to 8, "2-16" as 2 to 16, "auto:16" as 1 to 16 that the policy chooses from, and "auto" as that
+def step_range(text: str, *, at_most: int = 8) -> StepRange:
+    """Reads "8" as 8 to 8, "2-16" as 2 to 16, "auto:16" as at most 16 of which the policy chooses, and "auto" as that
     with `at_most`. ValueError otherwise, and for counts under 1."""
     kind, colon, most = str(text).partition(":")
     chosen = kind == "auto"

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from speedrl.models.checkpoint import adapter_of
+from speedrl.pace import divided
 from speedrl.revise import check_share
 from speedrl.reward import Score, differentiable, parse_quality
 from speedrl.rollout import ORDERS
@@ -52,8 +53,9 @@ def check(settings: dict, bounds: StepRange) -> None:
     for name in settings["trackers"]:
         if name not in TRACKERS:
             raise ValueError(f"unknown tracker {name!r}: choose {' or '.join(TRACKERS)}")
-    # a policy that takes fewer steps than these trains on all that it takes
-    least = bounds.most if bounds.chosen else bounds.least
+    if bounds.chosen and not settings["revise"]:
+        raise ValueError("a policy that chooses its steps revises in those that it adds: give --revise above 0")
+    least = divided(bounds.most)[0] if bounds.chosen else bounds.least
     if settings["trained"] is not None and not 1 <= settings["trained"] <= least:
         raise ValueError(f"trained must be 1 to the least number of steps, {least}, got {settings['trained']}")
 
@@ -86,9 +88,9 @@ def check_numbers(settings: Mapping[str, Any]) -> None:
         option = name.replace("_", "-")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{option} must be a finite number, got {value}")
-        if name in ("clip_range", "clip_grad", "eps", "tune_rate") and value <= 0:
+        if name in ("clip_range", "clip_grad", "eps", "tune_rate", "pace_lr") and value <= 0:
             raise ValueError(f"{option} must be positive, got {value}")
-        positive = ("kl_weight", "pace_weight", "temperature", "quality_clip", "warmup")
+        positive = ("kl_weight", "temperature", "quality_clip", "warmup")
         if name in positive and value is not None and value < 0:
             raise ValueError(f"{option} must not be negative, got {value}")
     check_share(settings["revise"])

@@ -32,7 +32,7 @@ from speedrl.models.checkpoint import (
     take,
 )
 from speedrl.models.lora import WithoutLora, add_lora
-from speedrl.pace import first_plan
+from speedrl.pace import SWEEP, divided, every_stop, expected
 from speedrl.platform import bf16_autocast, bf16_is_fast
 from speedrl.prompts import open_prompts
 from speedrl.reward import (
@@ -52,7 +52,7 @@ from speedrl.settings import check, idle, kind_of_credit
 from speedrl.state import append_row, changed, drop_metrics, plain, random_states, restore, save, start, tensors
 from speedrl.track import open_trackers
 from speedrl.tuning import OCTAVES, SPREAD, Tuning, described, improved, tunings
-from speedrl.update import descend, fitting, follow, gradients, token_weights, trained_steps
+from speedrl.update import descend, fitting, follow, gradients, pace_gradient, token_weights, trained_steps
 from speedrl.value import guesses, step_credit
 
 TREND = 20  # iterations over which rewards are watched for disagreement
@@ -76,7 +76,7 @@ def draw_prompts(count: int, groups: int, random: torch.Generator) -> Tensor:
 
 def draw_steps(bounds: StepRange, groups: int, group_size: int, random: torch.Generator, *, shared: bool) -> Tensor:
     """Step counts of the samples, int64 [groups * group_size], one for each group if `shared`; where the policy
-    chooses, those that they set out with.
+    chooses, those that reveal.
 
     N steps are drawn with a probability in proportion to log2((N + 1) / N), so that 1, 2 to 3, 4 to 7 and so on are
     drawn equally often: what is learned at 15 steps serves 16, but that at 1 does not serve 2. An iteration's draws
@@ -84,7 +84,7 @@ def draw_steps(bounds: StepRange, groups: int, group_size: int, random: torch.Ge
     """
     at = torch.rand(groups * group_size, generator=random).double()
     if bounds.chosen:
-        return torch.full((groups * group_size,), first_plan(bounds.most))
+        return torch.full((groups * group_size,), divided(bounds.most)[0])
     at = at[:groups] if shared else at
     if bounds.least < bounds.most:
         at = (torch.randperm(len(at), generator=random) + at) / len(at)
@@ -120,7 +120,7 @@ def train(
     quality: str = "embedded",
     steps: str = "4",
     shared_steps: bool = True,
-    pace_weight: float = 32.0,
+    pace_lr: float = 0.2,
     steps_reward: float = 0.0,
     quality_gate: float | None = None,
     quality_clip: float | None = None,
@@ -177,20 +177,19 @@ def train(
     is the exponential moving average of the weights of decay `ema`, or the weights themselves at 0.
 
     Each iteration samples `group_size` pictures of `groups` prompts in `steps` steps ("4"; "2-16": drawn anew, every
-    octave as often; "auto:16", or "auto": at each state the policy chooses how many are left, see `pace`), rewards each
+    octave as often; "auto:8", or "auto": at most 8, of which the policy chooses when to stop, see `pace`), rewards each
     with its quality (`mixture`) plus steps_reward times `speed_reward`, and makes `updates` updates on the clipped loss
     plus kl_weight times the divergence from the starting model at the revealed tokens.
     That model is the reference policy as it is used, at its own guidance unless `reference_guidance` says another: so
     a policy that samples without guidance, one call a step in place of two, is drawn to what guidance gives.
     Pictures of a group share the count that is drawn unless `shared_steps` is off: advantages then compare pictures of
     equal cost, with less variance, as what the count alone brings is in the group's mean; a speed reward cancels there
-    too. A choice of the policy's is in the loss as `pace_weight` tokens: 1 is the gradient of the expected reward to
-    the letter; the default is about what a step of the embedded model reveals, and makes the choices' gradient as large
-    as the tokens' there.
+    too. Where the policy chooses, its head learns at the rate `pace_lr`, and a picture's reward is what its decisions
+    let expect.
     With `credit` "token", the default where likelihood and reward allow it, tokens have what the reward would change by
     with another one there, to first order (`critic`); with "step" every token of a step has what the step changed of
     its state's value (`value`), and with `gae_lambda` above 0 a share of what later steps changed; with
-    "rollout" the advantage of the whole rollout, as in the paper. Choices of the number of steps have that of a step.
+    "rollout" the advantage of the whole rollout, as in the paper.
     With `tune` a few scalars of the sampler are learned for each step count, from `tune_rate`, less later (`tuning`).
     `checkpointing` computes each block again in the backward pass, for memory; `micro_batch` is halved where memory
     runs out. `trained` steps of each rollout, all by default, enter the loss, scaled so that its gradient is that of
@@ -249,16 +248,17 @@ def train(
             own = pace if network is transformer else None
             distributed.shard(network, own, device=device, offload=offload, bf16=bf16)
     learned = {name: p for name, p in parameters(generator).items() if p.requires_grad}
-    optimizer = torch.optim.AdamW(learned.values(), lr=lr, betas=(0.9, 0.95), eps=eps, weight_decay=0.0, fused=True)
+    rates = [{"params": [p for name, p in learned.items() if not name.startswith("pace.")]}]
+    rates += [] if pace is None else [{"params": list(pace.parameters()), "lr": pace_lr}]
+    optimizer = torch.optim.AdamW(rates, lr=lr, betas=(0.9, 0.95), eps=eps, weight_decay=0.0, fused=True)
     average = {name: p.detach().clone() for name, p in learned.items()} if ema else {}
     random = torch.Generator().manual_seed(seed)
     checkpoint, complaints = start(out, resume=resume)
     record = restore(checkpoint, learned, optimizer, average, random, device) if checkpoint else {}
-    by_token, by_step = credit == "token", credit == "step" or (credit == "token" and bounds.chosen)
+    by_token, by_step = credit == "token", credit == "step"
     codes, at_once = codebook(generator) if by_token else None, fitting_batch(generator)
-    tuned = tune and not bounds.chosen
     table = torch.tensor(record["tuning"]) if record.get("tuning") else generator.tuning
-    table = torch.zeros(OCTAVES, len(SPREAD)) if table is None and tuned else table
+    table = torch.zeros(OCTAVES, len(SPREAD)) if table is None and tune else table
     seen = torch.tensor(record.get("tuned", [0.0] * OCTAVES))  # batches that each octave's tuning has learned from
     first, skipped, lost = (record.get(name, 0) for name in ("iteration", "skipped", "skipped_total"))
     fit = torch.tensor(record.get("fit", [[0.0] * 4] * 3), dtype=torch.float64)  # of values to guesses
@@ -283,12 +283,10 @@ def train(
 
     sampler = {"length": length, "mask_id": generator.mask_id, "temperature": temperature, "schedule": schedule,
                "order": order, "grid": grid, "record": likelihood == "exact", "sparse": True, "guess": by_step,
-               "step": compiled_step(device) if compile else step,
-               "at_most": bounds.most if bounds.chosen else None}  # fmt: skip
+               "step": compiled_step(device) if compile else step, "summarise": bounds.chosen}  # fmt: skip
     objective = {"mask_id": generator.mask_id, "autocast": autocast, "grid": grid, "guidance": guidance,
                  "reference_guidance": reference_guidance, "order": order, "likelihood": likelihood,
-                 "clip_range": clip_range, "kl": kl, "kl_weight": kl_weight, "codes": codes, "pace": pace,
-                 "pace_weight": pace_weight}  # fmt: skip
+                 "clip_range": clip_range, "kl": kl, "kl_weight": kl_weight, "codes": codes}  # fmt: skip
     of_credit = {"mine": mine, "group_size": group_size, "gae_lambda": gae_lambda, "steps_reward": steps_reward,
                  "max_steps": bounds.most}  # fmt: skip
 
@@ -304,33 +302,36 @@ def train(
             chosen = [texts[i] for i in draw_prompts(len(texts), groups, random)]
             asked = [text for text in chosen for _ in range(group_size)][mine]
             counts = draw_steps(bounds, groups, group_size, random, shared=shared_steps).to(device)
-            noise = draw_noise(mine.stop - mine.start, bounds.most, length, seed=seed, pace=bounds.chosen,
+            noise = draw_noise(mine.stop - mine.start, bounds.most, length, seed=seed,
                                first=iteration * size + mine.start, device=device)  # fmt: skip
             prompt = take(encode_prompts(generator, chosen), of_group)
-            tuning, tried = tunings(
-                None if bounds.chosen else table, counts, explore=tuned, seed=seed, iteration=iteration
-            )
-            policy = guided_policy(transformer, prompt, empty, guidance=guidance, grid=grid, pace=pace)
+            tuning, tried = tunings(table, counts, explore=tune, seed=seed, iteration=iteration)
+            policy = guided_policy(transformer, prompt, empty, guidance=guidance, grid=grid, summarise=bounds.chosen)
+            own = None if tuning is None else Tuning(*(part[mine] for part in tuning))
             with autocast, distributed.gathered_weights(transformer, pace, sharded=sharded):
-                own = None if tuning is None else Tuning(*(part[mine] for part in tuning))
                 batch = rollout(policy, counts[mine], noise, tuning=own, **sampler)
-            taken = gathered(batch.steps)
+                stops = every_stop(policy, pace, batch, noise.uniform, share=revise, grid=grid,
+                                   mask_id=generator.mask_id, sharpness=own and own.last)  # fmt: skip
+            logits, sweeps = gathered(stops.logits), torch.arange(stops.tokens.shape[1], device=device)
+            taken = counts[:, None] + SWEEP * sweeps  # [B, K + 1], the steps wherever the policy may stop
 
-            # REWARDS, of all ranks' samples on every rank
-            pictures = decode(generator, batch.tokens, bf16=bf16)
-            scored = agreed(lambda: judged(pictures, asked))  # noqa: B023
+            # REWARDS at each stop, [B, K + 1], and what to expect of them, of all ranks' samples on every rank
+            pictures = decode(generator, stops.tokens.flatten(0, 1), bf16=bf16)
+            of_each = [text for text in asked for _ in sweeps]
+            scored = agreed(lambda: judged(pictures, of_each))  # noqa: B023
             parts = {name: gathered(part) for name, part in scored.items()}
             moments = {name: observe(moments[name], part) for name, part in parts.items()}
-            quality_of = mixture(parts, shares, moments, clip=quality_clip)  # [B]
-            speed = speed_reward(taken, max_steps=bounds.most)
-            rewards = combine(quality_of, speed, steps_reward=steps_reward, gate=quality_gate)
+            qualities = mixture(parts, shares, moments, clip=quality_clip).view(taken.shape)
+            speeds = speed_reward(taken, max_steps=bounds.most).to(qualities)
+            at_stop = combine(qualities, speeds, steps_reward=steps_reward, gate=quality_gate)
+            quality_of, speed, rewards = (expected(logits, values) for values in (qualities, speeds, at_stop))  # [B]
             by_group = quality_of.view(groups, -1)
             keep = std_percentile(by_group, percentile=percentile) * low_quality(by_group, threshold=least_quality)
 
             # ADVANTAGES [b, S] of each step and, with credit "token", slopes [b, L, C], in the rewards' deviations
             above = group_advantages(rewards.view(groups, -1), scale=False).flatten()
             scale, slopes = 1 / (above.square().mean().sqrt() + 1e-4), None
-            if tuned:
+            if tune:
                 table, seen = improved(table, seen, counts, tried, above, rate=tune_rate)
             if by_token:
                 by_size = lambda n: scale * reward_slopes(batch.tokens, codes, sloped, asked, batch=n)  # noqa: B023, E731
@@ -344,12 +345,14 @@ def train(
             # TRAINING
             optimizer.param_groups[0]["lr"] = lr * min(1, (iteration + 1) / (warmup + 1))
             for _ in range(updates):
-                which = trained_steps(taken, trained, random)[mine]  # bool [B, S]
+                which = trained_steps(counts, trained, random)[mine]  # bool [B, S]
                 weights = token_weights(batch, which, keep.flatten()[mine])  # [B, L]
                 kept = keep.sum() * length  # of all steps and all ranks, whichever train
                 add = lambda n: gradients(transformer, reference, batch, which, prompt, empty, advantages,  # noqa: B023, E731
                                           weights, kept, slopes=slopes, micro_batch=n, **objective)  # noqa: B023  # fmt: skip
                 totals, micro_batch = fitting(add, micro_batch, undo=optimizer.zero_grad, halve=not sharded)
+                if pace is not None:
+                    pace_gradient(pace, stops.known, scale * at_stop[mine], size=size)
                 norm = descend(optimizer, clip_grad=clip_grad, sharded=sharded)
                 skipped, lost = (0, lost) if norm.isfinite() else (skipped + 1, lost + 1)
                 if skipped:
@@ -367,11 +370,11 @@ def train(
             if reference is None:
                 del row["kl"]  # 0 would say that it was measured
             if bounds.least < bounds.most:
-                row["steps_mean"] = taken.float().mean().item()
-            if tuned:
-                row |= described(table, taken)
+                row["steps_mean"] = expected(logits, taken.to(logits)).mean().item()
+            if tune:
+                row |= described(table, counts)
             if len(parts) > 1:
-                row |= {name: values.mean().item() for name, values in parts.items()}
+                row |= {name: expected(logits, part.view(taken.shape)).mean().item() for name, part in parts.items()}
                 recent.append({name: row[name] for name in parts})
                 if falling := disagreeing(recent, shares):
                     display.warn(f"the reward rises while {' and '.join(falling)} falls: it may be gamed")

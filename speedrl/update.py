@@ -14,7 +14,7 @@ from speedrl.kl import kl as divergence
 from speedrl.likelihood import exact_log_prob, guided, log_probs, log_ratio
 from speedrl.loss import clipped_loss, normalise
 from speedrl.models.checkpoint import Prompts, join, repeat, take
-from speedrl.pace import Pace, pace_log_prob, within
+from speedrl.pace import Pace, expected
 from speedrl.rollout import Rollout, state
 
 
@@ -131,19 +131,12 @@ def scores(
     return tuple(torch.cat(part) for part in zip(*found, strict=True))
 
 
-def pace_loss(
-    pace: Pace, features: Tensor, batch: Rollout, part: Rows, advantages: Tensor, weights: Tensor, *, clip_range: float
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """`clipped_loss` of the numbers of steps left that the policy chose, one in each of R rows.
+def pace_gradient(pace: Pace, known: Tensor, rewards: Tensor, *, size: int) -> None:
+    """Adds to the pace's parameters the gradient of what the pictures are to expect of its decisions (`expected`).
 
-    features [R, L, C], those of the prompt; advantages [m, S]; weights [m, L] of the tokens: a choice weighs as much as
-    one token of its sample that trains.
+    known [b, K, C] and rewards [b, K + 1] of this rank's pictures at each place to stop; `size`, those of all ranks.
     """
-    masked, left = part.tokens != batch.tokens[part.sample], batch.left[part.sample, part.step]
-    logits = within(pace(features, masked, part.timestep + 1), pace.most - part.step)
-    ratio = log_ratio(pace_log_prob(logits, left), batch.left_log_probs[part.sample, part.step])
-    weight = weights.amax(-1)[part.sample]  # every step that trains has tokens, which weigh the same
-    return clipped_loss(ratio[:, None], advantages[part.sample, part.step], weight[:, None], clip_range=clip_range)
+    (-expected(pace(known), rewards).sum() / size).backward()
 
 
 def micro_batch_loss(
@@ -166,20 +159,15 @@ def micro_batch_loss(
     kl_weight: float,
     slopes: Tensor | None = None,
     codes: Tensor | None = None,
-    pace: Pace | None = None,
-    pace_weight: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped loss plus weighted KL of some samples, summed over their trained tokens; see `clipped_loss`.
 
     batch: m samples; part: their rows; prompts and empty: of each row; advantages [m, S], which may differ between the
     steps with likelihood "token"; weights [m, L], 0 for tokens that do not train. The caller divides by the weight of
     the whole batch. With `slopes` [m, L, C] of the `codes` [V, C] the tokens gain as `expected_gain` says, and
-    `advantages` are of the pace alone. With a `pace` that of its choices is added, each as `pace_weight` tokens.
+    `advantages` play no part.
     """
     features = row_features(transformer, part, prompts, empty, guidance=guidance, grid=grid)
-    chosen = None
-    if pace is not None:
-        chosen = pace_loss(pace, features[-1], batch, part, advantages, weights, clip_range=clip_range)
     features, of_reference = at_places(features, part), None
     if reference is not None:
         with torch.no_grad():
@@ -210,9 +198,6 @@ def micro_batch_loss(
     of_tokens = advantages.gather(1, batch.reveal_step) if likelihood == "token" else advantages[:, :1]
     loss, stats = clipped_loss(ratio, of_tokens * (slopes is None), weights, clip_range=clip_range)
     loss = loss - (gain * trained).sum()
-    if chosen is not None:
-        loss = loss + pace_weight * chosen[0]
-        stats |= {"ratio_max": torch.maximum(stats["ratio_max"], chosen[1]["ratio_max"])}
     divergences = (away * trained).sum()
     return loss + kl_weight * divergences, stats | {"kl": divergences.detach()}
 
@@ -287,11 +272,13 @@ def fitting(
 
 
 def descend(optimizer: torch.optim.Optimizer, *, clip_grad: float, sharded: bool = False) -> Tensor:
-    """Sums the gradients of all ranks, clips them, takes a step if they are finite; their norm before it, a scalar."""
-    learned = [p for group in optimizer.param_groups for p in group["params"]]
-    sum_gradients(learned)
-    norm = nn.utils.clip_grad_norm_(learned, clip_grad)
-    norm = norm.full_tensor() if sharded else norm
+    """Sums the gradients of all ranks, clips those of each group of parameters, takes a step if they are finite; the
+    first group's norm before it, a scalar, or NaN where another's is not finite."""
+    groups = [group["params"] for group in optimizer.param_groups]
+    sum_gradients([p for group in groups for p in group])
+    norms = [nn.utils.clip_grad_norm_(group, clip_grad) for group in groups]
+    norm, *others = (norm.full_tensor() if sharded else norm for norm in norms)
+    norm = norm + 0 * sum(others)
     if norm.isfinite():
         optimizer.step()
     optimizer.zero_grad()

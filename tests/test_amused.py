@@ -206,10 +206,10 @@ def test_it_learns_to_choose_its_steps_and_the_pipeline_still_loads_it(folder, t
         lr=1e-2, eps=1e-8, warmup=0,
     )  # fmt: skip
     first, second = (json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines())
-    assert first["ratio_max"] == pytest.approx(1, abs=1e-5) and second["ratio_max"] == pytest.approx(1, abs=1e-4)
+    assert first["steps_mean"] == 3 != second["steps_mean"], "of two pictures one goes on, and then it has learned"
     again = load_generator(tmp_path / "run")
     assert again.pace.most == 4 and again.pace.out.bias.abs().max() > 0
-    assert draw(again, ["an owl", "a cat"])[1].max() <= 4
+    assert set(draw(again, ["an owl", "a cat"])[1].tolist()) <= {2, 4}
     made = AmusedPipeline.from_pretrained(tmp_path / "run/model")
     made.set_progress_bar_config(disable=True)
     assert made("an owl", num_inference_steps=2, output_type="pt").images.shape == (1, 3, 16, 16)

@@ -83,7 +83,7 @@ def test_the_gradient_and_the_metrics_do_not_depend_on_the_number_of_ranks(optio
 
 
 def test_what_the_policy_chooses_and_its_gradient_do_not_depend_on_the_number_of_ranks(options, tmp_path):
-    """A head off its start, from a run of one rank; ranks then take different numbers of steps."""
+    """A head off its start, from a run of one rank."""
     options |= {"steps": "auto:4", "eps": 1e-8, "warmup": 0, "steps_reward": 0.3}
     assert finish(start_ranks(resumed, 1, tmp_path, str(tmp_path / "first"), options | {"lr": 1e-2}, False, 2)) == [0]
     options |= {"model": str(tmp_path / "first")}

@@ -102,7 +102,7 @@ BAD = {  # each value of each option is bad whatever the others are
                     NOT_NUMBERS | NOT_FINITE | NEGATIVE | st.floats(min_value=1.01).map(repr)),
     "--warmup": NOT_NUMBERS | NOT_FINITE | st.just("1.5") | st.integers(max_value=-1).map(str),
     "--eps": NOT_NUMBERS | NOT_FINITE | NEGATIVE | st.just("0"),
-    "--pace-weight": NOT_NUMBERS | NOT_FINITE | NEGATIVE,
+    "--pace-lr": NOT_NUMBERS | NOT_FINITE | NEGATIVE | st.just("0"),
     "--reference-guidance": NOT_NUMBERS | NOT_FINITE,
     "--reward-weights": WORDS | WORDS.map(lambda text: f"clip={text}"),
     "--text-encoder": WORDS.map(lambda text: f"./{text}"),  # no name of the hub

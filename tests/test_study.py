@@ -4,10 +4,12 @@ import json
 import re
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import speedrl.evaluate
 from experiments.study import __main__ as study
+from experiments.study import pace
 from experiments.study.__main__ import against, best_settings, chosen_lr
 from speedrl.ablate import ablations
 
@@ -97,3 +99,17 @@ def test_methods_are_compared_at_equal_calls_in_words():
 def test_quick_has_all_that_the_full_study_has():
     assert {"speed-reward", "kl", "likelihood", "percentile", "low-quality", "group-size", "guidance", "trained-steps",
             "lr"} <= set(ablations())  # fmt: skip
+
+
+def test_steps_that_are_chosen_stand_beside_the_best_mixture_of_given_ones_of_as_many_calls():
+    assert pace.hull({4: 0.5, 5: 0.51, 6: 0.54, 7: 0.53, 8: 0.55}) == [4, 6, 8]
+    assert pace.hull({4: 0.5, 5: 0.55, 6: 0.54}) == [4, 5]
+    assert pace.mixture([4, 6, 8], 4.5) == {4: 0.75, 6: 0.25} and pace.mixture([4, 6, 8], 9.0) == {6: 0.0, 8: 1.0}
+    hard, easy = torch.tensor([0.2, 0.2]), torch.tensor([0.6, 0.6])
+    given = {n: torch.stack([torch.stack([hard + gain, easy]), torch.ones(2, 2), torch.full((2, 2), float(n))])
+             for n, gain in ((4, 0.0), (5, 0.1), (6, 0.4))}  # fmt: skip
+    auto = torch.stack([given[6][:, 0], given[4][:, 1]], 1)  # the hard prompt goes on, the easy one stops
+    found = pace.compared({"auto": auto, **given})
+    assert found["calls"] == 5 and found["quarters"][0] == 6 and found["correlation"] == pytest.approx(-1)
+    assert found["gain"] == pytest.approx(0.6 - (0.4 + 0.6) / 2)
+    assert found["gain_r1"] == pytest.approx(0)

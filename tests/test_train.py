@@ -186,7 +186,7 @@ def test_settings_that_cannot_work_are_named_before_anything_is_written(options,
 
 def test_step_ranges():
     assert step_range("8") == (8, 8, False) and step_range("2-16") == (2, 16, False)
-    assert step_range("auto:4") == (1, 4, True) and step_range("auto") == (1, 16, True)
+    assert step_range("auto:4") == (1, 4, True) and step_range("auto") == (1, 8, True)
     assert step_range("auto", at_most=5).most == 5
     with pytest.raises(ValueError, match="must rise"):
         step_range("9-3")

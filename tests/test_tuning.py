@@ -46,8 +46,6 @@ def test_each_scalar_does_what_it_says():
         policy, steps, noise, **how, tuning=one._replace(first=torch.full((2,), 50.0), last=torch.full((2,), 50.0))
     )
     assert (sharp.tokens == 6).all()  # the likeliest, with certainty
-    with pytest.raises(ValueError, match="given step counts"):
-        rollout(policy, steps, draw_noise(2, 4, 16, seed=0, pace=True), **how, tuning=one, at_most=4)
 
 
 def test_trials_are_drawn_around_the_table_and_are_the_same_again():

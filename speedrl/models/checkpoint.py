@@ -266,7 +266,7 @@ def paced(generator: Generator, bounds: StepRange) -> Generator:
         return generator._replace(pace=pace.to(next(transformer.parameters()).device))
     if generator.pace.most != bounds.most:
         most = generator.pace.most
-        raise ValueError(f"the model chooses from 1 to {most} steps, not {bounds.most}: go on with --steps auto:{most}")
+        raise ValueError(f"the model chooses at most {most} steps, not {bounds.most}: go on with --steps auto:{most}")
     return generator
 
 
