@@ -67,6 +67,10 @@ def idle(settings: Mapping[str, Any], bounds: StepRange) -> list[str]:
     if drawn and alike and settings["steps_reward"] and settings["quality_gate"] is None:
         needed = "--no-shared-steps and --credit rollout, or --steps auto"
         return [f"pictures are compared at equal step counts, so the speed reward cancels: it needs {needed}"]
+    if bounds.chosen and not settings["steps_reward"]:
+        return [
+            "steps cost nothing, so all that help at all are taken: say by --steps-reward what saving them is worth"
+        ]
     return []
 
 

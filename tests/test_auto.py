@@ -273,6 +273,9 @@ def test_pictures_of_a_group_share_their_step_count_or_have_their_own(options, t
         train(out=tmp_path / name, iterations=1, **options | more)
         said[name] = capsys.readouterr().out
     assert [name for name, text in said.items() if "speed reward cancels" in text] == ["shared"]
+    for worth in (0.0, 0.2):
+        train(out=tmp_path / f"auto-{worth}", iterations=1, **options | {"steps": "auto:4", "steps_reward": worth})
+        assert ("steps cost nothing" in capsys.readouterr().out) == (worth == 0)
     rows = {name: metrics(tmp_path / name)[0] for name in said}
     assert rows["shared"]["reward"] > rows["free"]["reward"] + 0.05, "it is there, but in every group the same"
     assert rows["shared"]["grad_norm"] == pytest.approx(rows["free"]["grad_norm"], rel=1e-2)
