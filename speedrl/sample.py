@@ -124,12 +124,12 @@ def draw(
 ) -> tuple[Tensor, Tensor]:
     """Tokens int64 [B, L] of B prompts, `batch` at a time, by default `fitting_batch`, and the steps taken int64 [B].
 
-    `steps` is their number or "auto", where the model chooses ("auto:8": at most 8 of them); None is "auto" for a model
-    that was trained to choose and 8 for another. Guidance, temperature, mask schedule, reveal order and the share to
-    `revise` None are the generator's own, to which its tuning is applied, and guidance leads
-    away from its negative prompt. The noise of sample i depends on (seed, i) alone.
-    ValueError for no prompts, for steps outside 1 .. L or that the model cannot choose, for an unknown schedule or
-    order, and for a share outside 0 .. 1.
+    `steps` is their number or "auto", where the model chooses ("auto:8": at most 8 of them); None is "auto" for a
+    model that was trained to choose and 8 for another. Guidance, temperature, mask schedule, reveal order and the
+    share to `revise` None are the generator's own, to which its tuning is applied, and guidance leads away from its
+    negative prompt. The noise of sample i depends on (seed, i) alone. ValueError for no prompts, for steps outside 1
+    .. L or that the model cannot choose, for an unknown schedule or order, and for a share outside 0 .. 1, or of 0
+    where the model chooses.
     """
     length, (first_steps, sweeps) = generator.grid[0] * generator.grid[1], planned(generator, steps)
     chooses = sweeps is not None
@@ -178,10 +178,9 @@ def draw(
         how = {"mask_id": generator.mask_id, "grid": generator.grid, "sharpness": tuning and tuning.last}
         if chooses:
             drawn, took = until_stop(policy, generator.pace, finished, noise.uniform, sweeps=sweeps, share=share, **how)
-        else:
-            drawn, took = finished.tokens, finished.steps + revising
-        if again:
+        else:  # with nothing to draw again that is the rollout itself
             drawn = revise_tokens(policy, finished, noise.uniform[:, revealing:], again, **how).tokens
+            took = finished.steps + revising
         tokens.append(drawn)
         taken.append(took)
     return torch.cat(tokens), torch.cat(taken)

@@ -200,8 +200,9 @@ def train(
     too. An update whose gradient is not finite is skipped; `max_skipped` in a row end the
     training.
     `temperature`, the mask `schedule` and the reveal `order` None are the model's own. The saved model draws the share
-    `revise` of its tokens again (`revise_tokens`); rollouts do not, as a step trains on tokens that stay. With `bf16`,
-    by default where `bf16_is_fast`, products are computed in bfloat16, weights and what is summed stay float32.
+    `revise` of its tokens again (`revise_tokens`); of a rollout what is revealed trains, and only where the policy
+    chooses are sweeps drawn at all, for their rewards. With `bf16`, by default where `bf16_is_fast`, products are
+    computed in bfloat16, weights and what is summed stay float32.
     `loading` holds further options of `load_generator`, which the saved model keeps.
 
     Under torchrun, groups are shared by its ranks: with `parallel` "ddp" each has the whole model, with "fsdp" a part

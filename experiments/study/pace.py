@@ -20,17 +20,26 @@ from speedrl.cli import in_one_line
 from speedrl.evaluate import prompt_sets
 from speedrl.files import write_atomically, write_json
 from speedrl.interval import interval
-from speedrl.judge import concepts_in, features, load_judge, recall
+from speedrl.judge import Judge, concepts_in, features, load_judge, recall
 from speedrl.models.checkpoint import Generator, decode, load_generator
+from speedrl.pace import SWEEP
 from speedrl.platform import bf16_autocast
-from speedrl.reward import load_quality
+from speedrl.reward import Score, load_quality
 from speedrl.sample import draw, planned
 
 AUTO = "auto"
 
 
 def measured(
-    generator: Generator, prompts: list[str], steps: int | str, *, count: int, seeds: int, bf16: bool, judge, score
+    generator: Generator,
+    prompts: list[str],
+    steps: int | str,
+    *,
+    count: int,
+    seeds: int,
+    bf16: bool | None,
+    judge: Judge,
+    score: Score,
 ) -> Tensor:
     """Reward, whether the judge names the concept first, and the steps taken: float32 [3, P, seeds * count]."""
     wanted, found = [prompt for prompt in prompts for _ in range(count)], []
@@ -144,7 +153,7 @@ def main(
         fewest, sweeps = planned(generator, AUTO)
         torch.compiler.reset()
         generator.transformer.compile_blocks()
-        every = [AUTO, *range(fewest, fewest + min(beyond, 2 * sweeps) + 1)]
+        every = [AUTO, *range(fewest, fewest + min(beyond, SWEEP * sweeps) + 1)]
         for which, prompts in sets.items():
             how = {"count": count, "seeds": seeds, "bf16": bf16, "judge": judge, "score": score}
             of = {steps: measured(generator, prompts, steps, **how) for steps in track(every, f"{run}, {which}")}
