@@ -303,7 +303,8 @@ def train(
     if compare:
         from speedrl.report import report
 
-        shared = {"prompts": prompts, "quality": quality, "reward_weights": reward_weights, "device": device}
+        shared = {"prompts": prompts, "quality": quality, "reward_weights": reward_weights, "compile": compile,
+                  "device": device}  # fmt: skip
         report(model, trained, out=out, loading=how, **shared)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.console import Console
 from rich.progress import track
 
@@ -36,6 +37,7 @@ def report(
     count: int = 4,
     seeds: int = 3,
     pictures: int = 10,
+    compile: bool = False,
     device: str = "cpu",
     loading: Mapping[str, Any] | None = None,
 ) -> list[dict]:
@@ -47,11 +49,15 @@ def report(
     chooses its steps also at their rounded mean, which then counts as its steps; and both without guidance, or as the
     trained model has it, at twice and four times its steps and so on, up to a quarter of the network calls of the first
     row, the base as it is and with the trained model's revision where there is one. On the first `some` prompts of each
-    set, `count` pictures of each for each of `seeds` seeds.
+    set, `count` pictures of each for each of `seeds` seeds. `compile` pays where there are many pictures.
     Writes OUT/comparison.json and OUT/before_after.png and prints the table.
     """
     out, trained, console = Path(out), str(trained), Console()
     before, after = load_generator(base, device=device, **(loading or {})), load_generator(trained, device=device)
+    if compile:
+        torch.compiler.reset()  # after the networks of a training the compiler would give up
+        before.transformer.compile_blocks()
+        after.transformer.compile_blocks()
     sets = {which: lines[:some] for which, lines in prompt_sets(prompts, None).items()}
     judge = judge_if_there(device, console)
     scores, _ = load_qualities(quality, device=device, weights=reward_weights)
