@@ -17,6 +17,18 @@ def group_advantages(rewards: Tensor, *, scale: bool = True, eps: float = 1e-4) 
     return advantages / (rewards.std(1, correction=0, keepdim=True) + eps) if scale else advantages
 
 
+def early_advantages(advantages: Tensor, reveal_step: Tensor, steps: int, *, masked: float = 0.9) -> Tensor:
+    """Advantages of whole rollouts, float32 [B], at those of their first `steps` steps that see a share `masked` of the
+    tokens masked or more, and 0 at the others: float32 [B, steps]; reveal_step int64 [B, L] as `Rollout`'s.
+
+    What the first tokens decide is for the whole picture: how large a thing is, where, in which design. Their worth is
+    in what is drawn after them. They are few, so that the noise of the others' part in the reward is little, and the
+    states that the pictures of a prompt draw them at are still nearly the same.
+    """
+    before = reveal_step[:, None] >= torch.arange(steps, device=reveal_step.device)[:, None]  # [B, S, L]
+    return advantages[:, None] * (before.float().mean(-1) >= masked)
+
+
 def step_advantages(values: Tensor, returns: Tensor, steps: Tensor, *, gae_lambda: float) -> Tensor:
     """Each step's own advantage, by generalised advantage estimation (arXiv 1506.02438, equation 16, gamma 1).
 

@@ -94,7 +94,7 @@ def check_numbers(settings: Mapping[str, Any]) -> None:
             raise ValueError(f"{option} must be a finite number, got {value}")
         if name in ("clip_range", "clip_grad", "eps", "tune_rate", "pace_lr") and value <= 0:
             raise ValueError(f"{option} must be positive, got {value}")
-        positive = ("kl_weight", "temperature", "quality_clip", "warmup")
+        positive = ("kl_weight", "temperature", "quality_clip", "warmup", "early_credit")
         if name in positive and value is not None and value < 0:
             raise ValueError(f"{option} must not be negative, got {value}")
     check_share(settings["revise"])

@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from speedrl import distributed
-from speedrl.advantage import group_advantages
+from speedrl.advantage import early_advantages, group_advantages
 from speedrl.critic import reward_slopes
 from speedrl.display import Display
 from speedrl.distributed import agreed, gathered, total
@@ -148,6 +148,7 @@ def train(
     tune_rate: float = 2.0,
     credit: str | None = None,
     gae_lambda: float = 0.0,
+    early_credit: float = 0.0,
     lora: int | None = None,
     lora_alpha: float | None = None,
     lora_targets: str | None = None,
@@ -187,7 +188,8 @@ def train(
     too. Where the policy chooses, its head learns at the rate `pace_lr`, and a picture's reward is what its decisions
     let expect.
     With `credit` "token", the default where likelihood and reward allow it, tokens have what the reward would change by
-    with another one there, to first order (`critic`); with "step" every token of a step has what the step changed of
+    with another one there, to first order (`critic`), and the first tokens `early_credit` times the advantage of the
+    whole rollout beside it (`early_advantages`); with "step" every token of a step has what the step changed of
     its state's value (`value`), and with `gae_lambda` above 0 a share of what later steps changed; with
     "rollout" the advantage of the whole rollout, as in the paper.
     With `tune` a few scalars of the sampler are learned for each step count, from `tune_rate`, less later (`tuning`).
@@ -337,10 +339,12 @@ def train(
             if by_token:
                 by_size = lambda n: scale * reward_slopes(batch.tokens, codes, sloped, asked, batch=n)  # noqa: B023, E731
                 slopes, at_once = agreed(lambda: fitting(by_size, at_once))  # noqa: B023
-            if by_step:
+                early = early_credit * scale * above[mine]
+                advantages = early_advantages(early, batch.reveal_step, batch.countdown.shape[1])
+            elif by_step:
                 guessed = agreed(lambda: guesses(batch, asked, valued))  # noqa: B023
                 advantages, fit = step_credit(batch, guessed, rewards, quality_of, fit, **of_credit)
-            else:  # those of whole rollouts, which slopes take the place of
+            else:
                 advantages = group_advantages(rewards.view(groups, -1)).view(-1, 1)[mine].expand(batch.countdown.shape)
 
             # TRAINING

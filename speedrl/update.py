@@ -164,8 +164,7 @@ def micro_batch_loss(
 
     batch: m samples; part: their rows; prompts and empty: of each row; advantages [m, S], which may differ between the
     steps with likelihood "token"; weights [m, L], 0 for tokens that do not train. The caller divides by the weight of
-    the whole batch. With `slopes` [m, L, C] of the `codes` [V, C] the tokens gain as `expected_gain` says, and
-    `advantages` play no part.
+    the whole batch. With `slopes` [m, L, C] of the `codes` [V, C] the tokens gain as `expected_gain` says as well.
     """
     features = row_features(transformer, part, prompts, empty, guidance=guidance, grid=grid)
     features, of_reference = at_places(features, part), None
@@ -196,7 +195,7 @@ def micro_batch_loss(
         new = old.flatten().index_put((where,), token).view_as(old)
         ratio = log_ratio(new, old, level=likelihood, weights=weights)
     of_tokens = advantages.gather(1, batch.reveal_step) if likelihood == "token" else advantages[:, :1]
-    loss, stats = clipped_loss(ratio, of_tokens * (slopes is None), weights, clip_range=clip_range)
+    loss, stats = clipped_loss(ratio, of_tokens, weights, clip_range=clip_range)
     loss = loss - (gain * trained).sum()
     divergences = (away * trained).sum()
     return loss + kl_weight * divergences, stats | {"kl": divergences.detach()}

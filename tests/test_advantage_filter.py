@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from speedrl.advantage import group_advantages
+from speedrl.advantage import early_advantages, group_advantages
 from speedrl.filter import low_quality, std_percentile
 
 REWARDS = torch.tensor([[0.1, 0.5, 0.3, 0.9], [2.0, 2.5, 1.0, 0.0], [0.3, 0.3, 0.3, 0.3]])
@@ -28,6 +28,13 @@ def test_scaled_advantages_have_unit_variance_whatever_the_scale_of_the_reward()
 def test_equal_rewards_give_exactly_zero(value):
     for n in (1, 3, 7):
         assert torch.equal(group_advantages(torch.full((1, n), value), eps=1e-8), torch.zeros(1, n))
+
+
+def test_early_advantages_are_of_the_steps_that_see_nearly_everything_masked():
+    reveal_step = torch.tensor([[0] + [1] * 2 + [2] * 7, [0] * 10, [0] + [1] + [2] * 8])  # 3, 1 and 3 steps
+    found = early_advantages(torch.tensor([2.0, -1.0, 0.5]), reveal_step, 3)
+    assert found.tolist() == [[2.0, 2.0, 0.0], [-1.0, 0.0, 0.0], [0.5, 0.5, 0.0]]  # 10, 9, 7; 10; 10, 9, 8 of 10 masked
+    assert early_advantages(torch.ones(3), reveal_step, 3, masked=0.8)[2].tolist() == [1.0, 1.0, 1.0]
 
 
 def test_percentile_keeps_the_groups_that_differ_most():

@@ -82,6 +82,14 @@ def test_every_kind_of_credit_learns_and_differs_from_that_of_tokens(options, tm
     assert token[0]["quality"] == other[0]["quality"] and token[0]["grad_norm"] != other[0]["grad_norm"]
 
 
+def test_the_first_tokens_can_have_the_credit_of_the_rollout_too(options, tmp_path):
+    for name, how in (("none", {}), ("zero", {"early_credit": 0.0}), ("some", {"early_credit": 2.0})):
+        train(out=tmp_path / name, iterations=25, kl_weight=0.0, **how, **options)
+    none, zero, some = (metrics(tmp_path / name) for name in ("none", "zero", "some"))
+    assert none[0]["grad_norm"] == zero[0]["grad_norm"] != some[0]["grad_norm"]
+    assert sum(r["quality"] for r in some[-5:]) > sum(r["quality"] for r in some[:5])
+
+
 def test_a_reward_without_a_gradient_trains_by_the_credit_of_steps(options, tmp_path):
     train(out=tmp_path / "run", iterations=1, **options | {"quality": "tests.test_train:flat"})
     settings = json.loads((tmp_path / "run/checkpoints/000001/state.json").read_text())["settings"]
@@ -175,6 +183,7 @@ def test_a_run_is_not_overwritten_and_a_damaged_checkpoint_is_named(options, tmp
      ({"group_size": 1}, "group-size"), ({"lr": 0.0}, "lr"), ({"kl": "k9"}, "divergence"), ({"trained": 9}, "trained"),
      ({"iterations": 0}, "iterations"), ({"order": "best"}, "'best'"), ({"schedule": "cubic"}, "'cubic'"),
      ({"credit": "half"}, "step or rollout"), ({"gae_lambda": 1.5}, "gae-lambda"), ({"tune_rate": 0.0}, "tune-rate"),
+     ({"early_credit": -1.0}, "early-credit"),
      ({"credit": "step", "likelihood": "exact"}, "--credit rollout"),
      ({"credit": "token", "quality": "tests.test_train:flat"}, "no gradient at the pictures")],
 )  # fmt: skip

@@ -203,6 +203,27 @@ def test_without_a_reference_its_work_is_skipped(tiny_generator, monkeypatch):
     assert stats["kl"] == 0 and not calls and loss.isfinite()
 
 
+def test_what_tokens_are_to_gain_by_slopes_comes_beside_their_advantages(tiny_generator):
+    batch, prompts, empty = sampled(tiny_generator, guidance=1.0)
+    part = rows(batch, trained_steps(STEPS, None, torch.Generator()), mask_id=tiny_generator.mask_id)
+    model, random = disturbed(tiny_generator.transformer), torch.Generator().manual_seed(1)
+    slopes, codes = torch.randn(4, LENGTH, 3, generator=random), torch.randn(model.codes, 3, generator=random)
+
+    def gradient(advantages: torch.Tensor, slopes: torch.Tensor | None) -> torch.Tensor:
+        loss, _ = micro_batch_loss(
+            model, None, batch, part, take(prompts, part.sample), repeat(empty, len(part.sample)), advantages,
+            torch.ones(4, LENGTH), grid=GRID, guidance=1.0, reference_guidance=1.0, order="confidence",
+            likelihood="token", clip_range=0.2, kl="none", kl_weight=0.0, slopes=slopes, codes=codes,
+        )  # fmt: skip
+        found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+        return torch.cat([part.flatten() for part in found if part is not None])
+
+    advantages = advantages_of(batch, "token")
+    alone = gradient(torch.zeros_like(advantages), slopes), gradient(advantages, None)
+    assert all(part.norm() > 1e-3 for part in alone)
+    torch.testing.assert_close(gradient(advantages, slopes), sum(alone), atol=1e-5, rtol=1e-4)
+
+
 def test_training_on_some_steps_is_unbiased(tiny_generator):
     """Every choice of K of each sample's N steps, each as likely as another: the mean gradient is that of all steps."""
     steps = torch.tensor([3, 4, 3, 2])

@@ -105,7 +105,7 @@ def study(
         batch = draw(generator, texts, score, number=number, **drawn)
         found, fit = credits(generator, batch, score, fit, group_size=group_size)
         if codes is not None:
-            found = {"token": found["rollout"]} | found
+            found = {"token": torch.zeros_like(found["rollout"])} | found  # slopes alone
         for name, advantages in found.items():
             slopes = slopes_of(generator, batch, score, codes, group_size=group_size) if name == "token" else None
             one = gradient(generator, None, batch._replace(advantages=advantages), "token", slopes=slopes, **settings)
