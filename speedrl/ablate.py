@@ -55,7 +55,7 @@ def ablations() -> dict[str, dict[str, dict]]:
         "kl": weights
         | {f"{kind}, weight 0.002": {"kl": kind, "kl_weight": 0.002} for kind in ("reverse", "k2", "k3")}
         | {"none": {"kl": "none"}},
-        "credit": {"of a token": {"credit": None}, "and of the rollout, early": {"early_credit": 2.0}}
+        "credit": {"of a token": {"credit": None}}
         | {f"of a step, lambda {x:g}": {"credit": "step", "gae_lambda": x} for x in (0.0, 0.5, 1.0)}
         | {"of a rollout": {"credit": "rollout"}},
         "tuning": {"learned": {"tune": True}, "hand-set": {"tune": False}},

@@ -259,7 +259,7 @@ def train(
     ],
     gae_lambda: Annotated[float, Option(help="How much of the later steps' credit a step has too, 0 to 1.")],
     early_credit: Annotated[
-        float, Option(help="With credit token: what the whole reward weighs beside it at each picture's first tokens.")
+        float, Option(help="With credit token: the whole reward's weight at first tokens; wants --kl-weight 0.2.")
     ],
     lora: Annotated[int | None, Option(help="Train an adapter of this rank. [default: all weights]")],
     lora_alpha: Annotated[float | None, Option(help="Strength of the adapter over its rank. [default: the rank]")],
