@@ -63,15 +63,16 @@ def check(settings: dict, bounds: StepRange) -> None:
 def idle(settings: Mapping[str, Any], bounds: StepRange) -> list[str]:
     """A line about each setting that does nothing beside the others."""
     drawn = bounds.least < bounds.most and not bounds.chosen
-    alike = settings["shared_steps"] or settings["credit"] != "rollout"
+    alike, found = settings["shared_steps"] or settings["credit"] != "rollout", []
     if drawn and alike and settings["steps_reward"] and settings["quality_gate"] is None:
         needed = "--no-shared-steps and --credit rollout, or --steps auto"
-        return [f"pictures are compared at equal step counts, so the speed reward cancels: it needs {needed}"]
+        found += [f"pictures are compared at equal step counts, so the speed reward cancels: it needs {needed}"]
     if bounds.chosen and not settings["steps_reward"]:
-        return [
-            "steps cost nothing, so all that help at all are taken: say by --steps-reward what saving them is worth"
-        ]
-    return []
+        said = "say by --steps-reward what saving them is worth"
+        found += [f"steps cost nothing, so all that help at all are taken: {said}"]
+    if settings["early_credit"] and settings["credit"] != "token":
+        found += [f"early-credit goes with the credit of tokens: beside that of a {settings['credit']} it does nothing"]
+    return found
 
 
 def kind_of_credit(

@@ -90,6 +90,12 @@ def test_the_first_tokens_can_have_the_credit_of_the_rollout_too(options, tmp_pa
     assert sum(r["quality"] for r in some[-5:]) > sum(r["quality"] for r in some[:5])
 
 
+def test_early_credit_beside_another_credit_than_that_of_tokens_is_said_to_do_nothing(options, tmp_path, capsys):
+    for credit, idle in ((None, False), ("step", True), ("rollout", True)):
+        train(out=tmp_path / f"run-{credit}", iterations=1, credit=credit, early_credit=2.0, **options)
+        assert ("it does nothing" in capsys.readouterr().out) == idle
+
+
 def test_a_reward_without_a_gradient_trains_by_the_credit_of_steps(options, tmp_path):
     train(out=tmp_path / "run", iterations=1, **options | {"quality": "tests.test_train:flat"})
     settings = json.loads((tmp_path / "run/checkpoints/000001/state.json").read_text())["settings"]
