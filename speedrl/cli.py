@@ -243,6 +243,9 @@ def train(
     clip_range: Annotated[float, Option(help="Ratios are clipped to 1 +- this.")],
     kl: Annotated[str, Option(help="Divergence: ce, reverse, k1, k2, k3 or none.")],
     kl_weight: Annotated[float, Option(help="Weight of the divergence.")],
+    kl_falloff: Annotated[
+        float, Option(help="In a range of steps it weighs (steps / most) to this power of that; 0: the same at all.")
+    ],
     percentile: Annotated[
         float, Option(help="Groups under this percentile of the quality's standard deviation do not train.")
     ],

@@ -37,6 +37,15 @@ def kl(policy_logits: Tensor, reference_logits: Tensor, tokens: Tensor | None = 
     raise ValueError(f"unknown divergence {kind!r}: choose ce, reverse, k1, k2, k3 or none")
 
 
+def count_weights(steps: Tensor, *, most: int, falloff: float) -> Tensor:
+    """What the divergence of samples of so many steps weighs beside that of `most`: int64 [B] -> float32 [B].
+
+    (steps / most) ** falloff. The reference is right about each token given those that are known. In many steps that is
+    nearly all; in few, which draw many apart, it is wrong about all of them together, and what is best is far from it.
+    """
+    return (steps / most) ** falloff
+
+
 def _expected_log_ratio(logits: Tensor, other: Tensor) -> Tensor:
     """KL(softmax(logits) || softmax(other)) over the last dimension, float32."""
     log_p = logits.float().log_softmax(-1)

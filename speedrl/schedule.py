@@ -126,6 +126,11 @@ class StepRange(NamedTuple):
     most: int
     chosen: bool = False  # by the policy; else drawn independently of it
 
+    @property
+    def drawn(self) -> bool:
+        """Whether the counts are drawn, and differ."""
+        return self.least < self.most and not self.chosen
+
 
 def step_range(text: str, *, at_most: int = 8) -> StepRange:
     """Reads "8" as 8 to 8, "2-16" as 2 to 16, "auto:16" as at most 16 of which the policy chooses, and "auto" as that

@@ -62,9 +62,8 @@ def check(settings: dict, bounds: StepRange) -> None:
 
 def idle(settings: Mapping[str, Any], bounds: StepRange) -> list[str]:
     """A line about each setting that does nothing beside the others."""
-    drawn = bounds.least < bounds.most and not bounds.chosen
     alike, found = settings["shared_steps"] or settings["credit"] != "rollout", []
-    if drawn and alike and settings["steps_reward"] and settings["quality_gate"] is None:
+    if bounds.drawn and alike and settings["steps_reward"] and settings["quality_gate"] is None:
         needed = "--no-shared-steps and --credit rollout, or --steps auto"
         found += [f"pictures are compared at equal step counts, so the speed reward cancels: it needs {needed}"]
     if bounds.chosen and not settings["steps_reward"]:
@@ -72,6 +71,8 @@ def idle(settings: Mapping[str, Any], bounds: StepRange) -> list[str]:
         found += [f"steps cost nothing, so all that help at all are taken: {said}"]
     if settings["early_credit"] and settings["credit"] != "token":
         found += [f"early-credit goes with the credit of tokens: beside that of a {settings['credit']} it does nothing"]
+    if settings["kl_falloff"] and not bounds.drawn:
+        found += ["kl-falloff is between the numbers of steps of a range, like 1-16: without one it does nothing"]
     return found
 
 
@@ -95,7 +96,7 @@ def check_numbers(settings: Mapping[str, Any]) -> None:
             raise ValueError(f"{option} must be a finite number, got {value}")
         if name in ("clip_range", "clip_grad", "eps", "tune_rate", "pace_lr") and value <= 0:
             raise ValueError(f"{option} must be positive, got {value}")
-        positive = ("kl_weight", "temperature", "quality_clip", "warmup", "early_credit")
+        positive = ("kl_weight", "temperature", "quality_clip", "warmup", "early_credit", "kl_falloff")
         if name in positive and value is not None and value < 0:
             raise ValueError(f"{option} must not be negative, got {value}")
     check_share(settings["revise"])

@@ -19,6 +19,7 @@ from speedrl.distributed import agreed, gathered, total
 from speedrl.errors import Stopped, interruptible, unsaved
 from speedrl.export import save_trained
 from speedrl.filter import low_quality, std_percentile
+from speedrl.kl import count_weights
 from speedrl.models.checkpoint import (
     codebook,
     decode,
@@ -141,6 +142,7 @@ def train(
     clip_range: float = 0.2,
     kl: str = "ce",
     kl_weight: float = 0.002,
+    kl_falloff: float = 0.0,
     percentile: float = 0.0,
     least_quality: float | None = None,
     trained: int | None = None,
@@ -180,7 +182,8 @@ def train(
     Each iteration samples `group_size` pictures of `groups` prompts in `steps` steps ("4"; "2-16": drawn anew, every
     octave as often; "auto:8", or "auto": at most 8, of which the policy chooses when to stop, see `pace`), rewards each
     with its quality (`mixture`) plus steps_reward times `speed_reward`, and makes `updates` updates on the clipped loss
-    plus kl_weight times the divergence from the starting model at the revealed tokens.
+    plus kl_weight times the divergence from the starting model at the revealed tokens, in a range of steps times
+    (steps / most) ** kl_falloff (`count_weights`).
     That model is the reference policy as it is used, at its own guidance unless `reference_guidance` says another: so
     a policy that samples without guidance, one call a step in place of two, is drawn to what guidance gives.
     Pictures of a group share the count that is drawn unless `shared_steps` is off: advantages then compare pictures of
@@ -307,6 +310,7 @@ def train(
             counts = draw_steps(bounds, groups, group_size, random, shared=shared_steps).to(device)
             noise = draw_noise(mine.stop - mine.start, bounds.most, length, seed=seed,
                                first=iteration * size + mine.start, device=device)  # fmt: skip
+            held = count_weights(counts[mine], most=bounds.most, falloff=kl_falloff) if bounds.drawn else None
             prompt = take(encode_prompts(generator, chosen), of_group)
             tuning, tried = tunings(table, counts, explore=tune, seed=seed, iteration=iteration)
             policy = guided_policy(transformer, prompt, empty, guidance=guidance, grid=grid, summarise=bounds.chosen)
@@ -354,7 +358,7 @@ def train(
                 weights = token_weights(batch, which, keep.flatten()[mine])  # [B, L]
                 kept = keep.sum() * length  # of all steps and all ranks, whichever train
                 add = lambda n: gradients(transformer, reference, batch, which, prompt, empty, advantages,  # noqa: B023, E731
-                                          weights, kept, slopes=slopes, micro_batch=n, **objective)  # noqa: B023  # fmt: skip
+                                          weights, kept, held=held, slopes=slopes, micro_batch=n, **objective)  # noqa: B023  # fmt: skip
                 totals, micro_batch = fitting(add, micro_batch, undo=optimizer.zero_grad, halve=not sharded)
                 if pace is not None:
                     pace_gradient(pace, stops.known, scale * at_stop[mine], size=size)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from speedrl.kl import kl
+from speedrl.kl import count_weights, kl
 
 CODES = 5
 KINDS = ["ce", "reverse", "k1", "k2", "k3"]
@@ -97,3 +97,9 @@ def test_none_is_zero_and_bad_kinds_are_named():
         kl(policy, reference, kind="k4")
     with pytest.raises(ValueError, match="sampled tokens"):
         kl(policy, reference, kind="k3")
+
+
+def test_fewer_steps_are_held_less_by_a_power_of_their_share():
+    steps = torch.tensor([1, 2, 8, 16])
+    assert count_weights(steps, most=16, falloff=2.0).tolist() == [1 / 256, 1 / 64, 1 / 4, 1]
+    assert count_weights(steps, most=16, falloff=0.0).tolist() == [1, 1, 1, 1]

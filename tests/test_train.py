@@ -96,6 +96,19 @@ def test_early_credit_beside_another_credit_than_that_of_tokens_is_said_to_do_no
         assert ("it does nothing" in capsys.readouterr().out) == idle
 
 
+def test_in_a_range_of_steps_fewer_can_be_held_less_and_without_one_that_is_said_to_do_nothing(
+    options, tmp_path, capsys
+):
+    options |= {"kl_weight": 30.0, "reference_guidance": 3.0, "iterations": 1}
+    for steps, idle in (("3", True), ("1-4", False)):
+        norms = {}
+        for falloff in (0.0, 2.0):
+            train(out=tmp_path / f"run-{steps}-{falloff}", kl_falloff=falloff, **options | {"steps": steps})
+            norms[falloff] = metrics(tmp_path / f"run-{steps}-{falloff}")[0]["grad_norm"]
+        assert (norms[0.0] == norms[2.0]) == idle
+        assert ("it does nothing" in capsys.readouterr().out) == idle
+
+
 def test_a_reward_without_a_gradient_trains_by_the_credit_of_steps(options, tmp_path):
     train(out=tmp_path / "run", iterations=1, **options | {"quality": "tests.test_train:flat"})
     settings = json.loads((tmp_path / "run/checkpoints/000001/state.json").read_text())["settings"]
@@ -190,6 +203,7 @@ def test_a_run_is_not_overwritten_and_a_damaged_checkpoint_is_named(options, tmp
      ({"iterations": 0}, "iterations"), ({"order": "best"}, "'best'"), ({"schedule": "cubic"}, "'cubic'"),
      ({"credit": "half"}, "step or rollout"), ({"gae_lambda": 1.5}, "gae-lambda"), ({"tune_rate": 0.0}, "tune-rate"),
      ({"early_credit": -1.0}, "early-credit"),
+     ({"kl_falloff": -1.0}, "kl-falloff"),
      ({"credit": "step", "likelihood": "exact"}, "--credit rollout"),
      ({"credit": "token", "quality": "tests.test_train:flat"}, "no gradient at the pictures")],
 )  # fmt: skip
