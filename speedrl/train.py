@@ -19,7 +19,6 @@ from speedrl.distributed import agreed, gathered, total
 from speedrl.errors import Stopped, interruptible, unsaved
 from speedrl.export import save_trained
 from speedrl.filter import low_quality, std_percentile
-from speedrl.kl import count_weights
 from speedrl.models.checkpoint import (
     codebook,
     decode,
@@ -87,7 +86,7 @@ def draw_steps(bounds: StepRange, groups: int, group_size: int, random: torch.Ge
     if bounds.chosen:
         return torch.full((groups * group_size,), divided(bounds.most)[0])
     at = at[:groups] if shared else at
-    if bounds.least < bounds.most:
+    if bounds.drawn:
         at = (torch.randperm(len(at), generator=random) + at) / len(at)
     counts = (bounds.least * ((bounds.most + 1) / bounds.least) ** at).long()
     return counts.repeat_interleave(group_size) if shared else counts
@@ -292,7 +291,8 @@ def train(
                "step": compiled_step(device) if compile else step, "summarise": bounds.chosen}  # fmt: skip
     objective = {"mask_id": generator.mask_id, "autocast": autocast, "grid": grid, "guidance": guidance,
                  "reference_guidance": reference_guidance, "order": order, "likelihood": likelihood,
-                 "clip_range": clip_range, "kl": kl, "kl_weight": kl_weight, "codes": codes}  # fmt: skip
+                 "clip_range": clip_range, "kl": kl, "kl_weight": kl_weight, "codes": codes,
+                 "kl_falloff": kl_falloff if bounds.drawn else 0.0, "most": bounds.most}  # fmt: skip
     of_credit = {"mine": mine, "group_size": group_size, "gae_lambda": gae_lambda, "steps_reward": steps_reward,
                  "max_steps": bounds.most}  # fmt: skip
 
@@ -310,7 +310,6 @@ def train(
             counts = draw_steps(bounds, groups, group_size, random, shared=shared_steps).to(device)
             noise = draw_noise(mine.stop - mine.start, bounds.most, length, seed=seed,
                                first=iteration * size + mine.start, device=device)  # fmt: skip
-            held = count_weights(counts[mine], most=bounds.most, falloff=kl_falloff) if bounds.drawn else None
             prompt = take(encode_prompts(generator, chosen), of_group)
             tuning, tried = tunings(table, counts, explore=tune, seed=seed, iteration=iteration)
             policy = guided_policy(transformer, prompt, empty, guidance=guidance, grid=grid, summarise=bounds.chosen)
@@ -358,7 +357,7 @@ def train(
                 weights = token_weights(batch, which, keep.flatten()[mine])  # [B, L]
                 kept = keep.sum() * length  # of all steps and all ranks, whichever train
                 add = lambda n: gradients(transformer, reference, batch, which, prompt, empty, advantages,  # noqa: B023, E731
-                                          weights, kept, held=held, slopes=slopes, micro_batch=n, **objective)  # noqa: B023  # fmt: skip
+                                          weights, kept, slopes=slopes, micro_batch=n, **objective)  # noqa: B023  # fmt: skip
                 totals, micro_batch = fitting(add, micro_batch, undo=optimizer.zero_grad, halve=not sharded)
                 if pace is not None:
                     pace_gradient(pace, stops.known, scale * at_stop[mine], size=size)

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from speedrl.critic import expected_gain
 from speedrl.distributed import sum_gradients
+from speedrl.kl import count_weights
 from speedrl.kl import kl as divergence
 from speedrl.likelihood import exact_log_prob, guided, log_probs, log_ratio
 from speedrl.loss import clipped_loss, normalise
@@ -157,7 +158,8 @@ def micro_batch_loss(
     clip_range: float,
     kl: str,
     kl_weight: float,
-    held: Tensor | None = None,
+    kl_falloff: float = 0.0,
+    most: int = 1,
     slopes: Tensor | None = None,
     codes: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -165,8 +167,8 @@ def micro_batch_loss(
 
     batch: m samples; part: their rows; prompts and empty: of each row; advantages [m, S], which may differ between the
     steps with likelihood "token"; weights [m, L], 0 for tokens that do not train. The caller divides by the weight of
-    the whole batch. `held` [m] is a factor on the weight of each sample's divergence. With `slopes` [m, L, C] of the
-    `codes` [V, C] the tokens gain as `expected_gain` says as well.
+    the whole batch. With `kl_falloff` samples of fewer steps than `most` have less of kl_weight (`count_weights`).
+    With `slopes` [m, L, C] of the `codes` [V, C] the tokens gain as `expected_gain` says as well.
     """
     features = row_features(transformer, part, prompts, empty, guidance=guidance, grid=grid)
     features, of_reference = at_places(features, part), None
@@ -200,8 +202,8 @@ def micro_batch_loss(
     loss, stats = clipped_loss(ratio, of_tokens, weights, clip_range=clip_range)
     loss = loss - (gain * trained).sum()
     away = away * trained
-    pull = away if held is None else away * held[part.sample[part.row]]
-    return loss + kl_weight * pull.sum(), stats | {"kl": away.detach().sum()}
+    held = away * count_weights(batch.steps, most=most, falloff=kl_falloff)[part.sample[part.row]]
+    return loss + kl_weight * held.sum(), stats | {"kl": away.detach().sum()}
 
 
 def accumulate(totals: dict[str, float], stats: dict[str, Tensor]) -> None:
@@ -229,14 +231,13 @@ def gradients(
     micro_batch: int,
     mask_id: int,
     autocast: torch.autocast,
-    held: Tensor | None = None,
     slopes: Tensor | None = None,
     **how: Any,
 ) -> dict[str, float]:
     """Adds the gradient of B samples to the parameters', `micro_batch` samples at a time, whatever their number.
 
     which bool [B, S], the steps that train; prompt of B; advantages [B, S]; weights [B, L]; kept, the weight of all
-    samples of all ranks; held [B], slopes [B, L, C] and `how` as of `micro_batch_loss`. Returns its statistics, summed.
+    samples of all ranks; slopes [B, L, C] and `how` as of `micro_batch_loss`. Returns its statistics, summed.
     """
     totals: dict[str, float] = {}
     for index in torch.arange(len(weights), device=weights.device).split(micro_batch):
@@ -246,7 +247,7 @@ def gradients(
             loss, stats = micro_batch_loss(
                 transformer, reference, part, states, take(prompt, index[states.sample]),
                 repeat(empty, len(states.sample)), advantages[index], weights[index],
-                held=None if held is None else held[index], slopes=None if slopes is None else slopes[index], **how,
+                slopes=None if slopes is None else slopes[index], **how,
             )  # fmt: skip
         loss = loss * (1 + 0 * loss.detach())  # one that is not finite has a gradient that is not, whatever made it so
         normalise(loss, kept).backward()

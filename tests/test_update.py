@@ -208,17 +208,17 @@ def test_a_divergence_held_by_sample_is_the_sum_of_theirs(tiny_generator):
     part = rows(batch, trained_steps(STEPS, None, torch.Generator()), mask_id=tiny_generator.mask_id)
     model = disturbed(tiny_generator.transformer)
 
-    def held_by(held: torch.Tensor | None, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def held_by(falloff: float, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         loss, stats = micro_batch_loss(
             model, tiny_generator.transformer, batch, part, take(prompts, part.sample), repeat(empty, len(part.sample)),
             torch.zeros(4, 4), weights, grid=GRID, guidance=1.0, reference_guidance=1.0, order="confidence",
-            likelihood="token", clip_range=0.2, kl="ce", kl_weight=0.3, held=held,
+            likelihood="token", clip_range=0.2, kl="ce", kl_weight=0.3, kl_falloff=falloff, most=4,
         )  # fmt: skip
         return loss.detach(), stats["kl"]
 
-    every, share = torch.ones(4, LENGTH), torch.tensor([0.1, 1.0, 0.3, 0.6])
-    alone = torch.stack([held_by(None, every * (torch.arange(4) == b)[:, None])[0] for b in range(4)])
-    loss, away = held_by(share, every)
+    every, share = torch.ones(4, LENGTH), torch.tensor([1 / 16, 1.0, 1 / 4, 9 / 16])
+    alone = torch.stack([held_by(0.0, every * (torch.arange(4) == b)[:, None])[0] for b in range(4)])
+    loss, away = held_by(2.0, every)
     assert alone.min() > 1e-3
     torch.testing.assert_close(loss, (alone * share).sum())
     torch.testing.assert_close(away, alone.sum() / 0.3)  # what is measured is the divergence, whatever it weighs
