@@ -242,9 +242,9 @@ def train(
     likelihood: Annotated[str, Option(help="token, sequence or exact.")],
     clip_range: Annotated[float, Option(help="Ratios are clipped to 1 +- this.")],
     kl: Annotated[str, Option(help="Divergence: ce, reverse, k1, k2, k3 or none.")],
-    kl_weight: Annotated[float, Option(help="Weight of the divergence.")],
+    kl_weight: Annotated[float, Option(help="Weight of the divergence in 16 steps or more.")],
     kl_falloff: Annotated[
-        float, Option(help="In a range of steps it weighs (steps / most) to this power of that; 0: the same at all.")
+        float, Option(help="In fewer it weighs (steps / 16) to this power of that, .0125 in 4; 0: the same in all.")
     ],
     percentile: Annotated[
         float, Option(help="Groups under this percentile of the quality's standard deviation do not train.")
@@ -262,7 +262,7 @@ def train(
     ],
     gae_lambda: Annotated[float, Option(help="How much of the later steps' credit a step has too, 0 to 1.")],
     early_credit: Annotated[
-        float, Option(help="With credit token: the whole reward's weight at first tokens; wants --kl-weight 0.2.")
+        float, Option(help="With credit token: the whole reward's weight at first tokens; wants --kl-falloff 0.")
     ],
     lora: Annotated[int | None, Option(help="Train an adapter of this rank. [default: all weights]")],
     lora_alpha: Annotated[float | None, Option(help="Strength of the adapter over its rank. [default: the rank]")],

@@ -5,6 +5,8 @@ from torch import Tensor
 
 from speedrl.likelihood import log_probs
 
+FULL = 16  # steps from which on the divergence has all of its weight
+
 
 def kl(policy_logits: Tensor, reference_logits: Tensor, tokens: Tensor | None = None, *, kind: str = "ce") -> Tensor:
     """Divergence in nats at each position: logits [..., V] twice, tokens int64 [...] -> float32 [...].
@@ -37,13 +39,14 @@ def kl(policy_logits: Tensor, reference_logits: Tensor, tokens: Tensor | None = 
     raise ValueError(f"unknown divergence {kind!r}: choose ce, reverse, k1, k2, k3 or none")
 
 
-def count_weights(steps: Tensor, *, most: int, falloff: float) -> Tensor:
-    """What the divergence of samples of so many steps weighs beside that of `most`: int64 [B] -> float32 [B].
+def count_weights(steps: Tensor, *, falloff: float) -> Tensor:
+    """What the divergence of samples of so many steps weighs, of its whole weight: int64 [B] -> float32 [B].
 
-    (steps / most) ** falloff. The reference is right about each token given those that are known. In many steps that is
-    nearly all; in few, which draw many apart, it is wrong about all of them together, and what is best is far from it.
+    (steps / FULL) ** falloff, and 1 from there on. The reference is right about each token given those that are known.
+    In many steps that is nearly all; in few, which draw many apart, it is wrong about all of them together, and what is
+    best is far from it.
     """
-    return (steps / most) ** falloff
+    return (steps / FULL).clamp(max=1) ** falloff
 
 
 def _expected_log_ratio(logits: Tensor, other: Tensor) -> Tensor:

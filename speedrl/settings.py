@@ -71,8 +71,6 @@ def idle(settings: Mapping[str, Any], bounds: StepRange) -> list[str]:
         found += [f"steps cost nothing, so all that help at all are taken: {said}"]
     if settings["early_credit"] and settings["credit"] != "token":
         found += [f"early-credit goes with the credit of tokens: beside that of a {settings['credit']} it does nothing"]
-    if settings["kl_falloff"] and not bounds.drawn:
-        found += ["kl-falloff is between the numbers of steps of a range, like 1-16: without one it does nothing"]
     return found
 
 

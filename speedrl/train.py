@@ -140,8 +140,8 @@ def train(
     likelihood: str = "token",
     clip_range: float = 0.2,
     kl: str = "ce",
-    kl_weight: float = 0.002,
-    kl_falloff: float = 0.0,
+    kl_weight: float = 0.2,
+    kl_falloff: float = 2.0,
     percentile: float = 0.0,
     least_quality: float | None = None,
     trained: int | None = None,
@@ -181,8 +181,8 @@ def train(
     Each iteration samples `group_size` pictures of `groups` prompts in `steps` steps ("4"; "2-16": drawn anew, every
     octave as often; "auto:8", or "auto": at most 8, of which the policy chooses when to stop, see `pace`), rewards each
     with its quality (`mixture`) plus steps_reward times `speed_reward`, and makes `updates` updates on the clipped loss
-    plus kl_weight times the divergence from the starting model at the revealed tokens, in a range of steps times
-    (steps / most) ** kl_falloff (`count_weights`).
+    plus kl_weight times the divergence from the starting model at the revealed tokens, of fewer than 16 steps times
+    (steps / 16) ** kl_falloff (`count_weights`).
     That model is the reference policy as it is used, at its own guidance unless `reference_guidance` says another: so
     a policy that samples without guidance, one call a step in place of two, is drawn to what guidance gives.
     Pictures of a group share the count that is drawn unless `shared_steps` is off: advantages then compare pictures of
@@ -291,8 +291,8 @@ def train(
                "step": compiled_step(device) if compile else step, "summarise": bounds.chosen}  # fmt: skip
     objective = {"mask_id": generator.mask_id, "autocast": autocast, "grid": grid, "guidance": guidance,
                  "reference_guidance": reference_guidance, "order": order, "likelihood": likelihood,
-                 "clip_range": clip_range, "kl": kl, "kl_weight": kl_weight, "codes": codes,
-                 "kl_falloff": kl_falloff if bounds.drawn else 0.0, "most": bounds.most}  # fmt: skip
+                 "clip_range": clip_range, "kl": kl, "kl_weight": kl_weight,
+                 "kl_falloff": kl_falloff, "codes": codes}  # fmt: skip
     of_credit = {"mine": mine, "group_size": group_size, "gae_lambda": gae_lambda, "steps_reward": steps_reward,
                  "max_steps": bounds.most}  # fmt: skip
 

@@ -159,7 +159,6 @@ def micro_batch_loss(
     kl: str,
     kl_weight: float,
     kl_falloff: float = 0.0,
-    most: int = 1,
     slopes: Tensor | None = None,
     codes: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -167,7 +166,7 @@ def micro_batch_loss(
 
     batch: m samples; part: their rows; prompts and empty: of each row; advantages [m, S], which may differ between the
     steps with likelihood "token"; weights [m, L], 0 for tokens that do not train. The caller divides by the weight of
-    the whole batch. With `kl_falloff` samples of fewer steps than `most` have less of kl_weight (`count_weights`).
+    the whole batch. With `kl_falloff` samples of few steps have less of kl_weight (`count_weights`).
     With `slopes` [m, L, C] of the `codes` [V, C] the tokens gain as `expected_gain` says as well.
     """
     features = row_features(transformer, part, prompts, empty, guidance=guidance, grid=grid)
@@ -202,7 +201,7 @@ def micro_batch_loss(
     loss, stats = clipped_loss(ratio, of_tokens, weights, clip_range=clip_range)
     loss = loss - (gain * trained).sum()
     away = away * trained
-    held = away * count_weights(batch.steps, most=most, falloff=kl_falloff)[part.sample[part.row]]
+    held = away * count_weights(batch.steps, falloff=kl_falloff)[part.sample[part.row]]
     return loss + kl_weight * held.sum(), stats | {"kl": away.detach().sum()}
 
 

@@ -207,4 +207,4 @@ def test_a_process_that_dies_is_reported(tmp_path, monkeypatch):
 
 
 def test_variants_are_named():
-    assert variants("kl")["k3, weight 0.002"] == {"kl": "k3", "kl_weight": 0.002}
+    assert variants("kl")["k3, weight 0.2"] == {"kl": "k3", "kl_weight": 0.2}

@@ -99,7 +99,7 @@ def test_none_is_zero_and_bad_kinds_are_named():
         kl(policy, reference, kind="k3")
 
 
-def test_fewer_steps_are_held_less_by_a_power_of_their_share():
-    steps = torch.tensor([1, 2, 8, 16])
-    assert count_weights(steps, most=16, falloff=2.0).tolist() == [1 / 256, 1 / 64, 1 / 4, 1]
-    assert count_weights(steps, most=16, falloff=0.0).tolist() == [1, 1, 1, 1]
+def test_fewer_steps_than_sixteen_are_held_less_by_a_power_of_their_share():
+    steps = torch.tensor([1, 2, 8, 16, 64])
+    assert count_weights(steps, falloff=2.0).tolist() == [1 / 256, 1 / 64, 1 / 4, 1, 1]
+    assert count_weights(steps, falloff=0.0).tolist() == [1, 1, 1, 1, 1]

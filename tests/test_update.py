@@ -212,11 +212,11 @@ def test_a_divergence_held_by_sample_is_the_sum_of_theirs(tiny_generator):
         loss, stats = micro_batch_loss(
             model, tiny_generator.transformer, batch, part, take(prompts, part.sample), repeat(empty, len(part.sample)),
             torch.zeros(4, 4), weights, grid=GRID, guidance=1.0, reference_guidance=1.0, order="confidence",
-            likelihood="token", clip_range=0.2, kl="ce", kl_weight=0.3, kl_falloff=falloff, most=4,
+            likelihood="token", clip_range=0.2, kl="ce", kl_weight=0.3, kl_falloff=falloff,
         )  # fmt: skip
         return loss.detach(), stats["kl"]
 
-    every, share = torch.ones(4, LENGTH), torch.tensor([1 / 16, 1.0, 1 / 4, 9 / 16])
+    every, share = torch.ones(4, LENGTH), (STEPS / 16) ** 2
     alone = torch.stack([held_by(0.0, every * (torch.arange(4) == b)[:, None])[0] for b in range(4)])
     loss, away = held_by(2.0, every)
     assert alone.min() > 1e-3
