@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from speedrl.kl import count_weights
 from speedrl.models.checkpoint import adapter_of
 from speedrl.pace import divided
 from speedrl.revise import check_share
@@ -13,6 +14,8 @@ from speedrl.reward import Score, differentiable, parse_quality
 from speedrl.rollout import ORDERS
 from speedrl.schedule import StepRange, mask_ratio
 from speedrl.track import TRACKERS
+
+FIRM = 0.02  # a weight of the divergence that held early credit; .0125 did not
 
 
 def check(settings: dict, bounds: StepRange) -> None:
@@ -60,8 +63,8 @@ def check(settings: dict, bounds: StepRange) -> None:
         raise ValueError(f"trained must be 1 to the least number of steps, {least}, got {settings['trained']}")
 
 
-def idle(settings: Mapping[str, Any], bounds: StepRange) -> list[str]:
-    """A line about each setting that does nothing beside the others."""
+def doubtful(settings: Mapping[str, Any], bounds: StepRange) -> list[str]:
+    """A line about each setting that does nothing beside the others, or harm."""
     alike, found = settings["shared_steps"] or settings["credit"] != "rollout", []
     if bounds.drawn and alike and settings["steps_reward"] and settings["quality_gate"] is None:
         needed = "--no-shared-steps and --credit rollout, or --steps auto"
@@ -71,7 +74,16 @@ def idle(settings: Mapping[str, Any], bounds: StepRange) -> list[str]:
         found += [f"steps cost nothing, so all that help at all are taken: {said}"]
     if settings["early_credit"] and settings["credit"] != "token":
         found += [f"early-credit goes with the credit of tokens: beside that of a {settings['credit']} it does nothing"]
+    elif settings["early_credit"] and held(settings, bounds) < FIRM:
+        found += ["early-credit can ruin a training that is hardly held to the base in few steps: --kl-falloff 0"]
     return found
+
+
+def held(settings: Mapping[str, Any], bounds: StepRange) -> float:
+    """What the divergence weighs at the fewest steps."""
+    least = divided(bounds.most)[0] if bounds.chosen else bounds.least
+    weight = count_weights(torch.tensor(least), falloff=settings["kl_falloff"]).item()
+    return 0.0 if settings["kl"] == "none" else settings["kl_weight"] * weight
 
 
 def kind_of_credit(

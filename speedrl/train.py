@@ -48,7 +48,7 @@ from speedrl.reward import (
 from speedrl.rollout import compiled_step, draw_noise, rollout, step
 from speedrl.sample import guided_policy
 from speedrl.schedule import StepRange, step_range
-from speedrl.settings import check, idle, kind_of_credit
+from speedrl.settings import check, doubtful, kind_of_credit
 from speedrl.state import append_row, changed, drop_metrics, plain, random_states, restore, save, start, tensors
 from speedrl.track import open_trackers
 from speedrl.tuning import OCTAVES, SPREAD, Tuning, described, improved, tunings
@@ -299,7 +299,7 @@ def train(
     display = Display(first=first, total=iterations, console=Console(quiet=not loud))
     with display, interruptible() as stopped, distributed.lost_contact():
         others = (f"going on with other settings: {line}" for line in changed(record.get("settings", {}), settings))
-        for line in [*complaints, *idle(settings, bounds), *others]:
+        for line in [*complaints, *doubtful(settings, bounds), *others]:
             display.warn(line)
         for iteration in range(first, iterations):
             began = time.time()

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from speedrl.models.checkpoint import encode_prompts, load_generator
 from speedrl.schedule import step_range
+from speedrl.settings import doubtful
 from speedrl.train import train
 from speedrl.tuning import settled
 from speedrl.update import trained_steps
@@ -94,6 +95,17 @@ def test_early_credit_beside_another_credit_than_that_of_tokens_is_said_to_do_no
     for credit, idle in ((None, False), ("step", True), ("rollout", True)):
         train(out=tmp_path / f"run-{credit}", iterations=1, credit=credit, early_credit=2.0, **options)
         assert ("it does nothing" in capsys.readouterr().out) == idle
+
+
+def test_early_credit_wants_few_steps_held_firmly_and_says_so():
+    settings = {"credit": "token", "early_credit": 2.0, "kl": "ce", "kl_weight": 0.2, "kl_falloff": 2.0,
+                "shared_steps": True, "steps_reward": 0.5, "quality_gate": 0.1}  # fmt: skip
+    for how, steps, warned in (
+        ({}, "4", True), ({}, "2-16", True), ({}, "auto", True), ({}, "16", False), ({"early_credit": 0.0}, "4", False),
+        ({"kl_falloff": 0.0}, "4", False), ({"kl_falloff": 0.0, "kl": "none"}, "4", True),
+        ({"kl_falloff": 0.0, "kl_weight": 0.002}, "4", True), ({"credit": "rollout"}, "16", True),
+    ):  # fmt: skip
+        assert bool(doubtful(settings | how, step_range(steps))) == warned, (how, steps)
 
 
 def test_a_number_of_steps_is_held_alike_alone_and_by_an_equal_weight_of_all(options, tmp_path):
