@@ -244,7 +244,7 @@ def train(
     kl: Annotated[str, Option(help="Divergence: ce, reverse, k1, k2, k3 or none.")],
     kl_weight: Annotated[float, Option(help="Weight of the divergence in 16 steps or more.")],
     kl_falloff: Annotated[
-        float, Option(help="In fewer it weighs (steps / 16) to this power of that, .0125 in 4; 0: the same in all.")
+        float, Option(help="In fewer it weighs (steps / 16) to this power of that; 0: the same in all.")
     ],
     percentile: Annotated[
         float, Option(help="Groups under this percentile of the quality's standard deviation do not train.")

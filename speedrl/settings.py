@@ -58,9 +58,13 @@ def check(settings: dict, bounds: StepRange) -> None:
             raise ValueError(f"unknown tracker {name!r}: choose {' or '.join(TRACKERS)}")
     if bounds.chosen and not settings["revise"]:
         raise ValueError("a policy that chooses its steps revises in those that it adds: give --revise above 0")
-    least = divided(bounds.most)[0] if bounds.chosen else bounds.least
-    if settings["trained"] is not None and not 1 <= settings["trained"] <= least:
-        raise ValueError(f"trained must be 1 to the least number of steps, {least}, got {settings['trained']}")
+    if settings["trained"] is not None and not 1 <= settings["trained"] <= fewest(bounds):
+        raise ValueError(f"trained must be 1 to the least number of steps, {fewest(bounds)}, got {settings['trained']}")
+
+
+def fewest(bounds: StepRange) -> int:
+    """The least number of steps that reveal."""
+    return divided(bounds.most)[0] if bounds.chosen else bounds.least
 
 
 def doubtful(settings: Mapping[str, Any], bounds: StepRange) -> list[str]:
@@ -75,14 +79,14 @@ def doubtful(settings: Mapping[str, Any], bounds: StepRange) -> list[str]:
     if settings["early_credit"] and settings["credit"] != "token":
         found += [f"early-credit goes with the credit of tokens: beside that of a {settings['credit']} it does nothing"]
     elif settings["early_credit"] and held(settings, bounds) < FIRM:
-        found += ["early-credit can ruin a training that is hardly held to the base in few steps: --kl-falloff 0"]
+        firm = "--kl-weight 0.2 --kl-falloff 0"
+        found += [f"early-credit can ruin a training that is hardly held to the base in few steps: give {firm}"]
     return found
 
 
 def held(settings: Mapping[str, Any], bounds: StepRange) -> float:
     """What the divergence weighs at the fewest steps."""
-    least = divided(bounds.most)[0] if bounds.chosen else bounds.least
-    weight = count_weights(torch.tensor(least), falloff=settings["kl_falloff"]).item()
+    weight = count_weights(torch.tensor(fewest(bounds)), falloff=settings["kl_falloff"]).item()
     return 0.0 if settings["kl"] == "none" else settings["kl_weight"] * weight
 
 

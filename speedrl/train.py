@@ -291,8 +291,8 @@ def train(
                "step": compiled_step(device) if compile else step, "summarise": bounds.chosen}  # fmt: skip
     objective = {"mask_id": generator.mask_id, "autocast": autocast, "grid": grid, "guidance": guidance,
                  "reference_guidance": reference_guidance, "order": order, "likelihood": likelihood,
-                 "clip_range": clip_range, "kl": kl, "kl_weight": kl_weight,
-                 "kl_falloff": kl_falloff, "codes": codes}  # fmt: skip
+                 "clip_range": clip_range, "kl": kl, "kl_weight": kl_weight, "kl_falloff": kl_falloff,
+                 "codes": codes}  # fmt: skip
     of_credit = {"mine": mine, "group_size": group_size, "gae_lambda": gae_lambda, "steps_reward": steps_reward,
                  "max_steps": bounds.most}  # fmt: skip
 
