@@ -23,7 +23,7 @@ from typer import Option
 from speedrl.cli import in_one_line
 from speedrl.models.checkpoint import Generator, find, save_generator
 from speedrl.models.meissonic import MeissonicTransformer
-from speedrl.platform import import_torchvision
+from speedrl.system.platform import import_torchvision
 
 VQ = dict(
     down_block_types=["DownEncoderBlock2D"] * 5, up_block_types=["UpDecoderBlock2D"] * 5, layers_per_block=2,

@@ -22,7 +22,7 @@ from rich.table import Table
 from typer import Option
 
 from speedrl.cli import in_one_line
-from speedrl.files import write_atomically, write_json
+from speedrl.system.files import write_atomically, write_json
 from tests import reference
 from tests.reference import pictures, tensors
 

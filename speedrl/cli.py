@@ -51,8 +51,8 @@ def defaults(target: str) -> dict[str, object]:
 
     Importing it to inspect its signature would import torch: seconds, for a page of help.
     """
-    module, function = target.split(".")
-    tree = ast.parse((Path(__file__).parent / f"{module}.py").read_text())
+    module, _, function = target.rpartition(".")
+    tree = ast.parse((Path(__file__).parent / (module.replace(".", "/") + ".py")).read_text("utf-8"))
     (node,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function)
     optional = node.args.args[len(node.args.args) - len(node.args.defaults) :]
     pairs = [*zip(optional, node.args.defaults, strict=True)]
@@ -142,7 +142,7 @@ def forwards(target: str) -> Callable[[Callable[..., None]], Callable[..., None]
 
 
 @app.command()
-@forwards("sample.draw")
+@forwards("generation.draw")
 def sample(
     *,
     prompts: Annotated[list[str], Argument(help="One row of pictures for each.", show_default=False)],
@@ -176,10 +176,10 @@ def sample(
     if not all(prompt.strip() for prompt in prompts):
         raise ValueError("a prompt is empty: say what to draw")
     with uncollected():
+        from speedrl.generation import contact_sheet, save_png, to_pil
+        from speedrl.generation import sample as draw
         from speedrl.models.checkpoint import load_generator
-        from speedrl.platform import quiet_allocator
-        from speedrl.sample import contact_sheet, save_png, to_pil
-        from speedrl.sample import sample as draw
+        from speedrl.system.platform import quiet_allocator
 
         quiet_allocator()
         generator = load_generator(model, device=device, **how)
@@ -198,7 +198,7 @@ def sample(
 
 
 @app.command()
-@forwards("train.train")
+@forwards("training.train")
 def train(
     *,
     out: Annotated[Path, Option(help="The run's folder.")],
@@ -298,8 +298,8 @@ def train(
     options = dict(locals())
     del options["compare"]
     how = loading(options)
-    from speedrl.platform import quiet_allocator
-    from speedrl.train import train
+    from speedrl.system.platform import quiet_allocator
+    from speedrl.training import train
 
     quiet_allocator()
     trained = train(**options, loading=how)
@@ -307,7 +307,7 @@ def train(
         return  # of torchrun's processes one speaks
     print(f"wrote {trained}")
     if compare:
-        from speedrl.report import report
+        from speedrl.evaluation.reports import report
 
         shared = {"prompts": prompts, "quality": quality, "reward_weights": reward_weights, "compile": compile,
                   "device": device}  # fmt: skip
@@ -315,7 +315,7 @@ def train(
 
 
 @app.command()
-@forwards("export.export")
+@forwards("run.exporting.export")
 def export(
     *,
     checkpoint: Annotated[str, Argument(help="A checkpoint's folder, or a run's for its newest.", show_default=False)],
@@ -323,7 +323,7 @@ def export(
     raw: Annotated[bool, Option(help="The weights themselves where their moving average was kept.")],
 ) -> None:
     """Make a model of a training's checkpoint, sharded or not."""
-    from speedrl.export import export
+    from speedrl.run.exporting import export
 
     print(f"wrote {export(checkpoint, out=out, raw=raw)}")
 
@@ -342,7 +342,7 @@ def numbers(text: str | None, kind: type, *, option: str) -> tuple | None:
 
 
 @app.command("eval")
-@forwards("evaluate.evaluate")
+@forwards("evaluation.measuring.evaluate")
 def evaluate(
     *,
     model: Annotated[list[str], Option(help="embedded, a folder, a run or a hub id; give it again for more.")] = (
@@ -381,15 +381,15 @@ def evaluate(
     options["temperature"] = numbers(temperature, float, option="temperature")
     options["revise"] = numbers(revise, float, option="revise")
     options |= {name: options[name] and tuple(options[name].split(",")) for name in ("schedule", "order")}
-    from speedrl.evaluate import evaluate
-    from speedrl.platform import quiet_allocator
+    from speedrl.evaluation.measuring import evaluate
+    from speedrl.system.platform import quiet_allocator
 
     quiet_allocator()
     evaluate(options.pop("model"), **options)
 
 
 @app.command()
-@forwards("ablate.ablate")
+@forwards("studies.ablations.ablate")
 def ablate(
     *,
     name: Annotated[
@@ -422,13 +422,15 @@ def ablate(
     """Train and measure the variants of an ablation, or of all, and put them into one report."""
     training = {"iterations": iterations, "groups": groups, "group_size": group_size, "lr": lr, "prompts": prompts,
                 "quality": quality}  # fmt: skip
-    training = {name: value for name, value in training.items() if value is not None} | assignments(set, "train.train")
+    training = {name: value for name, value in training.items() if value is not None} | assignments(
+        set, "training.train"
+    )
     measuring = {"eval_steps": numbers(eval_steps, int, option="eval-steps"), "eval_count": eval_count,
                  "eval_seeds": eval_seeds}  # fmt: skip
     evaluation = {} if eval_prompts is None else {"prompts": eval_prompts}
     seeds = numbers(seeds, int, option="seeds")
-    from speedrl.ablate import ablate
-    from speedrl.platform import quiet_allocator
+    from speedrl.studies.ablations import ablate
+    from speedrl.system.platform import quiet_allocator
 
     quiet_allocator()
     ablate(name, out=out, seeds=seeds, model=model, device=device, jobs=jobs, quick=quick, evaluation=evaluation,

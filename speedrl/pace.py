@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speedrl.revise import revise_tokens, revised_counts
-from speedrl.rollout import Rollout
+from speedrl.method.remasking import revise_tokens, revised_counts
+from speedrl.method.sampling import Rollout
 
 SWEEP = 2  # steps, one for each colour
 

@@ -15,10 +15,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from speedrl.advantage import group_advantages, step_advantages
-from speedrl.distributed import total
-from speedrl.reward import speed_reward
-from speedrl.rollout import Rollout
+from speedrl.method.advantages import group_advantages, step_advantages
+from speedrl.method.rewards import speed_reward
+from speedrl.method.sampling import Rollout
+from speedrl.run.distributed import total
 
 FADING = 0.9  # what sums of the iteration before count beside an iteration's own
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from speedrl.models.checkpoint import load_generator
 from speedrl.models.meissonic import MeissonicTransformer
-from speedrl.platform import import_torchvision
+from speedrl.system.platform import import_torchvision
 
 TRANSFORMER = dict(
     num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=24,

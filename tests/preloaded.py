@@ -1,6 +1,6 @@
 """What the processes of tests/ranks.py share: the slow imports, once."""
 
-from speedrl.platform import import_torchvision
+from speedrl.system.platform import import_torchvision
 
 import_torchvision()
 
@@ -12,4 +12,4 @@ from diffusers import VQModel  # noqa: E402, F401
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer  # noqa: E402, F401
 
 import speedrl.cli  # noqa: E402, F401
-import speedrl.train  # noqa: E402, F401
+import speedrl.training  # noqa: E402, F401

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from speedrl.models.scorers import TEXT, VISION, ImageRewardModel
-from speedrl.platform import import_torchvision
+from speedrl.rewards.scorers import TEXT, VISION, ImageRewardModel
+from speedrl.system.platform import import_torchvision
 from tests.test_reward_quality import to_image_reward
 
 WORDS = 30522  # of BERT's vocabulary

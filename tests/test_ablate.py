@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-import speedrl.ablate
-import speedrl.runs
-from speedrl.ablate import ablate, ablations, compared, difference, in_words, over_runs, variants
-from speedrl.evaluate import METRICS
-from speedrl.runs import command, commands_of, run_folder, side_by_side
-from speedrl.train import train
+import speedrl.studies.ablations
+import speedrl.studies.runs
+from speedrl.evaluation.measuring import METRICS
+from speedrl.studies.ablations import ablate, ablations, compared, difference, in_words, over_runs, variants
+from speedrl.studies.runs import command, commands_of, run_folder, side_by_side
+from speedrl.training import train
 
 
 @pytest.fixture
@@ -38,9 +38,9 @@ def calls(monkeypatch):
                "network_calls": 1, "seconds_per_image": 0.5, "weights": "w", "settings": "s"}  # fmt: skip
         return [row | dict.fromkeys(METRICS) | {"reward": reward}]
 
-    for module in (speedrl.ablate, speedrl.runs):
+    for module in (speedrl.studies.ablations, speedrl.studies.runs):
         monkeypatch.setattr(module, "evaluate", evaluate)
-    monkeypatch.setattr(speedrl.runs, "train", train)
+    monkeypatch.setattr(speedrl.studies.runs, "train", train)
     return trained
 
 

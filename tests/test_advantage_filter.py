@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from speedrl.advantage import early_advantages, group_advantages
-from speedrl.filter import low_quality, std_percentile
+from speedrl.method.advantages import early_advantages, group_advantages
+from speedrl.method.filters import low_quality, std_percentile
 
 REWARDS = torch.tensor([[0.1, 0.5, 0.3, 0.9], [2.0, 2.5, 1.0, 0.0], [0.3, 0.3, 0.3, 0.3]])
 

@@ -12,10 +12,10 @@ from experiments.alternatives.distil import auxiliary_loss, distil, divergence_g
 from experiments.alternatives.finetune import finetune, finetune_loss, forced_reveals
 from experiments.alternatives.shared import kept
 from speedrl.cli import in_one_line
+from speedrl.method.sampling import draw_noise, rollout
+from speedrl.method.schedules import masked_counts
 from speedrl.models.checkpoint import load_generator
-from speedrl.rollout import draw_noise, rollout
-from speedrl.runs import command
-from speedrl.schedule import masked_counts
+from speedrl.studies.runs import command
 from tests.test_rollout import CODES, LENGTH, policy
 
 

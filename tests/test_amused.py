@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from speedrl.generation import draw, generate, guided_policy, sample
+from speedrl.method.sampling import draw_noise, rollout
+from speedrl.method.schedules import timesteps
 from speedrl.models.checkpoint import decode, encode_prompts, load_generator, save_generator
-from speedrl.platform import import_torchvision
-from speedrl.rollout import draw_noise, rollout
-from speedrl.sample import draw, generate, guided_policy, sample
-from speedrl.schedule import timesteps
-from speedrl.train import train
+from speedrl.system.platform import import_torchvision
+from speedrl.training import train
 from tests.conftest import write_tokenizer
 
 import_torchvision()
@@ -83,7 +83,7 @@ def same_draws(monkeypatch, uniform: torch.Tensor, gumbel: torch.Tensor) -> None
     taken = {"multinomial": 0, "gumbel": 0}
 
     def multinomial(probs, count, generator=None):
-        from speedrl.likelihood import sample_tokens
+        from speedrl.method.likelihoods import sample_tokens
 
         batch, _, length = uniform.shape
         drawn, _ = sample_tokens(probs.log().view(batch, length, -1), uniform[:, taken["multinomial"]])

@@ -9,13 +9,13 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from speedrl import cli
-from speedrl.evaluate import columns_of, evaluate, plot, steps_taken
-from speedrl.export import export
+from speedrl.evaluation.measuring import columns_of, evaluate, plot, steps_taken
+from speedrl.generation import draw, generate
+from speedrl.method.schedules import step_range
 from speedrl.models.checkpoint import chooses_steps, load_generator, save_generator
 from speedrl.pace import Pace
-from speedrl.sample import draw, generate
-from speedrl.schedule import step_range
-from speedrl.train import draw_steps, train
+from speedrl.run.exporting import export
+from speedrl.training import draw_steps, train
 
 PROMPTS = ["an owl", "a fox", "an elk", "a cat", "an owl", "a dog"]
 
@@ -195,8 +195,8 @@ def test_the_commands(run, tiny_generator_folder, tmp_path):
 
 @pytest.fixture
 def nothing_judged(monkeypatch):
-    monkeypatch.setattr("speedrl.evaluate.judge_if_there", lambda device, console: None)
-    monkeypatch.setattr("speedrl.report.judge_if_there", lambda device, console: None)
+    monkeypatch.setattr("speedrl.evaluation.measuring.judge_if_there", lambda device, console: None)
+    monkeypatch.setattr("speedrl.evaluation.reports.judge_if_there", lambda device, console: None)
 
 
 def test_a_row_tells_the_calls_that_it_took(nothing_judged, run, tmp_path):
@@ -226,7 +226,7 @@ def test_the_spread_of_steps_is_over_prompts():
 
 
 def test_the_comparison_has_the_model_as_it_chooses_and_at_as_many_steps(nothing_judged, options, run, tmp_path):
-    from speedrl.report import report
+    from speedrl.evaluation.reports import report
 
     rows = report(options["model"], run, out=tmp_path, prompts=options["prompts"], quality=options["quality"], count=2,
                   seeds=1)  # fmt: skip

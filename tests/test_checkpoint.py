@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from speedrl.generation import generate, sample
 from speedrl.models.checkpoint import decode, encode_prompts, load_generator, repeat, save_generator, take
-from speedrl.sample import generate, sample
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -275,7 +275,7 @@ def test_an_unknown_device_is_one_line(tiny_generator_folder):
 def test_the_vq_model_is_diffusers_own_and_leaves_diffusers_whole():
     script = """
 import sys
-from speedrl.platform import import_vq_model
+from speedrl.system.platform import import_vq_model
 ours = import_vq_model()
 assert "diffusers.models.autoencoders.autoencoder_kl" not in sys.modules, "everything was imported"
 from diffusers import AmusedPipeline, AutoencoderKL, UVit2DModel, VQModel

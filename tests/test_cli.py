@@ -102,9 +102,11 @@ def test_ctrl_c_is_one_line_and_exit_130(monkeypatch):
     assert result.exit_code == 130 and result.stderr == "stopped after iteration 3; go on with --resume\n"
 
 
-@pytest.mark.parametrize("target", ["sample.draw", "train.train", "evaluate.evaluate", "ablate.ablate"])
+@pytest.mark.parametrize(
+    "target", ["generation.draw", "training.train", "evaluation.measuring.evaluate", "studies.ablations.ablate"]
+)
 def test_defaults_read_from_the_source_are_those_of_the_signature(target):
-    module, function = target.split(".")
+    module, _, function = target.rpartition(".")
     parameters = inspect.signature(getattr(__import__(f"speedrl.{module}", fromlist=[function]), function)).parameters
     expected = {name: p.default for name, p in parameters.items()}
     found = cli.defaults(target)
@@ -126,7 +128,9 @@ def test_every_keyword_of_the_function_is_an_option(command, more):
 
 def test_eval_forwards_lists_of_numbers(monkeypatch):
     seen = {}
-    monkeypatch.setattr("speedrl.evaluate.evaluate", lambda models, **options: seen.update(options, models=models))
+    monkeypatch.setattr(
+        "speedrl.evaluation.measuring.evaluate", lambda models, **options: seen.update(options, models=models)
+    )
     assert run("eval", "--model", "a", "--model", "b", "--steps", "1,8", "--guidance", "1,2.5").exit_code == 0
     assert seen["models"] == ["a", "b"] and seen["steps"] == (1, 8) and seen["guidance"] == (1.0, 2.5)
     assert seen["temperature"] is None and seen["device"] == "cpu"
@@ -135,7 +139,7 @@ def test_eval_forwards_lists_of_numbers(monkeypatch):
 
 def test_ablate_forwards_what_is_given_and_nothing_else(monkeypatch):
     seen = {}
-    monkeypatch.setattr("speedrl.ablate.ablate", lambda name, **options: seen.update(options, name=name))
+    monkeypatch.setattr("speedrl.studies.ablations.ablate", lambda name, **options: seen.update(options, name=name))
     options = ["--seeds", "0,1", "--iterations", 3, "--eval-steps", "2,8", "--set", "lora=16", "--set", "merge=true"]
     assert run("ablate", "kl", *options).exit_code == 0
     assert seen.pop("out") == Path("runs/ablate")

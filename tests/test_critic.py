@@ -2,8 +2,8 @@
 
 import torch
 
-from speedrl.critic import expected_gain, reward_slopes
-from speedrl.likelihood import log_probs
+from speedrl.method.critic import expected_gain, reward_slopes
+from speedrl.method.likelihoods import log_probs
 
 CODES, WIDTH, LENGTH = 5, 3, 4
 

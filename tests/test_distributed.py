@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import speedrl.train
-from speedrl.distributed import any_rank, everyone, gathered, join, share, total, total_stats
-from speedrl.export import export
-from speedrl.state import newest
-from speedrl.train import train
+import speedrl.training
+from speedrl.run.checkpoints import newest
+from speedrl.run.distributed import any_rank, everyone, gathered, join, share, total, total_stats
+from speedrl.run.exporting import export
+from speedrl.training import train
 from tests.ranks import command, finish, free_port, start_ranks
 from tests.test_state import arguments, wait_for
 
@@ -251,14 +251,14 @@ def test_a_rank_that_does_not_find_the_others_says_so_in_time(tmp_path, attempt)
 
 def dies(out, options):
     """Rank 1 is killed in the middle of the second iteration."""
-    plain = speedrl.train.decode
+    plain = speedrl.training.decode
 
     def decode(*arguments, **options):
         if os.environ["RANK"] == "1" and (Path(out) / "checkpoints/000001").exists():
             os.kill(os.getpid(), signal.SIGKILL)
         return plain(*arguments, **options)
 
-    speedrl.train.decode = decode
+    speedrl.training.decode = decode
     cannot(out, options | {"iterations": 50, "save_every": 1})
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from experiments.embedded import compose, train_base, train_vq
-from speedrl.platform import import_torchvision
+from speedrl.system.platform import import_torchvision
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,18 @@ import shutil
 import pytest
 import torch
 
-import speedrl.evaluate
-from speedrl.evaluate import columns_of, evaluate, markdown, measure, network_calls, plot, prompt_sets, sampler_of
-from speedrl.judge import Judge
+import speedrl.evaluation.measuring
+from speedrl.evaluation.judging import Judge
+from speedrl.evaluation.measuring import (
+    columns_of,
+    evaluate,
+    markdown,
+    measure,
+    network_calls,
+    plot,
+    prompt_sets,
+    sampler_of,
+)
 
 PROMPTS = ["a dog", "a cat", "nothing of note"]
 
@@ -25,9 +34,11 @@ def judge(monkeypatch):
         torch.nn.Identity(), ["dog", "cat", "bird"], frozenset({"bird"}), torch.full((3,), 0.5), torch.eye(3),
         torch.eye(3)[:, :2], {"seen": torch.zeros(2)}, {"seen": torch.eye(2)}, {"seen": {"judge_r1": 0.6}},
     )  # fmt: skip
-    monkeypatch.setattr(speedrl.evaluate, "features", lambda judge, images: images.mean((2, 3)))
-    monkeypatch.setattr(speedrl.evaluate, "load_judge", lambda device: made)
-    monkeypatch.setattr(speedrl.evaluate, "load_qualities", lambda text, **_: ({"redness": redness}, {"redness": 1.0}))
+    monkeypatch.setattr(speedrl.evaluation.measuring, "features", lambda judge, images: images.mean((2, 3)))
+    monkeypatch.setattr(speedrl.evaluation.measuring, "load_judge", lambda device: made)
+    monkeypatch.setattr(
+        speedrl.evaluation.measuring, "load_qualities", lambda text, **_: ({"redness": redness}, {"redness": 1.0})
+    )
     return made
 
 
@@ -71,13 +82,13 @@ def test_rows_and_files(judge, tiny_generator_folder, tmp_path, capsys):
 def test_what_is_there_is_kept_and_the_rest_computed(judge, tiny_generator_folder, tmp_path, monkeypatch):
     folder = shutil.copytree(tiny_generator_folder, tmp_path / "model")
     options = dict(out=tmp_path / "out", prompts=PROMPTS, count=2, seeds=1, pictures=0, guidance=(1.0,))
-    one, measured = speedrl.evaluate.one_cell, []
+    one, measured = speedrl.evaluation.measuring.one_cell, []
 
     def counted(*args, **kwargs):
         measured.append((kwargs["steps"], kwargs["temperature"]))
         return one(*args, **kwargs)
 
-    monkeypatch.setattr(speedrl.evaluate, "one_cell", counted)
+    monkeypatch.setattr(speedrl.evaluation.measuring, "one_cell", counted)
     first = evaluate([folder], steps=(1, 2), **options)
     again = evaluate([folder], steps=(1, 2, 3), **options)
     assert measured == [(1, 1.5), (2, 1.5), (3, 1.5)] and again[:2] == first

@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from speedrl.models.flops import forward_flops
+from experiments.bench.flops import forward_flops
 from speedrl.models.meissonic import MeissonicTransformer
 
 SMALL = dict(

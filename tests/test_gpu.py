@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from speedrl.critic import reward_slopes
+from speedrl.generation import guided_policy
+from speedrl.method.critic import reward_slopes
+from speedrl.method.sampling import draw_noise, rollout
 from speedrl.models.checkpoint import codebook, decode_embeddings, encode_prompts, load_generator, take
-from speedrl.platform import bf16_autocast
-from speedrl.rollout import draw_noise, rollout
-from speedrl.sample import guided_policy
-from speedrl.train import train
-from speedrl.update import fitting, gradients, token_weights, trained_steps
+from speedrl.system.platform import bf16_autocast
+from speedrl.training import train
+from speedrl.updates import fitting, gradients, token_weights, trained_steps
 from tests.ranks import finish, free_port, one
 from tests.test_distributed import OPTIONS, close, keep_gradient, rows, trained
 

@@ -8,16 +8,16 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import speedrl.evaluate
+import speedrl.evaluation.measuring
 import speedrl.models.checkpoint
-import speedrl.train
+import speedrl.training
 from speedrl import cli
-from speedrl.files import seal
+from speedrl.generation import contact_sheet
 from speedrl.models.checkpoint import encode_prompts
-from speedrl.prompts import open_prompts, read_prompts
-from speedrl.sample import contact_sheet
-from speedrl.state import append_row
-from speedrl.train import train
+from speedrl.run.checkpoints import append_row
+from speedrl.run.prompts import open_prompts, read_prompts
+from speedrl.system.files import seal
+from speedrl.training import train
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
@@ -145,9 +145,9 @@ def place(tiny_generator_folder, tiny_generator, tmp_path, monkeypatch):
         usual = model == same and how.keys() <= {"device"} and how.get("device", "cpu") == "cpu"
         return tiny_generator if usual else plain(model, **how)
 
-    for module in (speedrl.models.checkpoint, speedrl.train, speedrl.evaluate):
+    for module in (speedrl.models.checkpoint, speedrl.training, speedrl.evaluation.measuring):
         monkeypatch.setattr(module, "load_generator", load)
-    monkeypatch.setattr(speedrl.evaluate, "judge_if_there", lambda *_: None)  # seconds, each time
+    monkeypatch.setattr(speedrl.evaluation.measuring, "judge_if_there", lambda *_: None)  # seconds, each time
     return tmp_path
 
 
@@ -327,7 +327,7 @@ def test_a_folder_that_holds_something_else_stays_as_it_is(place, tiny_generator
     monkeypatch.chdir(place)
     before = files(place)
     given = ["--model", str(tiny_generator_folder), "--prompts", "p.txt", "--quality", "embedded", "--steps", "1"]
-    monkeypatch.setattr(speedrl.train, "load_qualities", lambda *_, **__: ({"dark": dark}, {"dark": 1.0}))
+    monkeypatch.setattr(speedrl.training, "load_qualities", lambda *_, **__: ({"dark": dark}, {"dark": 1.0}))
     result = CliRunner().invoke(cli.app, ["train", "--no-compare", "--no-compile", *given, *arguments])
     assert result.exit_code == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert files(place) == before

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from speedrl.judge import (
+from speedrl.evaluation.judging import (
     Judge,
     concepts_in,
     diversity,
@@ -16,7 +16,7 @@ from speedrl.judge import (
     pixel_diversity,
     recall,
 )
-from speedrl.prompts import read_prompts
+from speedrl.run.prompts import read_prompts
 
 EMBEDDED = Path(__file__).parents[1] / "speedrl" / "models" / "embedded"
 

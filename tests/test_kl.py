@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from speedrl.kl import count_weights, kl
+from speedrl.method.divergences import count_weights, kl
 
 CODES = 5
 KINDS = ["ce", "reverse", "k1", "k2", "k3"]

@@ -7,9 +7,9 @@ from collections import Counter
 import pytest
 import torch
 
-from speedrl.likelihood import exact_log_prob, guided, log_probs, log_ratio, plackett_luce, sample_tokens
-from speedrl.rollout import draw_noise, rollout, state
-from speedrl.schedule import halton_order, masked_counts, temperatures, timesteps
+from speedrl.method.likelihoods import exact_log_prob, guided, log_probs, log_ratio, plackett_luce, sample_tokens
+from speedrl.method.sampling import draw_noise, rollout, state
+from speedrl.method.schedules import halton_order, masked_counts, temperatures, timesteps
 
 LENGTH, CODES, MASK = 3, 2, 2
 

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from speedrl.advantage import group_advantages
-from speedrl.filter import low_quality, std_percentile
-from speedrl.kl import kl
-from speedrl.likelihood import log_probs, log_ratio
-from speedrl.loss import clipped_loss, normalise
-from speedrl.rollout import draw_noise, rollout, state
-from speedrl.schedule import timesteps
+from speedrl.method.advantages import group_advantages
+from speedrl.method.divergences import kl
+from speedrl.method.filters import low_quality, std_percentile
+from speedrl.method.likelihoods import log_probs, log_ratio
+from speedrl.method.losses import clipped_loss, normalise
+from speedrl.method.sampling import draw_noise, rollout, state
+from speedrl.method.schedules import timesteps
 
 
 def test_gradient_at_ratio_one_is_the_policy_gradient():

@@ -20,7 +20,7 @@ from speedrl.models.meissonic import (
     rotate,
     sinusoid,
 )
-from speedrl.platform import fused_attention_is_slow
+from speedrl.system.platform import fused_attention_is_slow
 
 
 def test_the_released_configuration_has_the_released_tensors():

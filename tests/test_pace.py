@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from speedrl.generation import guided_policy
+from speedrl.method.rewards import combine, speed_reward
+from speedrl.method.sampling import draw_noise, rollout
 from speedrl.models.checkpoint import Prompts, repeat, take
 from speedrl.pace import Pace, divided, every_stop, expected, stop_log_probs, summary, until_stop
-from speedrl.reward import combine, speed_reward
-from speedrl.rollout import draw_noise, rollout
-from speedrl.sample import guided_policy
-from speedrl.update import micro_batch_loss, pace_gradient, rows
+from speedrl.updates import micro_batch_loss, pace_gradient, rows
 
 MASK = 2
 

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from speedrl.page import SCRIPT, Section, page, write_page
+from speedrl.evaluation.pages import SCRIPT, Section, page, write_page
 
 VOID = {"meta", "img", "link", "br"}
 PARTS = [

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from speedrl import platform
+from speedrl.system import platform
 
 
 @pytest.mark.parametrize(

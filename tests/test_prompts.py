@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from speedrl.prompts import read_prompts
+from speedrl.run.prompts import read_prompts
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_partiprompts_are_the_first_column_quotation_marks_included(hub):
 
 def test_geneval_is_fetched_once(tmp_path, monkeypatch):
     (tmp_path / "list.txt").write_text("a photo of a bench\na photo of a cow\n")
-    monkeypatch.setattr("speedrl.prompts.GENEVAL", (tmp_path / "list.txt").as_uri())
+    monkeypatch.setattr("speedrl.run.prompts.GENEVAL", (tmp_path / "list.txt").as_uri())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert read_prompts("geneval") == ["a photo of a bench", "a photo of a cow"]
     (tmp_path / "list.txt").unlink()
@@ -70,7 +70,7 @@ def test_a_set_that_cannot_be_fetched_and_an_unknown_one_say_what_to_do(tmp_path
         read_prompts("partiprompts")
     with pytest.raises(FileNotFoundError, match="no such file; give a file .* or one of hpsv2, "):
         read_prompts("drawbench")
-    monkeypatch.setattr("speedrl.prompts.GENEVAL", "http://127.0.0.1:9/none")
+    monkeypatch.setattr("speedrl.run.prompts.GENEVAL", "http://127.0.0.1:9/none")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
     with pytest.raises(FileNotFoundError, match="geneval is not cached"):
         read_prompts("geneval")

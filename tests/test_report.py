@@ -2,7 +2,7 @@
 
 import pytest
 
-from speedrl.report import look, over_iterations, over_stretches, plot_curves, plot_pareto
+from speedrl.evaluation.reports import look, over_iterations, over_stretches, plot_curves, plot_pareto
 
 
 def run(*values, metric="quality", first=1):

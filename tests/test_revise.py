@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 
-from speedrl.export import save_trained
+from speedrl.generation import draw, generate
+from speedrl.method.remasking import chequered, revise_tokens, revised_counts, split_steps
+from speedrl.method.sampling import draw_noise, rollout
 from speedrl.models.checkpoint import load_generator, parameters
-from speedrl.revise import chequered, revise_tokens, revised_counts, split_steps
-from speedrl.rollout import draw_noise, rollout
-from speedrl.sample import draw, generate
-from speedrl.train import train
+from speedrl.run.exporting import save_trained
+from speedrl.training import train
 
 PROMPTS = ["an owl", "a fox", "an elk", "a cat", "an owl"]
 MASK = 4

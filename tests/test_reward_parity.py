@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from speedrl.models.scorers import hpsv2_score, imagereward_score
+from speedrl.rewards.scorers import hpsv2_score, imagereward_score
 from tests import reference
 from tests.reference import hpsv2_weights, imagereward_weights, pictures, tensors
 

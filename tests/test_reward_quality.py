@@ -9,8 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import speedrl.reward
-from speedrl.models.scorers import (
+import speedrl.rewards.loading
+from speedrl.method.rewards import Moments, disagreeing, mixture, observe
+from speedrl.rewards.loading import differentiable, load_qualities, load_quality, parse_quality
+from speedrl.rewards.scorers import (
     MEAN,
     STD,
     TEXT,
@@ -22,20 +24,10 @@ from speedrl.models.scorers import (
     normalised,
     sequence_first,
 )
-from speedrl.platform import import_torchvision
-from speedrl.reward import (
-    Moments,
-    differentiable,
-    disagreeing,
-    load_qualities,
-    load_quality,
-    mixture,
-    observe,
-    parse_quality,
-)
+from speedrl.system.platform import import_torchvision
 from tests.conftest import write_tokenizer
 
-EMBEDDED = Path(speedrl.reward.__file__).parent / "models" / "embedded" / "reward"
+EMBEDDED = Path(speedrl.rewards.loading.__file__).parent / "models" / "embedded" / "reward"
 shipped = pytest.mark.skipif(
     not (EMBEDDED / "open_clip_model.safetensors").exists(), reason="the embedded reward has not been built"
 )

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from speedrl.likelihood import exact_log_prob, log_probs
-from speedrl.reward import combine, speed_reward
+from speedrl.method.likelihoods import exact_log_prob, log_probs
+from speedrl.method.rewards import combine, speed_reward
 
 
 def test_speed_is_the_share_of_calls_saved():

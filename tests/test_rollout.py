@@ -5,9 +5,9 @@ from collections import Counter
 import pytest
 import torch
 
-from speedrl.likelihood import log_probs
-from speedrl.rollout import ORDERS, draw_noise, rollout, state, step
-from speedrl.schedule import halton_order, masked_counts, timesteps
+from speedrl.method.likelihoods import log_probs
+from speedrl.method.sampling import ORDERS, draw_noise, rollout, state, step
+from speedrl.method.schedules import halton_order, masked_counts, timesteps
 
 LENGTH, CODES = 6, 4
 WEIGHTS = torch.randn(LENGTH * (CODES + 1), LENGTH * CODES, generator=torch.Generator().manual_seed(0))

@@ -4,9 +4,9 @@ import pytest
 import torch
 from PIL import Image
 
+from speedrl.generation import contact_sheet, from_random, generate, guided_policy, sample, save_png, to_pil
+from speedrl.method.sampling import Noise
 from speedrl.models.checkpoint import decode, encode_prompts, load_generator
-from speedrl.rollout import Noise
-from speedrl.sample import contact_sheet, from_random, generate, guided_policy, sample, save_png, to_pil
 
 PROMPTS = ["an owl", "a fox", "an elk", "a cat", "an owl"]
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from speedrl.distributed import shard
-from speedrl.models.flops import forward_flops
+from experiments.bench.flops import forward_flops
+from experiments.bench.scaling import communication, memory, picture_flops, plan, table, throughput
 from speedrl.models.lora import add_lora
 from speedrl.models.meissonic import MeissonicTransformer
-from speedrl.scaling import communication, memory, picture_flops, plan, table, throughput
+from speedrl.run.distributed import shard
 from tests.conftest import TRANSFORMER
 
 

@@ -5,7 +5,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from speedrl.schedule import halton_order, mask_ratio, masked_counts, radical_inverse, temperatures, timesteps
+from speedrl.method.schedules import halton_order, mask_ratio, masked_counts, radical_inverse, temperatures, timesteps
 
 KINDS = ["cosine", "linear", "square", "arccos"]
 

@@ -15,19 +15,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-import speedrl.files
-import speedrl.state
-import speedrl.train
-import speedrl.update
+import speedrl.run.checkpoints
+import speedrl.system.files
+import speedrl.training
+import speedrl.updates
 from speedrl.cli import app
-from speedrl.errors import Stopped
-from speedrl.export import export
-from speedrl.files import append_lines, damage, seal
+from speedrl.generation import sample
 from speedrl.models.checkpoint import load_generator
-from speedrl.sample import sample
-from speedrl.state import changed, checkpoints, newest
-from speedrl.train import draw_prompts, train
-from speedrl.update import fitting, follow
+from speedrl.run.checkpoints import changed, checkpoints, newest
+from speedrl.run.exporting import export
+from speedrl.system.errors import Stopped
+from speedrl.system.files import append_lines, damage, seal
+from speedrl.training import draw_prompts, train
+from speedrl.updates import fitting, follow
 from tests.ranks import command, finish, start
 
 
@@ -228,9 +228,9 @@ class Full:
                 raise OSError(self.number, os.strerror(self.number), str(path))
             return save_file(tensors, path, *arguments, **options)
 
-        save_file = speedrl.state.save_file
+        save_file = speedrl.run.checkpoints.save_file
         monkeypatch.setattr(Path, "open", opened)
-        monkeypatch.setattr(speedrl.state, "save_file", saved)
+        monkeypatch.setattr(speedrl.run.checkpoints, "save_file", saved)
 
 
 class Refused(Full):
@@ -278,7 +278,7 @@ def test_where_nothing_can_be_written_training_goes_on_and_what_was_saved_stands
     options, tmp_path, monkeypatch, capsys, fault
 ):
     full = fault(monkeypatch, tmp_path / "run")
-    plain, options = speedrl.train.decode, options | {"credit": "rollout"}  # which decodes once an iteration
+    plain, options = speedrl.training.decode, options | {"credit": "rollout"}  # which decodes once an iteration
 
     def decode(*arguments, **options):
         rows = len(metrics(tmp_path / "run")) if (tmp_path / "run/metrics.jsonl").exists() else 0
@@ -288,7 +288,7 @@ def test_where_nothing_can_be_written_training_goes_on_and_what_was_saved_stands
         return plain(*arguments, **options)
 
     decode.calls = 0
-    monkeypatch.setattr(speedrl.train, "decode", decode)
+    monkeypatch.setattr(speedrl.training, "decode", decode)
     train(out=tmp_path / "run", iterations=5, **options)
     said = capsys.readouterr().out
     assert "000003 cannot be written" in said and full.says in said and "training goes on" in said
@@ -355,14 +355,14 @@ def test_a_gradient_that_is_not_finite_is_skipped_counted_and_in_the_end_fatal(o
 
 
 def test_a_loss_that_is_not_finite_is_skipped_and_counted_also_in_all(options, tmp_path, monkeypatch, capsys):
-    plain, calls = speedrl.update.micro_batch_loss, []
+    plain, calls = speedrl.updates.micro_batch_loss, []
 
     def loss(*arguments, **how):
         value, stats = plain(*arguments, **how)
         calls.append(value)
         return value + {2: float("nan"), 4: float("inf")}.get(len(calls), 0.0), stats  # whose gradient alone is finite
 
-    monkeypatch.setattr(speedrl.update, "micro_batch_loss", loss)
+    monkeypatch.setattr(speedrl.updates, "micro_batch_loss", loss)
     train(out=tmp_path / "run", iterations=3, keep_checkpoints=5, **options)
     train(out=tmp_path / "run", iterations=5, keep_checkpoints=5, resume=True, **options)
     assert len(calls) == 5, "one micro-batch an iteration"
@@ -414,7 +414,7 @@ def test_a_reward_that_fails_later_ends_the_training_in_one_line(options, tmp_pa
 
 
 def test_where_memory_runs_out_the_micro_batch_is_halved_and_the_gradient_is_the_same(options, tmp_path, monkeypatch):
-    plain, tried = speedrl.update.micro_batch_loss, []
+    plain, tried = speedrl.updates.micro_batch_loss, []
 
     def loss(transformer, reference, batch, *arguments, **how):
         tried.append(len(batch.tokens))
@@ -426,7 +426,7 @@ def test_where_memory_runs_out_the_micro_batch_is_halved_and_the_gradient_is_the
 
     options |= {"groups": 4, "group_size": 4, "percentile": 50.0}
     train(out=tmp_path / "whole", iterations=2, micro_batch=8, **options)
-    monkeypatch.setattr(speedrl.update, "micro_batch_loss", loss)
+    monkeypatch.setattr(speedrl.updates, "micro_batch_loss", loss)
     train(out=tmp_path / "run", iterations=2, micro_batch=8, **options)
     assert tried == [8, 8, 4, *[2] * 8, *[2] * 8]
     one, other = metrics(tmp_path / "run"), metrics(tmp_path / "whole")
@@ -544,7 +544,7 @@ def test_killed_at_random_moments_a_run_ends_as_the_uninterrupted_one(options, t
 
 def test_a_stop_whose_state_cannot_be_written_says_what_is_saved(options, tmp_path, monkeypatch):
     full = Full(monkeypatch, tmp_path / "run")
-    plain, options = speedrl.train.decode, options | {"credit": "rollout"}  # which decodes once an iteration
+    plain, options = speedrl.training.decode, options | {"credit": "rollout"}  # which decodes once an iteration
 
     def decode(*a, **options):
         if (tmp_path / "run/checkpoints/000002").exists():
@@ -552,7 +552,7 @@ def test_a_stop_whose_state_cannot_be_written_says_what_is_saved(options, tmp_pa
             os.kill(os.getpid(), signal.SIGTERM)
         return plain(*a, **options)
 
-    monkeypatch.setattr(speedrl.train, "decode", decode)
+    monkeypatch.setattr(speedrl.training, "decode", decode)
     with pytest.raises(Stopped, match="stopped after iteration 3, of which 2 are saved; go on") as stopped:
         train(out=tmp_path / "run", iterations=9, **options)
     assert stopped.value.status == 143
@@ -600,7 +600,7 @@ def test_where_the_model_cannot_be_saved_it_is_said_what_stands_and_resuming_sav
 
 
 def test_trackers_get_every_row_and_one_that_fails_stops_nothing(options, tmp_path, monkeypatch, capsys):
-    import speedrl.track
+    import speedrl.run.trackers
 
     seen = []
 
@@ -611,7 +611,7 @@ def test_trackers_get_every_row_and_one_that_fails_stops_nothing(options, tmp_pa
 
         return track
 
-    monkeypatch.setitem(speedrl.track.TRACKERS, "wandb", broken)
+    monkeypatch.setitem(speedrl.run.trackers.TRACKERS, "wandb", broken)
     train(out=tmp_path / "run", iterations=2, trackers=["tensorboard", "wandb"], **options)
     assert seen == [1] and capsys.readouterr().out.count("the tracker wandb fails and is left out (offline)") == 1
     with pytest.raises(ValueError, match="unknown tracker 'paper'"):

@@ -7,18 +7,20 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import speedrl.evaluate
+import speedrl.evaluation.measuring
 from experiments.study import __main__ as study
 from experiments.study import pace
 from experiments.study.__main__ import against, best_settings, chosen_lr
-from speedrl.ablate import ablations
+from speedrl.studies.ablations import ablations
 
 
 @pytest.fixture
 def app(monkeypatch):
     import typer
 
-    monkeypatch.setattr(speedrl.evaluate, "judge_if_there", lambda device, console: None)  # seconds, for every row
+    monkeypatch.setattr(
+        speedrl.evaluation.measuring, "judge_if_there", lambda device, console: None
+    )  # seconds, for every row
     app = typer.Typer()
     app.command()(study.main)
     return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
@@ -61,7 +63,7 @@ def test_the_study_compares_every_method_and_keeps_what_is_finished(app, tiny_ge
 
     for name in ("finetune", "distil", "trained_once"):
         monkeypatch.setattr(study, name, refuse)
-    monkeypatch.setattr(speedrl.evaluate, "one_cell", refuse)
+    monkeypatch.setattr(speedrl.evaluation.measuring, "one_cell", refuse)
     assert app(*options).exit_code == 0
     others = ["2-3" if option == "2-4" else option for option in options]
     assert app(*others).exit_code == 0

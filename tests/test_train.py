@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from speedrl.method.schedules import step_range
+from speedrl.method.search import settled
 from speedrl.models.checkpoint import encode_prompts, load_generator
-from speedrl.schedule import step_range
-from speedrl.settings import doubtful
-from speedrl.train import train
-from speedrl.tuning import settled
-from speedrl.update import trained_steps
+from speedrl.run.settings import doubtful
+from speedrl.training import train
+from speedrl.updates import trained_steps
 
 
 def red(images, prompts):
@@ -52,7 +52,7 @@ def test_reward_rises_and_the_model_is_saved_in_the_layout_it_came_in(options, t
 def test_bf16_is_the_processors_choice_unless_it_is_given(options, tmp_path, monkeypatch):
     """What is computed in it is near what is in float32, and the ratio is 1 to the letter: both sides are in it."""
     del options["bf16"]
-    monkeypatch.setattr("speedrl.train.bf16_is_fast", lambda device: True)
+    monkeypatch.setattr("speedrl.training.bf16_is_fast", lambda device: True)
     for name, given in (("chosen", {}), ("on", {"bf16": True}), ("off", {"bf16": False})):
         train(out=tmp_path / name, iterations=1, save_every=1, **options | given)
         record = json.loads((tmp_path / name / "checkpoints/000001/state.json").read_text())
@@ -244,7 +244,7 @@ def test_a_subset_of_steps_has_the_asked_size_and_every_step_its_turn():
 
 
 def test_report_compares_the_trained_model_with_its_base(options, tmp_path):
-    from speedrl.report import report
+    from speedrl.evaluation.reports import report
 
     trained = train(out=tmp_path / "run", iterations=1, **options)
     rows = report(options["model"], trained, out=tmp_path / "run", prompts=options["prompts"],
@@ -256,7 +256,7 @@ def test_report_compares_the_trained_model_with_its_base(options, tmp_path):
 
 
 def test_report_has_the_base_with_the_trained_models_revision_where_there_are_steps_for_it(options, tmp_path):
-    from speedrl.report import report
+    from speedrl.evaluation.reports import report
 
     base = options["model"]
     for share, calls in ((0.5, [8]), (0.0, [])):

@@ -6,7 +6,7 @@ import torch
 
 from experiments.embedded import build_judge, compose
 from experiments.study import transfer
-from speedrl.judge import concepts_in
+from speedrl.evaluation.judging import concepts_in
 
 NAMES = ["apple", "bee", "cat", "hot dog", "dog"]
 CONCEPTS = [{"name": name, "tags": []} for name in NAMES]

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from speedrl.rollout import draw_noise, rollout
-from speedrl.sample import generate
-from speedrl.schedule import masked_counts
-from speedrl.tuning import OCTAVES, SPREAD, Tuning, explored, improved, settled, shares, sharpness, untuned
+from speedrl.generation import generate
+from speedrl.method.sampling import draw_noise, rollout
+from speedrl.method.schedules import masked_counts
+from speedrl.method.search import OCTAVES, SPREAD, Tuning, explored, improved, settled, shares, sharpness, untuned
 
 
 def test_step_counts_between_octaves_have_shares_of_both_neighbours():

@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from speedrl import update
-from speedrl.kl import kl as divergence
-from speedrl.likelihood import exact_log_prob, log_ratio
-from speedrl.loss import clipped_loss, normalise
+from speedrl import updates as update
+from speedrl.generation import guided_policy
+from speedrl.method.divergences import kl as divergence
+from speedrl.method.likelihoods import exact_log_prob, log_ratio
+from speedrl.method.losses import clipped_loss, normalise
+from speedrl.method.sampling import draw_noise, rollout, state, step
+from speedrl.method.schedules import temperatures, timesteps
 from speedrl.models.checkpoint import encode_prompts, repeat, take
-from speedrl.rollout import draw_noise, rollout, state, step
-from speedrl.sample import guided_policy
-from speedrl.schedule import temperatures, timesteps
-from speedrl.update import micro_batch_loss, rows, scores, token_weights, trained_steps
+from speedrl.updates import micro_batch_loss, rows, scores, token_weights, trained_steps
 
 GRID, LENGTH = (4, 4), 16
 STEPS = torch.tensor([1, 4, 2, 3])

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from speedrl.advantage import step_advantages
-from speedrl.rollout import Rollout, draw_noise, rollout, state, step
+from speedrl.method.advantages import step_advantages
+from speedrl.method.sampling import Rollout, draw_noise, rollout, state, step
 from speedrl.value import above_group, features, guesses, step_credit, sums, values
 
 MASK = 6

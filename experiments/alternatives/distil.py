@@ -18,12 +18,12 @@ from typer import Option
 
 from experiments.alternatives.shared import Student, compiled, log, optimiser, save, start
 from speedrl.cli import in_one_line
-from speedrl.likelihood import sample_tokens
+from speedrl.generation import from_random, guided_policy
+from speedrl.method.likelihoods import sample_tokens
+from speedrl.method.sampling import Noise, draw_noise
 from speedrl.models.checkpoint import Prompts, take
-from speedrl.platform import bf16_autocast
-from speedrl.rollout import Noise, draw_noise
-from speedrl.sample import from_random, guided_policy
-from speedrl.update import descend
+from speedrl.system.platform import bf16_autocast
+from speedrl.updates import descend
 
 
 def divergence_gradient(teacher_logits: Tensor, auxiliary_logits: Tensor, *, beta: float = -0.2) -> Tensor:
@@ -100,7 +100,7 @@ def distil(
     Each iteration the student draws `pictures` and makes one update, and so does the auxiliary model on the same
     pictures, masked anew. `guidance` is the teacher's, by default its own. `random_share` of the tokens of a start are
     random, the others masked. -> OUT/model, which is sampled in one step without guidance. Products are in bf16 where
-    that is fast, as in `speedrl.train`.
+    that is fast, as in `speedrl.training`.
     """
     settings, out = dict(locals()), Path(out)
     student = start(model, prompts, device=device)

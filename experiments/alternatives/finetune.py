@@ -16,14 +16,14 @@ from typer import Option
 
 from experiments.alternatives.shared import compiled, kept, log, optimiser, save, start
 from speedrl.cli import in_one_line
-from speedrl.evaluate import fingerprint, network_calls
-from speedrl.likelihood import log_probs
+from speedrl.evaluation.measuring import fingerprint, network_calls
+from speedrl.generation import generate, guided_policy
+from speedrl.method.likelihoods import log_probs
+from speedrl.method.sampling import Noise, draw_noise
+from speedrl.method.schedules import masked_counts, step_range, temperatures, timesteps
 from speedrl.models.checkpoint import Prompts, parts_of, take
-from speedrl.platform import bf16_autocast
-from speedrl.rollout import Noise, draw_noise
-from speedrl.sample import generate, guided_policy
-from speedrl.schedule import masked_counts, step_range, temperatures, timesteps
-from speedrl.update import descend
+from speedrl.system.platform import bf16_autocast
+from speedrl.updates import descend
 
 
 @torch.no_grad()
@@ -39,7 +39,7 @@ def forced_reveals(
 ) -> Tensor:
     """When a few-step rollout by confidence would reveal each token, had it drawn `targets` int64 [B, L] at every step.
 
-    As `speedrl.rollout.rollout`, with steps int64 [B] and noise of [B, S, L], but what is drawn is given -> int64
+    As `speedrl.method.sampling.rollout`, with steps int64 [B] and noise of [B, S, L], but what is drawn is given -> int64
     [B, L], the step that reveals each token.
     """
     masked_after = masked_counts(steps, length=targets.shape[1], kind=schedule)
@@ -85,7 +85,7 @@ def finetune(
     Each iteration draws `pictures` fresh ones, takes each at one step of a rollout of `steps` steps ("8", or "2-16")
     that reveals them, and makes one update. -> OUT/model, sampled without guidance, which the pictures already have.
     In the folder `data` the pictures are kept, for trainings on the same ones with another learning rate; products
-    are in bf16 where that is fast, as in `speedrl.train`.
+    are in bf16 where that is fast, as in `speedrl.training`.
     """
     settings, out, bounds = dict(locals()), Path(out), step_range(steps)
     if bounds.chosen:

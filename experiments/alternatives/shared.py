@@ -11,10 +11,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from speedrl.files import append_lines, write_atomically, write_json
 from speedrl.models.checkpoint import Generator, Prompts, encode_prompts, load_generator, save_generator, take
-from speedrl.state import plain
-from speedrl.train import draw_prompts, training_prompts
+from speedrl.run.checkpoints import plain
+from speedrl.system.files import append_lines, write_atomically, write_json
+from speedrl.training import draw_prompts, training_prompts
 
 
 class Student(NamedTuple):
@@ -55,7 +55,7 @@ def compiled(*networks: nn.Module) -> None:
 
 
 def optimiser(transformer: nn.Module, *, lr: float) -> torch.optim.Optimizer:
-    """That of `speedrl.train`, with a rate of its own, which is tuned."""
+    """That of `speedrl.training`, with a rate of its own, which is tuned."""
     return torch.optim.AdamW(transformer.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
 
 

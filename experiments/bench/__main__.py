@@ -19,8 +19,8 @@ from experiments.bench.growth import growth
 from experiments.bench.measure import machine, table
 from experiments.bench.pipeline import against_pipeline
 from speedrl.cli import in_one_line
-from speedrl.files import write_atomically, write_json
-from speedrl.platform import quiet_allocator
+from speedrl.system.files import write_atomically, write_json
+from speedrl.system.platform import quiet_allocator
 
 PARTS = {
     "mfu": parts.utilisation,

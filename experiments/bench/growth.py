@@ -4,7 +4,7 @@ from pathlib import Path
 
 from experiments.bench.measure import exponent, in_a_process
 from experiments.bench.parts import TINY, options
-from speedrl.files import write_atomically
+from speedrl.system.files import write_atomically
 
 BASE = {"width": 512, "head": 64, "double": 1, "single": 2, "batch": 8, "micro-batch": 8, "steps": 4, "grid": 16,
         "codes": 1024, "text": 77}  # fmt: skip

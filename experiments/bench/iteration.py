@@ -16,15 +16,15 @@ from typer import Option
 
 from experiments.bench.measure import peak_gb, seconds_of
 from experiments.bench.plain import plain_rollout, plain_update
+from experiments.bench.scaling import picture_flops
 from speedrl.cli import in_one_line
-from speedrl.loss import normalise
+from speedrl.generation import guided_policy
+from speedrl.method.losses import normalise
+from speedrl.method.sampling import Rollout, Step, compiled_step, draw_noise, rollout, step
 from speedrl.models.checkpoint import Prompts, load_generator, repeat, take
 from speedrl.models.meissonic import MeissonicTransformer
-from speedrl.platform import bf16_autocast, bf16_is_fast, quiet_allocator
-from speedrl.rollout import Rollout, Step, compiled_step, draw_noise, rollout, step
-from speedrl.sample import guided_policy
-from speedrl.scaling import picture_flops
-from speedrl.update import micro_batch_loss, rows, token_weights, trained_steps
+from speedrl.system.platform import bf16_autocast, bf16_is_fast, quiet_allocator
+from speedrl.updates import micro_batch_loss, rows, token_weights, trained_steps
 
 KINDS = ("ours", "plain", "plain-each-step")
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from experiments.bench.measure import synchronise
+from speedrl.generation import sample
 from speedrl.models.checkpoint import find, load_generator
-from speedrl.platform import bf16_is_fast, import_torchvision
-from speedrl.sample import sample
+from speedrl.system.platform import bf16_is_fast, import_torchvision
 
 
 def write_model(folder: Path, *, hidden: int, layers: int, codes: int, tokens: int) -> None:

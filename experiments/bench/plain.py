@@ -7,8 +7,8 @@ codebook and are kept for autograd, the reference policy does all of that too, a
 import torch
 from torch import Tensor, nn
 
+from speedrl.method.schedules import masked_counts, temperatures
 from speedrl.models.checkpoint import Prompts, join
-from speedrl.schedule import masked_counts, temperatures
 
 
 def guided_logits(

@@ -10,9 +10,9 @@ from typer import Option
 
 from experiments.bench.measure import seconds_of
 from speedrl.cli import in_one_line
+from speedrl.generation import generate, to_pil
 from speedrl.models.checkpoint import decode, encode_prompts, load_generator
-from speedrl.platform import quiet_allocator
-from speedrl.sample import generate, to_pil
+from speedrl.system.platform import quiet_allocator
 
 
 def main(

@@ -18,7 +18,7 @@ from typer import Option
 
 from experiments.embedded import build_judge, compose, data, train_base, train_clip, train_vq
 from speedrl.cli import in_one_line
-from speedrl.platform import quiet_allocator
+from speedrl.system.platform import quiet_allocator
 
 
 def pictures(sprites: np.ndarray, path: Path, *, count: int = 6000, seed: int = 0) -> np.ndarray:

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from experiments.embedded import compose, data
-from speedrl import judge
-from speedrl.files import write_atomically, write_json
+from speedrl.evaluation import judging as judge
+from speedrl.system.files import write_atomically, write_json
 
 PIXELS = 16  # side of the thumbnails of the baseline that compares raw pixels
 

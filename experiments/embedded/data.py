@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 
-from speedrl.files import write_atomically
+from speedrl.system.files import write_atomically
 
 EMBEDDED = Path(__file__).parents[2] / "speedrl/models/embedded"
 PACKAGES = {

@@ -10,10 +10,10 @@ import typer
 from typer import Option
 
 from experiments.embedded import build_judge, compose, data, train_clip
-from speedrl import judge
 from speedrl.cli import in_one_line
-from speedrl.files import write_json
-from speedrl.platform import quiet_allocator
+from speedrl.evaluation import judging as judge
+from speedrl.system.files import write_json
+from speedrl.system.platform import quiet_allocator
 
 
 def reconstructions(

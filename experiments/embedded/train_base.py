@@ -17,10 +17,10 @@ from torch import Tensor
 
 from experiments.embedded import compose
 from experiments.embedded.train_vq import PATCH, nearest, patches
-from speedrl.files import write_atomically
 from speedrl.models.checkpoint import Generator, save_generator
 from speedrl.models.meissonic import MeissonicTransformer
-from speedrl.platform import bf16_autocast, import_torchvision
+from speedrl.system.files import write_atomically
+from speedrl.system.platform import bf16_autocast, import_torchvision
 
 WIDTH, WORDS, CODES, MASK = 192, 16, 1024, 1031
 TRANSFORMER = dict(

@@ -21,9 +21,9 @@ from torch import Tensor
 from experiments.embedded import compose
 from experiments.embedded.train_base import CODES, train_tokenizer
 from experiments.embedded.train_vq import PATCH, nearest, patches
-from speedrl.files import write_atomically, write_json
-from speedrl.models.scorers import clip_encoders
-from speedrl.platform import import_torchvision
+from speedrl.rewards.scorers import clip_encoders
+from speedrl.system.files import write_atomically, write_json
+from speedrl.system.platform import import_torchvision
 
 WORDS = 16
 PLACES = ("", "on the left", "on the right", "at the top", "at the bottom")

@@ -15,8 +15,8 @@ from rich.progress import track
 from torch import Tensor
 
 from experiments.embedded import compose
-from speedrl.files import write_atomically
-from speedrl.platform import import_torchvision
+from speedrl.system.files import write_atomically
+from speedrl.system.platform import import_torchvision
 
 PATCH = 4
 

@@ -2,7 +2,7 @@
 
 Every method starts from the same model, sees the same number of pictures of the same prompts, and has its learning rate
 chosen from the same grid; every choice (learning rates, the base's temperature and guidance) is made by the reward on
-prompts of training, never by the judge or on the prompts that are measured. All are measured by `speedrl.evaluate`.
+prompts of training, never by the judge or on the prompts that are measured. All are measured by `speedrl.evaluation.measuring`.
 What is finished is kept: run it again after an interruption. OUT/report/index.html has the results.
 """
 
@@ -21,20 +21,20 @@ from typer import Option
 
 from experiments.alternatives.distil import distil
 from experiments.alternatives.finetune import finetune
-from speedrl.ablate import over_runs
 from speedrl.cli import in_one_line, loading
-from speedrl.errors import one_line
-from speedrl.evaluate import METRICS, columns_of, evaluate, markdown, prompt_sets
-from speedrl.files import write_atomically, write_json
-from speedrl.interval import caution, half_width, say, welch
-from speedrl.judge import load_judge
+from speedrl.evaluation.judging import load_judge
+from speedrl.evaluation.measuring import METRICS, columns_of, evaluate, markdown, prompt_sets
+from speedrl.evaluation.pages import Section, write_page
+from speedrl.evaluation.reports import plot_pareto
+from speedrl.generation import contact_sheet, sample, save_png
 from speedrl.models.checkpoint import load_generator
-from speedrl.page import Section, write_page
-from speedrl.platform import quiet_allocator
-from speedrl.report import plot_pareto
-from speedrl.runs import command, trained_once
-from speedrl.sample import contact_sheet, sample, save_png
-from speedrl.train import training_prompts
+from speedrl.studies.ablations import over_runs
+from speedrl.studies.intervals import caution, half_width, say, welch
+from speedrl.studies.runs import command, trained_once
+from speedrl.system.errors import one_line
+from speedrl.system.files import write_atomically, write_json
+from speedrl.system.platform import quiet_allocator
+from speedrl.training import training_prompts
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from typer import Option
 
 from experiments.study.gradients import Batch, draw, gradient, write
-from speedrl.advantage import group_advantages
 from speedrl.cli import in_one_line
-from speedrl.critic import reward_slopes
+from speedrl.method.advantages import group_advantages
+from speedrl.method.critic import reward_slopes
 from speedrl.models.checkpoint import Generator, codebook, decode, decode_embeddings, fitting_batch, load_generator
-from speedrl.reward import Score, differentiable, load_quality
-from speedrl.train import training_prompts
+from speedrl.rewards.loading import Score, differentiable, load_quality
+from speedrl.training import training_prompts
 from speedrl.value import guesses, step_credit
 
 

@@ -26,19 +26,19 @@ from rich.progress import track
 from torch import Tensor, nn
 from typer import Option
 
-from speedrl.advantage import group_advantages
 from speedrl.cli import in_one_line
-from speedrl.files import write_atomically, write_json
-from speedrl.loss import normalise
+from speedrl.evaluation.pages import Section, write_page
+from speedrl.generation import guided_policy
+from speedrl.method.advantages import group_advantages
+from speedrl.method.losses import normalise
+from speedrl.method.sampling import Rollout, draw_noise, rollout
+from speedrl.method.schedules import step_range
 from speedrl.models.checkpoint import Generator, Prompts, codebook, decode, encode_prompts, load_generator, repeat, take
-from speedrl.page import Section, write_page
-from speedrl.platform import bf16_autocast, bf16_is_fast
-from speedrl.reward import Score, load_quality
-from speedrl.rollout import Rollout, draw_noise, rollout
-from speedrl.sample import guided_policy
-from speedrl.schedule import step_range
-from speedrl.train import draw_prompts, draw_steps, training_prompts
-from speedrl.update import micro_batch_loss, rows
+from speedrl.rewards.loading import Score, load_quality
+from speedrl.system.files import write_atomically, write_json
+from speedrl.system.platform import bf16_autocast, bf16_is_fast
+from speedrl.training import draw_prompts, draw_steps, training_prompts
+from speedrl.updates import micro_batch_loss, rows
 
 REFERENCE = {
     "ce": "ce", "k3": "ce", "reverse": "reverse", "k2": "reverse", "k1": "reverse",

@@ -17,15 +17,15 @@ from torch import Tensor
 from typer import Option
 
 from speedrl.cli import in_one_line
-from speedrl.evaluate import prompt_sets
-from speedrl.files import write_atomically, write_json
-from speedrl.interval import interval
-from speedrl.judge import Judge, concepts_in, features, load_judge, recall
+from speedrl.evaluation.judging import Judge, concepts_in, features, load_judge, recall
+from speedrl.evaluation.measuring import prompt_sets
+from speedrl.generation import draw, planned
 from speedrl.models.checkpoint import Generator, decode, load_generator
 from speedrl.pace import SWEEP
-from speedrl.platform import bf16_autocast
-from speedrl.reward import Score, load_quality
-from speedrl.sample import draw, planned
+from speedrl.rewards.loading import Score, load_quality
+from speedrl.studies.intervals import interval
+from speedrl.system.files import write_atomically, write_json
+from speedrl.system.platform import bf16_autocast
 
 AUTO = "auto"
 

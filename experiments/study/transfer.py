@@ -27,16 +27,16 @@ from typer import Option
 
 from experiments.embedded import build_judge, compose, data
 from speedrl.cli import in_one_line, numbers
-from speedrl.evaluate import measure, network_calls
-from speedrl.files import write_atomically, write_json
-from speedrl.interval import caution, interval, paired, say
-from speedrl.judge import concepts_in, load_judge, nearest_hits
+from speedrl.evaluation.judging import concepts_in, load_judge, nearest_hits
+from speedrl.evaluation.measuring import measure, network_calls
+from speedrl.evaluation.pages import Section, write_page
+from speedrl.generation import generate, planned
 from speedrl.models.checkpoint import decode, load_generator, parts_of
-from speedrl.page import Section, write_page
-from speedrl.platform import bf16_is_fast, quiet_allocator
-from speedrl.prompts import read_prompts
-from speedrl.reward import load_quality
-from speedrl.sample import generate, planned
+from speedrl.rewards.loading import load_quality
+from speedrl.run.prompts import read_prompts
+from speedrl.studies.intervals import caution, interval, paired, say
+from speedrl.system.files import write_atomically, write_json
+from speedrl.system.platform import bf16_is_fast, quiet_allocator
 
 COLUMNS = {
     "reward": "reward", "judge_r1": "R@1 EfficientNet", "sscd_r1": "R@1 SSCD", "judge_r5": "R@5 EfficientNet",

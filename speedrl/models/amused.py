@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from speedrl.platform import can_compile, fused_attention_is_slow
+from speedrl.system.platform import can_compile, fused_attention_is_slow
 
 
 class Processor:

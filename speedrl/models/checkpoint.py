@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from speedrl.errors import one_line
-from speedrl.files import write_json
-from speedrl.hub import from_hub
+from speedrl.method.schedules import StepRange
 from speedrl.models.lora import load_lora, merge_lora, read_config
 from speedrl.models.meissonic import MeissonicTransformer
 from speedrl.pace import Pace
-from speedrl.platform import check_device, frugal_allocator, import_vq_model
-from speedrl.schedule import StepRange
+from speedrl.system.errors import one_line
+from speedrl.system.files import write_json
+from speedrl.system.hub import from_hub
+from speedrl.system.platform import check_device, frugal_allocator, import_vq_model
 
 # what the released Meissonic scripts lead away from
 NEGATIVE = (

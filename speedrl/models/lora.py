@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from speedrl.errors import one_line
-from speedrl.files import write_atomically, write_json
+from speedrl.system.errors import one_line
+from speedrl.system.files import write_atomically, write_json
 
 NAME = "adapter_model.safetensors"
 
@@ -41,7 +41,7 @@ def add_lora(
 
 
 def inject(transformer: nn.Module, config: dict) -> None:
-    from speedrl.platform import import_torchvision
+    from speedrl.system.platform import import_torchvision
 
     import_torchvision()  # peft imports transformers
     try:

@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from speedrl.platform import can_compile, fused_attention_is_slow
+from speedrl.system.platform import can_compile, fused_attention_is_slow
 
 MICRO = 256  # width of each micro-condition's and of the timestep's sinusoidal embedding
 

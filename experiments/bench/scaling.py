@@ -4,9 +4,9 @@ import math
 
 import torch
 
-from speedrl.models.flops import forward_flops
+from experiments.bench.flops import forward_flops
+from speedrl.method.schedules import masked_counts
 from speedrl.models.meissonic import MeissonicTransformer
-from speedrl.schedule import masked_counts
 
 DECODE = 7.64e12  # operations of the VQ decoder for 1024x1024 pixels
 MEISSONIC = {"transformer": 1_006_946_304, "text_encoder": 354_000_000, "vq": 146_000_000, "lora_16": 21_000_000}

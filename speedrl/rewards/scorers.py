@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speedrl.errors import one_line
-from speedrl.hub import hub_file
 from speedrl.models.checkpoint import NoInitialisation, count_positions
-from speedrl.platform import bf16_autocast, import_torchvision
+from speedrl.system.errors import one_line
+from speedrl.system.hub import hub_file
+from speedrl.system.platform import bf16_autocast, import_torchvision
 
 Score = Callable[[Tensor, list[str]], Tensor]
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's CLIP, all three

@@ -10,8 +10,8 @@ from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from speedrl.files import write_atomically
-from speedrl.hub import hub_file
+from speedrl.system.files import write_atomically
+from speedrl.system.hub import hub_file
 
 STYLES = ("anime", "concept-art", "paintings", "photo")  # of HPSv2's benchmark, arXiv 2306.09341
 GENEVAL = "https://raw.githubusercontent.com/djghosh13/geneval/main/prompts/generation_prompts.txt"

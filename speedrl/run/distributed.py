@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from speedrl.errors import one_line
+from speedrl.system.errors import one_line
 
 
 def rank() -> int:

@@ -9,17 +9,26 @@ from typing import Any
 
 from rich.console import Console
 
-from speedrl.evaluate import METRICS, columns_of, evaluate, markdown, metrics_of, over_seeds, prompt_sets, table
-from speedrl.files import write_atomically, write_json
-from speedrl.interval import caution, interval, paired, say
+from speedrl.evaluation.measuring import (
+    METRICS,
+    columns_of,
+    evaluate,
+    markdown,
+    metrics_of,
+    over_seeds,
+    prompt_sets,
+    table,
+)
+from speedrl.evaluation.pages import Section, write_page
+from speedrl.evaluation.reports import plot_curves
+from speedrl.generation import sample
+from speedrl.method.schedules import step_range
 from speedrl.models.checkpoint import load_generator
-from speedrl.page import Section, write_page
-from speedrl.report import plot_curves
-from speedrl.reward import load_qualities
-from speedrl.runs import commands_of, metrics_file, refuse_other, run_all, run_folder
-from speedrl.sample import sample
-from speedrl.schedule import step_range
-from speedrl.train import train, training_prompts
+from speedrl.rewards.loading import load_qualities
+from speedrl.studies.intervals import caution, interval, paired, say
+from speedrl.studies.runs import commands_of, metrics_file, refuse_other, run_all, run_folder
+from speedrl.system.files import write_atomically, write_json
+from speedrl.training import train, training_prompts
 
 MEDIAN, QUARTILE = "median", "lower quartile"  # of the starting model's quality, in place of a number
 SIXFOLD = "sixfold"  # the iterations of the other variants

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from speedrl.critic import expected_gain
-from speedrl.distributed import sum_gradients
-from speedrl.kl import count_weights
-from speedrl.kl import kl as divergence
-from speedrl.likelihood import exact_log_prob, guided, log_probs, log_ratio
-from speedrl.loss import clipped_loss, normalise
+from speedrl.method.critic import expected_gain
+from speedrl.method.divergences import count_weights
+from speedrl.method.divergences import kl as divergence
+from speedrl.method.likelihoods import exact_log_prob, guided, log_probs, log_ratio
+from speedrl.method.losses import clipped_loss, normalise
+from speedrl.method.sampling import Rollout, state
 from speedrl.models.checkpoint import Prompts, join, repeat, take
 from speedrl.pace import Pace, expected
-from speedrl.rollout import Rollout, state
+from speedrl.run.distributed import sum_gradients
 
 
 class Rows(NamedTuple):

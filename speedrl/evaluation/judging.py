@@ -60,7 +60,7 @@ def load_judge(folder: Path | str | None = None, *, device: torch.device | str =
 
     FileNotFoundError where a file is missing, ValueError where they do not fit each other.
     """
-    folder = Path(folder) if folder else Path(__file__).parent / "models" / "embedded" / "judge"
+    folder = Path(folder) if folder else Path(__file__).parents[1] / "models" / "embedded" / "judge"
     about, tensors = folder / "judge.json", folder / "judge.safetensors"
     for path in (about, tensors):
         if not path.exists():

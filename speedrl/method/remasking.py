@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from speedrl.likelihood import sample_tokens
-from speedrl.rollout import Rollout
+from speedrl.method.likelihoods import sample_tokens
+from speedrl.method.sampling import Rollout
 
 
 def check_share(share: float) -> float:

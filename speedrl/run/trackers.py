@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from speedrl.errors import one_line
+from speedrl.system.errors import one_line
 
 Track = Callable[[Mapping[str, Any]], None]  # takes the row of an iteration
 

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from speedrl.kl import count_weights
+from speedrl.method.divergences import count_weights
+from speedrl.method.remasking import check_share
+from speedrl.method.sampling import ORDERS
+from speedrl.method.schedules import StepRange, mask_ratio
 from speedrl.models.checkpoint import adapter_of
 from speedrl.pace import divided
-from speedrl.revise import check_share
-from speedrl.reward import Score, differentiable, parse_quality
-from speedrl.rollout import ORDERS
-from speedrl.schedule import StepRange, mask_ratio
-from speedrl.track import TRACKERS
+from speedrl.rewards.loading import Score, differentiable, parse_quality
+from speedrl.run.trackers import TRACKERS
 
 FIRM = 0.02  # a weight of the divergence that held early credit; .0125 did not
 

@@ -16,11 +16,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from speedrl.errors import one_line
-from speedrl.evaluate import evaluate
-from speedrl.files import write_atomically, write_json
-from speedrl.state import checkpoints, plain
-from speedrl.train import train
+from speedrl.evaluation.measuring import evaluate
+from speedrl.run.checkpoints import checkpoints, plain
+from speedrl.system.errors import one_line
+from speedrl.system.files import write_atomically, write_json
+from speedrl.training import train
 
 
 def run_folder(out: Path, own: dict, seed: int) -> Path:
@@ -129,10 +129,10 @@ def start_process(folder: Path, job: dict, *, threads: int) -> subprocess.Popen:
     """A Python process that does `one_run` of a folder and leaves outcome.json and log.txt in it."""
     (folder / "outcome.json").unlink(missing_ok=True)
     write_json(folder / "job.json", plain(job))
-    paths = [str(Path(__file__).resolve().parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(threads)}
     with (folder / "log.txt").open("a") as log:
-        command = [sys.executable, "-m", "speedrl.runs", str(folder)]
+        command = [sys.executable, "-m", "speedrl.studies.runs", str(folder)]
         return subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment)
 
 
@@ -188,7 +188,7 @@ def command(name: str, options: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    from speedrl.platform import quiet_allocator
+    from speedrl.system.platform import quiet_allocator
 
     quiet_allocator()
     child(Path(sys.argv[1]))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from speedrl.errors import one_line
+from speedrl.system.errors import one_line
 
 
 def quiet_allocator() -> None:

@@ -10,13 +10,13 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from speedrl.evaluate import METRICS, calls_of, judge_if_there, network_calls, one_cell, prompt_sets, table
-from speedrl.files import write_atomically, write_json
-from speedrl.interval import interval, paired
+from speedrl.evaluation.measuring import METRICS, calls_of, judge_if_there, network_calls, one_cell, prompt_sets, table
+from speedrl.generation import contact_sheet, draw, sample, save_png
+from speedrl.method.remasking import split_steps
 from speedrl.models.checkpoint import load_generator
-from speedrl.revise import split_steps
-from speedrl.reward import load_qualities
-from speedrl.sample import contact_sheet, draw, sample, save_png
+from speedrl.rewards.loading import load_qualities
+from speedrl.studies.intervals import interval, paired
+from speedrl.system.files import write_atomically, write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

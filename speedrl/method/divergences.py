@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from speedrl.likelihood import log_probs
+from speedrl.method.likelihoods import log_probs
 
 FULL = 16  # steps from which on the divergence has all of its weight
 

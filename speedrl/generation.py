@@ -9,8 +9,11 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from speedrl.files import write_atomically
-from speedrl.likelihood import guided
+from speedrl.method.likelihoods import guided
+from speedrl.method.remasking import check_share, revise_tokens, revised_counts, split_steps
+from speedrl.method.sampling import Noise, draw_noise, rollout
+from speedrl.method.schedules import step_range
+from speedrl.method.search import settled
 from speedrl.models.checkpoint import (
     Generator,
     Prompts,
@@ -23,10 +26,7 @@ from speedrl.models.checkpoint import (
     take,
 )
 from speedrl.pace import SWEEP, divided, summary, until_stop
-from speedrl.revise import check_share, revise_tokens, revised_counts, split_steps
-from speedrl.rollout import Noise, draw_noise, rollout
-from speedrl.schedule import step_range
-from speedrl.tuning import settled
+from speedrl.system.files import write_atomically
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -15,16 +15,25 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
-from speedrl.files import write_atomically, write_json
-from speedrl.judge import Judge, concepts_in, diversity, features, frechet, load_judge, pixel_diversity, recall
+from speedrl.evaluation.judging import (
+    Judge,
+    concepts_in,
+    diversity,
+    features,
+    frechet,
+    load_judge,
+    pixel_diversity,
+    recall,
+)
+from speedrl.generation import contact_sheet, draw, sample, save_png
+from speedrl.method.remasking import check_share
+from speedrl.method.sampling import ORDERS
+from speedrl.method.schedules import mask_ratio
 from speedrl.models.checkpoint import Generator, chooses_steps, decode, fitting_batch, load_generator, parts_of
-from speedrl.platform import check_device
-from speedrl.prompts import read_prompts
-from speedrl.revise import check_share
-from speedrl.reward import EMBEDDED, Score, load_qualities
-from speedrl.rollout import ORDERS
-from speedrl.sample import contact_sheet, draw, sample, save_png
-from speedrl.schedule import mask_ratio
+from speedrl.rewards.loading import EMBEDDED, Score, load_qualities
+from speedrl.run.prompts import read_prompts
+from speedrl.system.files import write_atomically, write_json
+from speedrl.system.platform import check_device
 
 METRICS = {
     "reward": "reward", "judge_r1": "R@1", "judge_r5": "R@5", "frechet": "Fréchet", "diversity": "diversity",
@@ -273,7 +282,7 @@ def prompt_sets(
             raise ValueError("the list of prompts is empty: give at least one")
         return found
 
-    own = Path(__file__).parent / "models" / "embedded" / "prompts"
+    own = Path(__file__).parents[1] / "models" / "embedded" / "prompts"
     sets = {"seen": lines(own / "eval.txt")} if prompts is None else {"given": lines(prompts)}
     if held_out is not None:
         sets["given held-out"] = lines(held_out)

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from speedrl.likelihood import exact_log_prob, sample_tokens
-from speedrl.platform import can_compile
-from speedrl.schedule import halton_order, masked_counts, seeded, temperatures, timesteps
-from speedrl.tuning import Tuning, sharpness
+from speedrl.method.likelihoods import exact_log_prob, sample_tokens
+from speedrl.method.schedules import halton_order, masked_counts, seeded, temperatures, timesteps
+from speedrl.method.search import Tuning, sharpness
+from speedrl.system.platform import can_compile
 
 ORDERS = ("confidence", "random", "halton")
 
@@ -184,7 +184,7 @@ def rollout(
     the order that `exact_log_prob` needs, and its values: then all samples and places are asked for. `guess` keeps what
     the policy would most likely finish from each state. With `summarise` the policy gives, beside the logits, a summary
     of what it knows, [B or n, C] (`pace`), and that of each sample's last step is kept. `step` may be a compiled
-    `speedrl.rollout.step`. The host waits for the device once, at the start. ValueError for shapes that do not fit and
+    `speedrl.method.sampling.step`. The host waits for the device once, at the start. ValueError for shapes that do not fit and
     for another order. `tuning` has scalars for each sample, on the mask schedule, the temperature and the logits.
 
     Under torch.inference_mode the results are inference tensors, which autograd refuses: clone them before training.

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from speedrl.files import write_atomically
+from speedrl.system.files import write_atomically
 
 STYLE = """
 :root { color-scheme: light dark; }

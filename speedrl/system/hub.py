@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from speedrl.errors import one_line
+from speedrl.system.errors import one_line
 
 
 def from_hub(fetch: Callable[[], str], what: str, *, instead: str) -> Path:

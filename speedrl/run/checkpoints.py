@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from speedrl import __version__
-from speedrl.distributed import agreed, barrier, everyone, rank, world
-from speedrl.errors import one_line
-from speedrl.files import append_lines, damage, replace_folder, seal, write_atomically, write_json
-from speedrl.tuning import OCTAVES, SPREAD
+from speedrl.method.search import OCTAVES, SPREAD
+from speedrl.run.distributed import agreed, barrier, everyone, rank, world
+from speedrl.system.errors import one_line
+from speedrl.system.files import append_lines, damage, replace_folder, seal, write_atomically, write_json
 
 RANDOM = "random.st"  # not *.safetensors, which are all of the tensors' files
 

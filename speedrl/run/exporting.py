@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speedrl.errors import one_line
-from speedrl.files import damage
+from speedrl.method.schedules import step_range
 from speedrl.models.checkpoint import Generator, load_generator, paced, parameters, save_generator, save_pace
 from speedrl.models.lora import add_lora, merge_lora, save_lora
-from speedrl.schedule import step_range
-from speedrl.state import newest, read_record, read_tensors, stored
+from speedrl.run.checkpoints import newest, read_record, read_tensors, stored
+from speedrl.system.errors import one_line
+from speedrl.system.files import damage
 
 
 def save_trained(

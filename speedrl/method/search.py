@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from speedrl.schedule import seeded
+from speedrl.method.schedules import seeded
 
 SPREAD = (0.2, 0.4, 0.2, 0.2)  # of what rollouts try, in logs of the scalars
 OCTAVES = 7  # 1, 2, 4 .. 64 steps have scalars of their own

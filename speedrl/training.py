@@ -11,14 +11,14 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from speedrl import distributed
-from speedrl.advantage import early_advantages, group_advantages
-from speedrl.critic import reward_slopes
-from speedrl.display import Display
-from speedrl.distributed import agreed, gathered, total
-from speedrl.errors import Stopped, interruptible, unsaved
-from speedrl.export import save_trained
-from speedrl.filter import low_quality, std_percentile
+from speedrl.generation import guided_policy
+from speedrl.method.advantages import early_advantages, group_advantages
+from speedrl.method.critic import reward_slopes
+from speedrl.method.filters import low_quality, std_percentile
+from speedrl.method.rewards import Moments, combine, disagreeing, mixture, observe, speed_reward
+from speedrl.method.sampling import compiled_step, draw_noise, rollout, step
+from speedrl.method.schedules import StepRange, step_range
+from speedrl.method.search import OCTAVES, SPREAD, Tuning, described, improved, tunings
 from speedrl.models.checkpoint import (
     codebook,
     decode,
@@ -33,26 +33,28 @@ from speedrl.models.checkpoint import (
 )
 from speedrl.models.lora import WithoutLora, add_lora
 from speedrl.pace import SWEEP, divided, every_stop, expected
-from speedrl.platform import bf16_autocast, bf16_is_fast
-from speedrl.prompts import open_prompts
-from speedrl.reward import (
-    Moments,
-    combine,
-    disagreeing,
-    load_qualities,
-    mixture,
-    observe,
-    rate,
-    speed_reward,
+from speedrl.rewards.loading import load_qualities, rate
+from speedrl.run import distributed
+from speedrl.run.checkpoints import (
+    append_row,
+    changed,
+    drop_metrics,
+    plain,
+    random_states,
+    restore,
+    save,
+    start,
+    tensors,
 )
-from speedrl.rollout import compiled_step, draw_noise, rollout, step
-from speedrl.sample import guided_policy
-from speedrl.schedule import StepRange, step_range
-from speedrl.settings import check, doubtful, kind_of_credit
-from speedrl.state import append_row, changed, drop_metrics, plain, random_states, restore, save, start, tensors
-from speedrl.track import open_trackers
-from speedrl.tuning import OCTAVES, SPREAD, Tuning, described, improved, tunings
-from speedrl.update import descend, fitting, follow, gradients, pace_gradient, token_weights, trained_steps
+from speedrl.run.display import Display
+from speedrl.run.distributed import agreed, gathered, total
+from speedrl.run.exporting import save_trained
+from speedrl.run.prompts import open_prompts
+from speedrl.run.settings import check, doubtful, kind_of_credit
+from speedrl.run.trackers import open_trackers
+from speedrl.system.errors import Stopped, interruptible, unsaved
+from speedrl.system.platform import bf16_autocast, bf16_is_fast
+from speedrl.updates import descend, fitting, follow, gradients, pace_gradient, token_weights, trained_steps
 from speedrl.value import guesses, step_credit
 
 TREND = 20  # iterations over which rewards are watched for disagreement
