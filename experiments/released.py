@@ -84,8 +84,8 @@ def main(
     picture = str(out / "picture.png")
     found = {"sample": measured(["sample", "an owl", *shared, "--precision", precision, "--out", picture], cwd=out)}
     if train:
-        (out / "brightness.py").write_text(REWARD)
-        (out / "prompts.txt").write_text("an owl\n")
+        (out / "brightness.py").write_text(REWARD, encoding="utf-8")
+        (out / "prompts.txt").write_text("an owl\n", encoding="utf-8")
         run = out / f"train-{int(time.time())}"
         small = "--iterations 1 --groups 1 --group-size 2 --micro-batch 1 --quality brightness:score --no-compare"
         command = ["train", *shared, *small.split(), "--prompts", str(out / "prompts.txt"), "--out", str(run)]

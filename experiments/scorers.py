@@ -97,7 +97,7 @@ def main(
             with console.status(f"{name}, {whose}"):
                 done = subprocess.run(
                     [sys.executable, "-m", "experiments.scorers", *command, "--repeats", str(repeats)],
-                    check=True, stdout=subprocess.PIPE, text=True,
+                    check=True, stdout=subprocess.PIPE, encoding="utf-8",
                 )  # fmt: skip
             rows.append({"reward": name, "whose": whose} | json.loads(done.stdout.splitlines()[-1]))
     table = Table("reward", "whose", "images/s", "times the package's", "peak GB")

@@ -52,7 +52,7 @@ def defaults(target: str) -> dict[str, object]:
     Importing it to inspect its signature would import torch: seconds, for a page of help.
     """
     module, _, function = target.rpartition(".")
-    tree = ast.parse((Path(__file__).parent / (module.replace(".", "/") + ".py")).read_text("utf-8"))
+    tree = ast.parse((Path(__file__).parent / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8"))
     (node,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function)
     optional = node.args.args[len(node.args.args) - len(node.args.defaults) :]
     pairs = [*zip(optional, node.args.defaults, strict=True)]

@@ -22,13 +22,13 @@ def write_tokenizer(folder: Path) -> None:
     letters = "abcdefghijklmnopqrstuvwxyz"
     pieces = [*letters, *(letter + "</w>" for letter in letters), "an</w>", "<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True)
-    (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}))
-    (folder / "merges.txt").write_text("#version: 0.2\na n</w>\n")
+    (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\na n</w>\n", encoding="utf-8")
     config = {
         "tokenizer_class": "CLIPTokenizer", "model_max_length": 8, "bos_token": "<|startoftext|>",
         "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "unk_token": "<|endoftext|>",
     }  # fmt: skip
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 def write_generator(folder: Path) -> Path:
@@ -44,7 +44,7 @@ def write_generator(folder: Path) -> Path:
     save_file(transformer.state_dict(), folder / "transformer/diffusion_pytorch_model.safetensors")
     config = {"_class_name": "Transformer2DModel", "guidance_embeds": False, "in_channels": 64, "patch_size": 1}
     config |= TRANSFORMER | {"sample_size": 4}
-    (folder / "transformer/config.json").write_text(json.dumps(config))
+    (folder / "transformer/config.json").write_text(json.dumps(config), encoding="utf-8")
     VQModel(
         down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
         block_out_channels=(8, 8, 8), layers_per_block=1, latent_channels=4, sample_size=16, num_vq_embeddings=32,
@@ -59,7 +59,7 @@ def write_generator(folder: Path) -> Path:
     (folder / "scheduler").mkdir()
     scheduler = {"_class_name": "Scheduler", "mask_token_id": 39, "masking_schedule": "cosine"}
     scheduler |= {"num_inference_steps": 6, "guidance_scale": 3.0, "temperature": 1.5}
-    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler))
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler), encoding="utf-8")
     return folder
 
 

@@ -28,7 +28,7 @@ def apart(work, log: str, arguments: tuple) -> None:
     import torch
 
     torch.set_num_threads(1)
-    sys.stdout = sys.stderr = open(log, "w", buffering=1)  # noqa: SIM115, as long as the process
+    sys.stdout = sys.stderr = open(log, "w", buffering=1, encoding="utf-8")  # noqa: SIM115, as long as the process
     work(*arguments)
 
 

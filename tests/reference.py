@@ -28,7 +28,7 @@ def write_vocabulary(path: Path) -> None:
     """A vocabulary of BERT's size: its marks, letters, and words that nothing says."""
     letters = "abcdefghijklmnopqrstuvwxyz"
     known = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
-    path.write_text("\n".join([*known, *(f"[unused{i}]" for i in range(WORDS - len(known)))]) + "\n")
+    path.write_text("\n".join([*known, *(f"[unused{i}]" for i in range(WORDS - len(known)))]) + "\n", encoding="utf-8")
 
 
 def image_reward(vocabulary: Path):
@@ -114,7 +114,7 @@ def imagereward_weights(folder: Path) -> dict[str, torch.Tensor]:
         "num_hidden_layers": 12, "pad_token_id": 0, "type_vocab_size": 2, "vocab_size": 30524, "encoder_width": 1024,
         "add_cross_attention": True,
     }  # fmt: skip
-    (folder / "med_config.json").write_text(json.dumps(bert))
+    (folder / "med_config.json").write_text(json.dumps(bert), encoding="utf-8")
     torch.manual_seed(0)
     model = ImageRewardModel(vision=VISION, text=TEXT)
     torch.nn.init.normal_(model.head[0].weight, std=0.02)

@@ -26,14 +26,14 @@ def calls(monkeypatch):
             raise RuntimeError("it fell over\nbadly")
         (out / "model").mkdir(parents=True)
         reward = len(options.get("likelihood", "token")) + options["seed"]
-        (out / "model" / "reward").write_text(str(reward))
+        (out / "model" / "reward").write_text(str(reward), encoding="utf-8")
         lines = [{"iteration": i + 1, "quality": reward + i, "kl": 0.1} for i in range(3)]
-        (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         return out / "model"
 
     def evaluate(models, *, out, **options):
         (model,) = models
-        reward = float((Path(model) / "reward").read_text()) if model != "embedded" else -1.0
+        reward = float((Path(model) / "reward").read_text(encoding="utf-8")) if model != "embedded" else -1.0
         row = {"model": model, "prompts": "seen", "steps": options["steps"][0], "guidance": 1.0, "temperature": 1.0,
                "network_calls": 1, "seconds_per_image": 0.5, "weights": "w", "settings": "s"}  # fmt: skip
         return [row | dict.fromkeys(METRICS) | {"reward": reward}]
@@ -51,12 +51,12 @@ def test_one_report_of_all_variants(calls, tmp_path, capsys):
     assert rows[0]["reward_spread"] is None and rows[1]["reward_spread"] == pytest.approx(0.5**0.5)
     assert rows[1]["reward_interval"] == pytest.approx(12.706 * 0.5, rel=1e-4)  # t of one degree of freedom
     assert len(calls) == 8 and all(options["iterations"] == 3 for _, _, options in calls)
-    written = json.loads((tmp_path / "report-likelihood/likelihood.json").read_text())
+    written = json.loads((tmp_path / "report-likelihood/likelihood.json").read_text(encoding="utf-8"))
     assert [row["model"] for row in written["rows"]] == [row["model"] for row in rows]
     found = {d["variant"]: d for d in written["differences"]}
     assert found["sequence"]["difference"] == 3 and found["sequence"]["outside"] and found["exact"]["difference"] == 0
     assert "reward is 3.000 ± 0.000 higher, outside the noise" in " ".join(written["words"])
-    text = (tmp_path / "report-likelihood/likelihood.md").read_text()
+    text = (tmp_path / "report-likelihood/likelihood.md").read_text(encoding="utf-8")
     assert "| sequence |" in text and "speedrl train --out" in text and "--likelihood sequence" in text
     for name in ("index.html", "likelihood.png", "likelihood.svg"):
         assert (tmp_path / "report-likelihood" / name).stat().st_size > 1000
@@ -65,7 +65,7 @@ def test_one_report_of_all_variants(calls, tmp_path, capsys):
 
 def test_ablations_share_the_runs_that_they_have_in_common(calls, tmp_path):
     (tmp_path / "start").mkdir()
-    (tmp_path / "start/levels.json").write_text('{"median": 0.25, "lower quartile": 0.125}')
+    (tmp_path / "start/levels.json").write_text('{"median": 0.25, "lower quartile": 0.125}', encoding="utf-8")
     rows = ablate(out=tmp_path, seeds=(0,))
     assert {row["ablation"] for row in rows} == set(ablations())
     folders = [out.parent.parent.name for out, _, _ in calls]
@@ -74,7 +74,7 @@ def test_ablations_share_the_runs_that_they_have_in_common(calls, tmp_path):
     assert len(calls) == len(folders), "a run is the same whichever ablation asks for it"
     gates = [options["quality_gate"] for _, _, options in calls if options.get("quality_gate") is not None]
     assert gates == [0.25], "named levels become numbers"
-    page = (tmp_path / "report/index.html").read_text()
+    page = (tmp_path / "report/index.html").read_text(encoding="utf-8")
     assert all(f"<h2>{name}</h2>" in page for name in ablations())
 
 
@@ -113,10 +113,12 @@ def test_finished_runs_are_kept_interrupted_ones_go_on_and_others_are_refused(ca
 def test_a_failing_variant_stops_no_other(calls, tmp_path, capsys):
     rows = ablate("likelihood", out=tmp_path, seeds=(0,), lr=0.5)
     assert [row["model"] for row in rows] == ["start", "token", "exact", "token, credit of a rollout"]
-    written = json.loads((tmp_path / "report-likelihood/likelihood.json").read_text())
+    written = json.loads((tmp_path / "report-likelihood/likelihood.json").read_text(encoding="utf-8"))
     assert written["failed"] == {"sequence, seed 0": "it fell over badly"}
     assert "it fell over badly" in capsys.readouterr().out
-    assert "Failed: sequence, seed 0: it fell over badly" in (tmp_path / "report-likelihood/index.html").read_text()
+    assert "Failed: sequence, seed 0: it fell over badly" in (tmp_path / "report-likelihood/index.html").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_bad_input(calls, tmp_path):
@@ -176,8 +178,10 @@ def test_the_command_of_a_run_is_one_that_the_command_line_takes():
 @pytest.fixture
 def tiny(tiny_generator_folder, tmp_path, monkeypatch):
     """Options of a real training of the tiny generator, its own reward and no judge."""
-    (tmp_path / "prompts.txt").write_text("a b\nc d\n")
-    (tmp_path / "brightness.py").write_text("def score(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    (tmp_path / "prompts.txt").write_text("a b\nc d\n", encoding="utf-8")
+    (tmp_path / "brightness.py").write_text(
+        "def score(images, prompts):\n    return images.mean((1, 2, 3))\n", encoding="utf-8"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     return {"model": str(tiny_generator_folder), "prompts": str(tmp_path / "prompts.txt"), "iterations": 1, "groups": 1,
@@ -194,7 +198,7 @@ def test_processes_side_by_side_do_their_runs_and_one_that_fails_stops_no_other(
     (row,) = found[tmp_path / "good/seed-0"]
     assert row["steps"] == 1 and row["reward"] > 0
     assert found[tmp_path / "bad/seed-0"] == "lr must be positive, got -1.0"
-    assert "Traceback" in (tmp_path / "bad/seed-0/log.txt").read_text()
+    assert "Traceback" in (tmp_path / "bad/seed-0/log.txt").read_text(encoding="utf-8")
     assert (tmp_path / "good/seed-0/run/model/transformer").exists()
 
 

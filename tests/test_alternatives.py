@@ -91,14 +91,14 @@ def test_finetune_loss_is_the_cross_entropy_at_what_is_still_masked():
 
 @pytest.fixture
 def options(tiny_generator_folder, tmp_path):
-    (tmp_path / "prompts.txt").write_text("a b\nc d\n")
+    (tmp_path / "prompts.txt").write_text("a b\nc d\n", encoding="utf-8")
     return dict(
         model=str(tiny_generator_folder), prompts=str(tmp_path / "prompts.txt"), pictures=8, lr=3e-3, compile=False
     )
 
 
 def rows(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def test_fine_tuning_learns_the_teachers_pictures_and_saves_a_model_of_few_steps(options, tmp_path):
@@ -107,7 +107,7 @@ def test_fine_tuning_learns_the_teachers_pictures_and_saves_a_model_of_few_steps
     assert len(losses) == 12 and sum(losses[-4:]) < sum(losses[:4])
     found = load_generator(model)
     assert (found.steps, found.guidance) == (3, 1.0)
-    budget = json.loads((tmp_path / "a/budget.json").read_text())
+    budget = json.loads((tmp_path / "a/budget.json").read_text(encoding="utf-8"))
     assert budget["pictures_seen"] == 96 and budget["network_calls"] >= 96 * (12 + 2 + 1)
 
 
@@ -149,7 +149,7 @@ def test_distillation_saves_a_model_of_one_step_that_follows_its_teacher(options
     found = load_generator(model)
     assert (found.steps, found.guidance, found.random_share) == (1, 1.0, 0.4)
     assert all(torch.isfinite(torch.tensor(list(row.values()))).all() for row in rows(tmp_path / "a"))
-    assert json.loads((tmp_path / "a/budget.json").read_text())["pictures_seen"] == 120
+    assert json.loads((tmp_path / "a/budget.json").read_text(encoding="utf-8"))["pictures_seen"] == 120
 
 
 @pytest.mark.parametrize("beta", [0.0, -0.2])

@@ -58,7 +58,7 @@ def folder(tmp_path_factory) -> Path:
         "scheduler": ("diffusers", "AmusedScheduler"), "tokenizer": ("transformers", "CLIPTokenizer"),
         "text_encoder": ("transformers", "CLIPTextModelWithProjection"),
     }.items()}  # fmt: skip
-    (path / "model_index.json").write_text(json.dumps({"_class_name": "AmusedPipeline"} | index))
+    (path / "model_index.json").write_text(json.dumps({"_class_name": "AmusedPipeline"} | index), encoding="utf-8")
     return path
 
 
@@ -199,13 +199,15 @@ def test_what_training_saves_loads_in_the_pipeline_and_draws_the_same(generator,
 def test_it_learns_to_choose_its_steps_and_the_pipeline_still_loads_it(folder, tmp_path):
     from diffusers import AmusedPipeline
 
-    (tmp_path / "p.txt").write_text("a b\nc d\n")
+    (tmp_path / "p.txt").write_text("a b\nc d\n", encoding="utf-8")
     train(
         out=tmp_path / "run", model=str(folder), prompts=tmp_path / "p.txt", quality="tests.test_auto:green",
         steps="auto:4", iterations=2, groups=2, group_size=3, compile=False, guidance=2.0, reference_guidance=2.0,
         lr=1e-2, eps=1e-8, warmup=0,
     )  # fmt: skip
-    first, second = (json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    first, second = (
+        json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    )
     assert first["steps_mean"] == 3 != second["steps_mean"], "of two pictures one goes on, and then it has learned"
     again = load_generator(tmp_path / "run")
     assert again.pace.most == 4 and again.pace.out.bias.abs().max() > 0

@@ -30,7 +30,7 @@ def green(images, prompts):
 
 
 def given(model, folder):
-    (folder / "prompts.txt").write_text("a b\nc d\ne f\n")
+    (folder / "prompts.txt").write_text("a b\nc d\ne f\n", encoding="utf-8")
     return dict(model=str(model), prompts=str(folder / "prompts.txt"), quality="tests.test_auto:green", steps="auto:4",
                 groups=2, group_size=4, compile=False, bf16=False, lr=3e-2, eps=1e-8, warmup=0)  # fmt: skip
 
@@ -50,7 +50,7 @@ def run(tiny_generator_folder, tmp_path_factory):
 
 
 def metrics(folder):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [{k: v for k, v in json.loads(line).items() if k != "images_per_second"} for line in lines]
 
 
@@ -183,7 +183,7 @@ def test_the_commands(run, tiny_generator_folder, tmp_path):
     plain = ("--model", tiny_generator_folder, "--steps", "auto")
     assert "does not choose its steps" in refused("sample", "an owl", *plain, "--out", tmp_path / "y.png")
     prompts = tmp_path / "p.txt"
-    prompts.write_text("an owl\na fox\n")
+    prompts.write_text("an owl\na fox\n", encoding="utf-8")
     both = ("--prompts", prompts, "--out", tmp_path / "eval", "--model", run)
     assert "does not choose its steps" in refused("eval", *both, *plain)
     assert not (tmp_path / "eval").exists() and not (tmp_path / "y.png").exists()
@@ -209,7 +209,7 @@ def test_a_row_tells_the_calls_that_it_took(nothing_judged, run, tmp_path):
     generator, wanted = load_generator(run), [prompt for prompt in PROMPTS[:4] for _ in range(3)]
     took = torch.stack([draw(generator, wanted, steps="auto", guidance=1.0, seed=seed)[1] for seed in (0, 1)]).double()
     assert rows[0]["steps_mean"] == took.mean() and "steps_mean" not in rows[1]
-    assert json.loads((tmp_path / "results.json").read_text()) == rows
+    assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == rows
     assert evaluate([run], steps=("auto", 2), quality="tests.test_auto:green", **options) == rows, "kept"
     header, lines = columns_of(rows)
     assert lines[0][header.index("steps")] == "auto" and lines[1][header.index("calls")] == "2"
@@ -234,7 +234,9 @@ def test_the_comparison_has_the_model_as_it_chooses_and_at_as_many_steps(nothing
     assert own[0]["steps"] == "auto" and own[0]["network_calls"] == own[0]["steps_mean"]
     few = own[1]["steps"]
     assert abs(few - own[0]["steps_mean"]) < 1.5 and [row["steps"] for row in rows].count(few) >= 3
-    assert (tmp_path / "before_after.png").exists() and json.loads((tmp_path / "comparison.json").read_text()) == rows
+    assert (tmp_path / "before_after.png").exists() and json.loads(
+        (tmp_path / "comparison.json").read_text(encoding="utf-8")
+    ) == rows
 
 
 def test_a_damaged_pace_and_another_models_are_refused(run, tiny_generator, tmp_path):
@@ -246,7 +248,7 @@ def test_a_damaged_pace_and_another_models_are_refused(run, tiny_generator, tmp_
     save_generator(tiny_generator._replace(pace=Pace(16, 4)), tmp_path / "narrow")
     with pytest.raises(ValueError, match="takes 16 features, not 32"):
         load_generator(tmp_path / "narrow")
-    (tmp_path / "narrow/pace/config.json").write_text("{}")
+    (tmp_path / "narrow/pace/config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match="describes no such model"):
         load_generator(tmp_path / "narrow")
 

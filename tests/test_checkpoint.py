@@ -38,10 +38,10 @@ def test_what_is_read_from_the_folder(tiny_generator):
 
 
 def test_a_released_scheduler_and_configuration_leave_the_rest_to_defaults(damaged):
-    (damaged / "scheduler/scheduler_config.json").write_text(json.dumps({"_class_name": "Scheduler"}))
-    config = json.loads((damaged / "transformer/config.json").read_text())
+    (damaged / "scheduler/scheduler_config.json").write_text(json.dumps({"_class_name": "Scheduler"}), encoding="utf-8")
+    config = json.loads((damaged / "transformer/config.json").read_text(encoding="utf-8"))
     del config["sample_size"]
-    (damaged / "transformer/config.json").write_text(json.dumps(config))
+    (damaged / "transformer/config.json").write_text(json.dumps(config), encoding="utf-8")
     g = load_generator(damaged)
     assert (g.grid, g.size, g.mask_id) == ((64, 64), (256, 256), 39)
     assert (g.steps, g.guidance, g.temperature) == (64, 9.0, 2.0)
@@ -143,7 +143,7 @@ def test_saving_replaces_a_model_but_no_other_folder(tiny_generator, tmp_path):
     save_generator(tiny_generator, tmp_path / "model")
     load_generator(tmp_path / "model")
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/thesis.txt").write_text("years of work")
+    (tmp_path / "mine/thesis.txt").write_text("years of work", encoding="utf-8")
     with pytest.raises(ValueError, match="overwritten"):
         save_generator(tiny_generator, tmp_path / "mine")
     assert (tmp_path / "mine/thesis.txt").exists()
@@ -205,10 +205,10 @@ def edit(path, change):
         (lambda f: (f / WEIGHTS).unlink(), FileNotFoundError, "no diffusion_pytorch_model.safetensors"),
         (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-100]), ValueError, "half written"),
         (lambda f: (f / WEIGHTS).write_bytes(b""), ValueError, "half written"),
-        (lambda f: (f / "transformer/config.json").write_text("{"), ValueError, "not json"),
-        (lambda f: (f / "transformer/config.json").write_text("[]"), ValueError, "object"),
-        (lambda f: (f / "text_encoder/config.json").write_text('{"hidden_size": "wide"}'), ValueError, "no such model"),
-        (lambda f: (f / "tokenizer/merges.txt").write_text("an owl\n" * 3), ValueError, "tokenizer"),
+        (lambda f: (f / "transformer/config.json").write_text("{", encoding="utf-8"), ValueError, "not json"),
+        (lambda f: (f / "transformer/config.json").write_text("[]", encoding="utf-8"), ValueError, "object"),
+        (lambda f: (f / "text_encoder/config.json").write_bytes(b'{"hidden_size": "wide"}'), ValueError, "no such model"),
+        (lambda f: (f / "tokenizer/merges.txt").write_text("an owl\n" * 3, encoding="utf-8"), ValueError, "tokenizer"),
         (lambda f: edit(f / WEIGHTS, lambda s: s.pop("embed.conv.weight")), ValueError, r"lacks 1 of .*embed\.conv"),
         (lambda f: edit(f / WEIGHTS, lambda s: s.update(a=torch.ones(1))), ValueError, r"unknown 1 of .*\(a\)"),
         (
@@ -233,7 +233,7 @@ def test_many_wrong_keys_are_counted_not_listed(damaged):
 
 
 def test_a_text_file_and_an_unknown_hub_id_are_no_models(tmp_path, monkeypatch):
-    (tmp_path / "prompts.txt").write_text("an owl\n")
+    (tmp_path / "prompts.txt").write_text("an owl\n", encoding="utf-8")
     with pytest.raises(ValueError, match="is a file"):
         load_generator(tmp_path / "prompts.txt")
     with pytest.raises(FileNotFoundError, match="there is no model at no/such/folder"):
@@ -284,5 +284,5 @@ assert ours is VQModel is import_vq_model()
 assert AutoencoderKL(block_out_channels=(32,)).decoder and UNet2DModel.__module__.endswith("unet_2d")
 """
     root = Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, encoding="utf-8", cwd=root)
     assert done.returncode == 0, done.stderr

@@ -80,7 +80,7 @@ def test_a_half_written_model_is_one_line_and_exit_2(tiny_generator_folder, tmp_
 
 
 def test_an_output_that_cannot_be_written_is_one_line_and_exit_2(tiny_generator_folder, tmp_path):
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     options = ["--model", tiny_generator_folder, "--out", tmp_path / "file/x.png"]
     one_line(run("sample", "an owl", *options))
     assert run("sample", "an owl", "--model", tiny_generator_folder, "--out", tmp_path).exit_code == 2
@@ -157,7 +157,7 @@ def test_help_is_quick_and_needs_no_installation(program):
     began = time.time()
     environment = os.environ | {"PYTHONPATH": ""}
     result = subprocess.run(
-        [sys.executable, *program, "--help"], cwd=ROOT, env=environment, capture_output=True, text=True
+        [sys.executable, *program, "--help"], cwd=ROOT, env=environment, capture_output=True, encoding="utf-8"
     )
     assert result.returncode == 0 and "sample" in result.stdout and "train" in result.stdout
     assert time.time() - began < 5  # seconds; torch alone would take about half of them
@@ -174,7 +174,7 @@ def test_the_garbage_collector_works_again_after_loading():
 def test_importing_the_command_line_imports_no_heavy_package():
     heavy = "{'torch', 'transformers', 'diffusers', 'open_clip', 'matplotlib', 'numpy', 'PIL', 'rich.console'}"
     code = f"import sys, speedrl.cli; print(*sorted({heavy} & set(sys.modules)))"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, encoding="utf-8")
     assert result.returncode == 0 and result.stdout == "\n", result.stdout + result.stderr
 
 

@@ -31,7 +31,7 @@ def green(images, prompts):
 
 @pytest.fixture
 def options(tiny_generator_folder, tmp_path):
-    (tmp_path / "prompts.txt").write_text("a b\nc d\ne f\ng h\ni j\n")
+    (tmp_path / "prompts.txt").write_text("a b\nc d\ne f\ng h\ni j\n", encoding="utf-8")
     return OPTIONS | {"model": str(tiny_generator_folder), "prompts": str(tmp_path / "prompts.txt"),
                       "quality": "tests.test_distributed:green"}  # fmt: skip
 
@@ -56,7 +56,7 @@ def trained(out, options):
 
 
 def rows(folder):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [{k: v for k, v in json.loads(line).items() if k != "images_per_second"} for line in lines]
 
 
@@ -69,7 +69,7 @@ def test_the_gradient_and_the_metrics_do_not_depend_on_the_number_of_ranks(optio
     for world, more in ((1, {}), (2, {}), (4, {}), (2, {"parallel": "fsdp"})):
         name = f"{more.get('parallel', 'ddp')}-{world}"
         statuses = finish(start_ranks(trained, world, tmp_path, str(tmp_path / name), options | more))
-        assert statuses == [0] * world, (tmp_path / "rank-0.log").read_text()
+        assert statuses == [0] * world, (tmp_path / "rank-0.log").read_text(encoding="utf-8")
     alone, one = load_file(tmp_path / "ddp-1-0.st"), rows(tmp_path / "ddp-1")
     assert 0 < one[0]["kept"] < 1 and max(g.abs().max() for g in alone.values()) > 1e-3
     for name in ("ddp-2", "ddp-4", "fsdp-2"):
@@ -79,7 +79,10 @@ def test_the_gradient_and_the_metrics_do_not_depend_on_the_number_of_ranks(optio
         assert close(load_file(tmp_path / f"{name}-0.st"), alone)
         model = "model/transformer/diffusion_pytorch_model.safetensors"
         assert load_file(tmp_path / name / model).keys() == load_file(tmp_path / "ddp-1" / model).keys()
-    assert "iteration" in (tmp_path / "rank-0.log").read_text() and (tmp_path / "rank-1.log").read_text() == ""
+    assert (
+        "iteration" in (tmp_path / "rank-0.log").read_text(encoding="utf-8")
+        and (tmp_path / "rank-1.log").read_text(encoding="utf-8") == ""
+    )
 
 
 def test_what_the_policy_chooses_and_its_gradient_do_not_depend_on_the_number_of_ranks(options, tmp_path):
@@ -90,7 +93,7 @@ def test_what_the_policy_chooses_and_its_gradient_do_not_depend_on_the_number_of
     for world, more in ((1, {}), (2, {}), (2, {"parallel": "fsdp", "ema": 0.9})):
         name = f"{more.get('parallel', 'ddp')}-{world}"
         statuses = finish(start_ranks(trained, world, tmp_path, str(tmp_path / name), options | more))
-        assert statuses == [0] * world, (tmp_path / "rank-0.log").read_text()
+        assert statuses == [0] * world, (tmp_path / "rank-0.log").read_text(encoding="utf-8")
     alone, one = load_file(tmp_path / "ddp-1-0.st"), rows(tmp_path / "ddp-1")
     assert 1 < one[0]["steps_mean"] < 4 and max(g.abs().max() for g in alone.values()) > 1e-3
     for name in ("ddp-2", "fsdp-2"):
@@ -114,7 +117,7 @@ def resumed(out, options, first, last):
 def on_ranks(world, folder, *given):
     assert finish(start_ranks(resumed, world, folder.parent, str(folder), *given)) == [0] * world, (
         folder.parent / "rank-0.log"
-    ).read_text()
+    ).read_text(encoding="utf-8")
 
 
 def near(one, other):
@@ -155,7 +158,7 @@ def test_shards_with_an_adapter_recomputed_or_offloaded_train_as_one_process(opt
     alone = {name: value for name, value in how.items() if name == "lora"}
     for name, world, more in (("one", 1, alone), ("ranks", 2, {"parallel": "fsdp"} | how)):
         statuses = finish(start_ranks(trained, world, tmp_path, str(tmp_path / name), options | more))
-        assert statuses == [0] * world, (tmp_path / "rank-0.log").read_text()
+        assert statuses == [0] * world, (tmp_path / "rank-0.log").read_text(encoding="utf-8")
     assert near(rows(tmp_path / "ranks"), rows(tmp_path / "one"))
     assert close(load_file(tmp_path / "ranks-0.st"), load_file(tmp_path / "one-0.st"))
     saved = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*odel*.safetensors"))
@@ -174,7 +177,7 @@ def test_ranks_that_are_told_to_stop_end_the_same_iteration_save_it_and_say_so(o
     assert finish(processes) == [143, 143]
     done = len(rows(tmp_path / "run"))
     for rank in (0, 1):
-        said = (tmp_path / f"rank-{rank}.log").read_text()
+        said = (tmp_path / f"rank-{rank}.log").read_text(encoding="utf-8")
         assert f"stopped after iteration {done}; go on with the same command and --resume" in said
     assert newest(tmp_path / "run") == (tmp_path / f"run/checkpoints/{done:06d}", [])
 
@@ -193,7 +196,7 @@ def test_torchrun_starts_killed_ranks_again_which_resume_and_stops_them_in_good_
     flags = [str(flag) for flag in arguments(options, "run", 500, "--resume")]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
     where = {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    with (tmp_path / "log").open("w") as log:
+    with (tmp_path / "log").open("w", encoding="utf-8") as log:
         process = subprocess.Popen(
             [*torchrun, "--master-port", str(free_port()), "-m", "speedrl", *flags], cwd=tmp_path, stdout=log,
             stderr=log, env=os.environ | where,
@@ -204,7 +207,7 @@ def test_torchrun_starts_killed_ranks_again_which_resume_and_stops_them_in_good_
         assert process.wait(120) != 0
     finally:
         process.kill()
-    said, found = (tmp_path / "log").read_text(), rows(tmp_path / "run")
+    said, found = (tmp_path / "log").read_text(encoding="utf-8"), rows(tmp_path / "run")
     done = len(found)
     assert "(exitcode: -9) local_rank: 1" in said, "rank 1 was killed, and torchrun saw it"
     assert [row["iteration"] for row in found] == list(range(1, done + 1))
@@ -233,7 +236,7 @@ def test_ranks_that_torchrun_starts_again_do_not_look_for_those_that_are_gone(tm
     store = torch.distributed.TCPStore("127.0.0.1", free_port(), is_master=True, wait_for_workers=False)
     for attempt in range(2):
         statuses = finish(start_ranks(joins_again, 2, tmp_path, store.port, attempt))
-        said = (tmp_path / "rank-0.log").read_text()
+        said = (tmp_path / "rank-0.log").read_text(encoding="utf-8")
         assert statuses == [0, 0] and said == "['0', '1']\n", said
 
 
@@ -246,7 +249,7 @@ def joins_alone(attempt):
 @pytest.mark.parametrize("attempt", [0, 1])
 def test_a_rank_that_does_not_find_the_others_says_so_in_time(tmp_path, attempt):
     statuses = finish(start_ranks(joins_alone, 1, tmp_path, attempt))
-    assert statuses == [0], (tmp_path / "rank-0.log").read_text()
+    assert statuses == [0], (tmp_path / "rank-0.log").read_text(encoding="utf-8")
 
 
 def dies(out, options):
@@ -267,7 +270,7 @@ def test_where_a_rank_is_killed_the_others_stop_and_say_why(options, tmp_path):
     processes = start_ranks(dies, 2, tmp_path, str(tmp_path / "run"), options)
     assert finish(processes) == [2, -9]
     assert time.monotonic() - began < 200  # far below the limit of ten minutes, on a busy machine too
-    assert "rank 0 of 2 lost contact" in (tmp_path / "rank-0.log").read_text()
+    assert "rank 0 of 2 lost contact" in (tmp_path / "rank-0.log").read_text(encoding="utf-8")
     assert (tmp_path / "run/checkpoints/000001/manifest.json").exists()
 
 
@@ -289,10 +292,10 @@ def half(images, prompts):
 def test_what_goes_wrong_on_one_rank_stops_all_with_the_reason(options, tmp_path):
     options |= {"quality": "tests.test_distributed:half"}
     assert finish(start_ranks(cannot, 2, tmp_path, str(tmp_path / "nan"), options)) == [2, 2]
-    logs = [(tmp_path / f"rank-{rank}.log").read_text() for rank in (0, 1)]
+    logs = [(tmp_path / f"rank-{rank}.log").read_text(encoding="utf-8") for rank in (0, 1)]
     assert all("gives nan for 6 of 6 pictures" in log for log in logs)
     assert finish(start_ranks(cannot, 2, tmp_path, str(tmp_path / "odd"), options | {"groups": 3})) == [2, 2]
-    assert "make groups a multiple of 2" in (tmp_path / "rank-0.log").read_text()
+    assert "make groups a multiple of 2" in (tmp_path / "rank-0.log").read_text(encoding="utf-8")
 
 
 def test_one_process_is_the_only_rank(options, tmp_path):

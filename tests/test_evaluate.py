@@ -72,7 +72,7 @@ def test_rows_and_files(judge, tiny_generator_folder, tmp_path, capsys):
         assert row["network_calls"] == row["steps"] * (2 if row["guidance"] == 3 else 1)
         assert row["temperature"] == 1.5 and row["seconds_per_image"] > 0
         assert row["reward"] is not None and row["reward_spread"] is not None
-    assert json.loads((tmp_path / "results.json").read_text()) == rows
+    assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == rows
     for name in ("pictures.png", "quality_against_calls.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert "R@1" in capsys.readouterr().out
@@ -94,13 +94,18 @@ def test_what_is_there_is_kept_and_the_rest_computed(judge, tiny_generator_folde
     assert measured == [(1, 1.5), (2, 1.5), (3, 1.5)] and again[:2] == first
     evaluate([folder], steps=(1,), temperature=(0.5, 1.5), **options)
     assert measured[3:] == [(1, 0.5)]
-    assert len(json.loads((tmp_path / "out" / "results.json").read_text())) == 4  # nothing computed is lost
+    assert (
+        len(json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))) == 4
+    )  # nothing computed is lost
     evaluate([folder], steps=(1,), **options | {"count": 3})
     assert measured[4:] == [(1, 1.5)]
     config = folder / "scheduler" / "scheduler_config.json"
-    config.write_text(config.read_text() + " ")  # another model under the same name
+    config.write_text(config.read_text(encoding="utf-8") + " ", encoding="utf-8")  # another model under the same name
     evaluate([folder], steps=(2,), **options)
-    assert measured[5:] == [(2, 1.5)] and len(json.loads((tmp_path / "out" / "results.json").read_text())) == 1
+    assert (
+        measured[5:] == [(2, 1.5)]
+        and len(json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))) == 1
+    )
 
 
 def test_what_is_revised_and_what_is_not_are_rows_of_their_own(judge, tiny_generator_folder, tmp_path, capsys):
@@ -124,7 +129,7 @@ def test_orders_and_schedules_are_rows_of_their_own(judge, tiny_generator_folder
     assert len({row["reward"] for row in rows}) == 4
     (own,) = evaluate([tiny_generator_folder], **options)
     assert sampler_of(own) == ("cosine", "confidence", 0.0)
-    assert len(json.loads((tmp_path / "results.json").read_text())) == 5
+    assert len(json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))) == 5
     assert "| halton |" in markdown(rows) and "| confidence |" not in markdown([own])
     for wrong, says in (
         ({"order": ("best",)}, "'best'"),
@@ -154,13 +159,13 @@ def test_bad_input(judge, tiny_generator_folder, tmp_path):
         evaluate([tiny_generator_folder], out=tmp_path, prompts=PROMPTS, count=0)
     with pytest.raises(FileNotFoundError):
         evaluate([tmp_path / "absent"], out=tmp_path, prompts=PROMPTS)
-    (tmp_path / "results.json").write_text("text")
+    (tmp_path / "results.json").write_text("text", encoding="utf-8")
     with pytest.raises(ValueError, match="not an evaluation"):
         evaluate([tiny_generator_folder], out=tmp_path, prompts=PROMPTS)
 
 
 def test_sets_and_calls(tmp_path):
-    (tmp_path / "p.txt").write_text("a dog\n\na cat\n")
+    (tmp_path / "p.txt").write_text("a dog\n\na cat\n", encoding="utf-8")
     assert prompt_sets(tmp_path / "p.txt", None) == {"given": ["a dog", "a cat"]}
     assert list(prompt_sets(["x"], ["y"])) == ["given", "given held-out"]
     assert network_calls(8, 1) == 8 and network_calls(8, 1.5) == 16

@@ -30,7 +30,7 @@ def without_tf32(put=setattr):
 
 @pytest.fixture
 def options(tiny_generator_folder, tmp_path):
-    (tmp_path / "prompts.txt").write_text("a b\nc d\ne f\ng h\ni j\n")
+    (tmp_path / "prompts.txt").write_text("a b\nc d\ne f\ng h\ni j\n", encoding="utf-8")
     return OPTIONS | {"model": str(tiny_generator_folder), "prompts": str(tmp_path / "prompts.txt"),
                       "quality": "tests.test_distributed:green"}  # fmt: skip
 
@@ -58,7 +58,7 @@ def test_in_the_precision_of_the_device_a_run_is_saved_and_goes_on(options, tmp_
     found = rows(tmp_path / "run")
     assert [row["iteration"] for row in found] == [1, 2]
     assert all(row["grad_norm"] is not None and row["kept"] > 0 and row["skipped"] == 0 for row in found)
-    record = json.loads((tmp_path / "run/checkpoints/000002/state.json").read_text())
+    record = json.loads((tmp_path / "run/checkpoints/000002/state.json").read_text(encoding="utf-8"))
     assert record["settings"]["device"] == DEVICE
     saved = load_generator(tmp_path / "run", device=DEVICE).transformer.state_dict()
     assert all(value.isfinite().all() for value in saved.values())
@@ -90,7 +90,7 @@ def test_ranks_give_the_gradient_and_the_metrics_of_one(options, tmp_path, world
     alone = {name: value for name, value in how.items() if name == "lora"}
     for name, count, more in (("one", 1, alone), ("ranks", world, how)):
         started = spawned(trained_in_float32, count, tmp_path, str(tmp_path / name), options | more)
-        assert finish(started) == [0] * count, (tmp_path / "rank-0.log").read_text()
+        assert finish(started) == [0] * count, (tmp_path / "rank-0.log").read_text(encoding="utf-8")
     (one,), (other,) = rows(tmp_path / "one"), rows(tmp_path / "ranks")
     assert one.keys() == other.keys() and one["grad_norm"] > 1e-3
     assert all(other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5) for name in one)

@@ -43,7 +43,7 @@ def test_a_file_without_prompts_in_utf_8_is_one_line(tmp_path, content, says):
 
 
 def numbered(path, count):
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         file.writelines(f"picture number {i} of something that has a rather long description\n" for i in range(count))
     return path
 
@@ -64,7 +64,7 @@ def test_a_million_prompts_stay_in_their_file(tmp_path):
 
 def test_a_prompt_of_100000_characters_trains_and_is_drawn(tiny_generator_folder, tiny_generator, tmp_path):
     long = "a red apple 🦉 " * 7000
-    (tmp_path / "p.txt").write_text(f"{long}\nb\n")
+    (tmp_path / "p.txt").write_text(f"{long}\nb\n", encoding="utf-8")
     train(out=tmp_path / "run", model=str(tiny_generator_folder), prompts=tmp_path / "p.txt", iterations=1, steps="1",
           quality="tests.test_hostile:dark", groups=3, group_size=2, compile=False)  # fmt: skip
     assert encode_prompts(tiny_generator, [long]).text.shape == (1, 8, 24)
@@ -136,9 +136,9 @@ OF_OTHERS = {  # the options of the other commands; "" is what has no flag
 @pytest.fixture
 def place(tiny_generator_folder, tiny_generator, tmp_path, monkeypatch):
     """A folder with a finished run and prompts; the tiny generator is loaded once."""
-    (tmp_path / "p.txt").write_text("a b\nc d\n")
+    (tmp_path / "p.txt").write_text("a b\nc d\n", encoding="utf-8")
     (tmp_path / "run/checkpoints/000001").mkdir(parents=True)
-    (tmp_path / "run/metrics.jsonl").write_text('{"iteration": 1}\n')
+    (tmp_path / "run/metrics.jsonl").write_text('{"iteration": 1}\n', encoding="utf-8")
     plain, same = speedrl.models.checkpoint.load_generator, str(tiny_generator_folder)
 
     def load(model, **how):
@@ -249,7 +249,7 @@ def altered(data, value):
 def finished(tiny_generator_folder, tmp_path_factory):
     """A run of two iterations, and its options."""
     folder = tmp_path_factory.mktemp("finished")
-    (folder / "p.txt").write_text("a b\nc d\n")
+    (folder / "p.txt").write_text("a b\nc d\n", encoding="utf-8")
     train(out=folder / "run", model=str(tiny_generator_folder), prompts=folder / "p.txt", iterations=2, steps="2",
           quality="tests.test_hostile:dark", groups=1, group_size=2, save_every=1, compile=False)  # fmt: skip
     return folder
@@ -285,12 +285,14 @@ def test_damaged_files_are_one_line_or_do_no_harm_and_nothing_is_lost(finished, 
             flags["--prompts"] = str(run / kind)
         elif kind == "results.json":
             row = {"settings": {}, "weights": "a", "model": "m", "steps": 2, "guidance": 1.0}
-            (run / kind).write_text(json.dumps(altered(data, [row])))
+            (run / kind).write_text(json.dumps(altered(data, [row])), encoding="utf-8")
             command, flags = "eval", prompts | {"--out": str(run), "--quality": "nowhere:nothing"}
         else:
             path = run / kind if kind == "metrics.jsonl" else folder / kind
             if kind == "state.json" and data.draw(st.booleans()):
-                path.write_text(json.dumps(altered(data, json.loads(path.read_text()))))
+                path.write_text(
+                    json.dumps(altered(data, json.loads(path.read_text(encoding="utf-8")))), encoding="utf-8"
+                )
             else:
                 path.write_bytes(damaged(data, path.read_bytes()))
             if path.parent == folder and kind != "manifest.json":
@@ -347,5 +349,5 @@ def test_other_commands_refuse_in_one_line_too(tmp_path, monkeypatch, arguments)
 
 def test_metrics_are_json_also_where_a_number_is_not(tmp_path):
     assert append_row(tmp_path, {"iteration": 1, "grad_norm": float("nan"), "kl": 0.5}, []) is None
-    strict = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
+    strict = json.loads((tmp_path / "metrics.jsonl").read_text(encoding="utf-8"), parse_constant=pytest.fail)
     assert strict == {"iteration": 1, "grad_norm": None, "kl": 0.5}

@@ -110,7 +110,7 @@ def test_pixel_diversity():
 def test_files_that_are_missing_or_do_not_fit(tmp_path):
     with pytest.raises(FileNotFoundError, match="judge.json"):
         load_judge(tmp_path)
-    (tmp_path / "judge.json").write_text('{"names": ["dog"]}')
+    (tmp_path / "judge.json").write_text('{"names": ["dog"]}', encoding="utf-8")
     (tmp_path / "judge.safetensors").write_bytes(b"half")
     with pytest.raises(ValueError, match="cannot be read"):
         load_judge(tmp_path)

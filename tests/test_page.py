@@ -56,7 +56,7 @@ def test_the_page_parses_and_says_what_it_was_given():
 
 def test_the_page_needs_no_network_and_no_file_but_those_beside_it(tmp_path):
     write_page(tmp_path / "index.html", "title", PARTS)
-    text = (tmp_path / "index.html").read_text()
+    text = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert not re.search(r"https?:|//[a-z]|@import|url\(", text)
     sources = [value for _, found in Reader(text).tags for key, value in found.items() if key in ("src", "href")]
     assert set(sources) == {"figure one.png", "a.json", "data:,"}
@@ -104,7 +104,7 @@ def test_a_click_on_a_heading_sorts_and_one_on_a_picture_enlarges(tmp_path):
         pytest.skip("needs node")
     cells = [["a", "0.5 ±0.1", "kl"], ["b", "–", "all"], ["c", "12", "None"], ["d", "-3e-5", "Lr"]]
     script = DOCUMENT + "(function () {" + SCRIPT + "})();" + TRY
-    done = subprocess.run([node, "-e", script, json.dumps(cells)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([node, "-e", script, json.dumps(cells)], capture_output=True, encoding="utf-8", timeout=60)
     assert done.returncode == 0, done.stderr
     start, up, down, words, again, marks, enlarged, closed = json.loads(done.stdout)
     assert (start, up, down) == ("abcd", "dacb", "cadb"), "by value, and what is missing last"

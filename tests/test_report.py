@@ -44,6 +44,6 @@ def test_figures_are_written_as_png_and_svg_and_the_same_twice(tmp_path):
         plot_pareto(methods, tmp_path / folder / "pareto", real={"judge_r1": 0.62})
     for name in ("curves", "pareto"):
         assert (tmp_path / f"a/{name}.png").read_bytes().startswith(b"\x89PNG")
-        svg = (tmp_path / f"a/{name}.svg").read_text()
-        assert svg == (tmp_path / f"b/{name}.svg").read_text() and "</svg>" in svg
+        svg = (tmp_path / f"a/{name}.svg").read_text(encoding="utf-8")
+        assert svg == (tmp_path / f"b/{name}.svg").read_text(encoding="utf-8") and "</svg>" in svg
     assert not [path for path in (tmp_path / "a").iterdir() if "partial" in path.name]

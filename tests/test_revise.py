@@ -124,10 +124,13 @@ def test_revised_pictures_cost_as_many_calls_and_do_not_depend_on_the_batch(tiny
 def test_a_trained_model_keeps_the_share_that_it_revises(tiny_generator_folder, tmp_path):
     options = dict(model=str(tiny_generator_folder), prompts=tmp_path / "prompts.txt", iterations=1, groups=1,
                    group_size=2, steps="2", compile=False, tune=False)  # fmt: skip
-    options["prompts"].write_text("an owl\n")
+    options["prompts"].write_text("an owl\n", encoding="utf-8")
     for name, given, share in (("default", {}, 0.5), ("none", {"revise": 0.0}, 0.0)):
         model = train(out=tmp_path / name, **options, **given)
-        assert json.loads((model / "scheduler/scheduler_config.json").read_text())["revised_share"] == share
+        assert (
+            json.loads((model / "scheduler/scheduler_config.json").read_text(encoding="utf-8"))["revised_share"]
+            == share
+        )
         assert load_generator(model).revise == share
     with pytest.raises(ValueError, match="must be 0 to 1"):
         train(out=tmp_path / "wrong", **options, revise=2.0)

@@ -49,7 +49,7 @@ def folder(tmp_path_factory) -> Path:
         },
     }  # fmt: skip
     about = {"model_cfg": model, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
-    (path / "open_clip_config.json").write_text(json.dumps(about))
+    (path / "open_clip_config.json").write_text(json.dumps(about), encoding="utf-8")
     torch.manual_seed(0)
     save_file(CLIP(**model).half().state_dict(), path / "open_clip_model.safetensors")
     return path
@@ -150,7 +150,7 @@ def test_broken_folders_are_one_clear_line(folder, tmp_path):
         with pytest.raises(ValueError, match="reward .*broken: cannot be loaded") as error:
             load_quality(str(broken))
         assert "\n" not in str(error.value)
-    (broken / "open_clip_config.json").write_text("{")
+    (broken / "open_clip_config.json").write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match="cannot be loaded"):
         load_quality(str(broken))
 
@@ -192,8 +192,8 @@ value = 3
 
 @pytest.fixture
 def users(tmp_path, monkeypatch):
-    (tmp_path / "users_reward.py").write_text(USERS)
-    (tmp_path / "users_broken_reward.py").write_text("import nothing_of_this_name\n")
+    (tmp_path / "users_reward.py").write_text(USERS, encoding="utf-8")
+    (tmp_path / "users_broken_reward.py").write_text("import nothing_of_this_name\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", list(sys.path))
 
@@ -320,7 +320,7 @@ def tiny_hpsv2(path: Path) -> tuple[str, object]:
         "vision_cfg": {"image_size": 224, "layers": 1, "width": 16, "head_width": 8, "patch_size": 56},
         "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
     }
-    (path / "tiny-hps.json").write_text(json.dumps(about))
+    (path / "tiny-hps.json").write_text(json.dumps(about), encoding="utf-8")
     open_clip.add_model_config(path / "tiny-hps.json")
     torch.manual_seed(0)
     model = open_clip.create_model("tiny-hps").eval()
@@ -402,7 +402,7 @@ def test_imagereward_reads_the_packages_names_and_its_picture_tower_is_timms(tmp
     extra = {"blip.vision_proj.weight": torch.zeros(1), "blip.text_encoder.embeddings.position_ids": torch.arange(512)}
     torch.save(theirs | extra, tmp_path / "ImageReward.pt")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat", "dog", "red"]
-    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
 
     tower = VisionTransformer(
         img_size=224, patch_size=16, embed_dim=32, depth=2, num_heads=4, mlp_ratio=2, num_classes=0, global_pool="",

@@ -93,5 +93,5 @@ def test_throughput_is_that_of_the_work_and_of_what_is_sent():
 
 
 def test_the_readme_has_the_tables_that_the_calculator_makes():
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     assert table() in readme and plan() in readme

@@ -41,7 +41,7 @@ def flat(images, prompts):
 
 
 def given(model, folder):
-    (folder / "prompts.txt").write_text("a b\nc d\ne f\n")
+    (folder / "prompts.txt").write_text("a b\nc d\ne f\n", encoding="utf-8")
     return dict(model=str(model), prompts=folder / "prompts.txt", quality="tests.test_state:blue", steps="2", groups=2,
                 group_size=2, compile=False, bf16=False, lr=3e-3, save_every=1)  # fmt: skip
 
@@ -52,7 +52,7 @@ def options(tiny_generator_folder, tmp_path):
 
 
 def metrics(folder):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [{k: v for k, v in json.loads(line).items() if k != "images_per_second"} for line in lines]
 
 
@@ -104,7 +104,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_in_weights_average_optimizer_met
     for name in ("whole", "parts"):
         folder = tmp_path / name / "checkpoints/000006"
         held = load_file(folder / "tensors.safetensors")
-        records.append(json.loads((folder / "state.json").read_text()))
+        records.append(json.loads((folder / "state.json").read_text(encoding="utf-8")))
         records[-1].pop("settings")
     assert {key.partition(".")[0] for key in held} == {"transformer", "average", "optimizer"}
     assert records[0] == records[1] and len(records[0]["recent"]) == 6
@@ -115,7 +115,7 @@ def test_the_newest_few_checkpoints_are_kept_each_of_plain_files_named_in_its_ma
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["000004", "000003"]
     names = {path.name for path in (tmp_path / "run/checkpoints/000004").iterdir()}
     assert names == {"manifest.json", "state.json", "tensors.safetensors", "random.st"}
-    record = json.loads((tmp_path / "run/checkpoints/000004/state.json").read_text())
+    record = json.loads((tmp_path / "run/checkpoints/000004/state.json").read_text(encoding="utf-8"))
     assert record["iteration"] == 4 and record["settings"]["lr"] == 3e-3 and record["settings"]["seed"] == 0
     assert record["version"] and record["ranks"] == 1
 
@@ -159,16 +159,16 @@ def test_training_goes_on_from_the_checkpoint_before_a_damaged_one_and_ends_the_
 
 def test_a_manifest_cannot_lead_out_of_its_folder(run, tmp_path):
     folder = run / "checkpoints/000003"
-    sums = json.loads((folder / "manifest.json").read_text())
-    (run / "secret").write_text("x")
+    sums = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    (run / "secret").write_text("x", encoding="utf-8")
     for name in ("../../secret", str(run / "secret"), "..", ""):
-        (folder / "manifest.json").write_text(json.dumps({name: {"bytes": 1, "sha256": "0"}} | sums))
+        (folder / "manifest.json").write_text(json.dumps({name: {"bytes": 1, "sha256": "0"}} | sums), encoding="utf-8")
         assert "leads out of the folder" in damage(folder)
-    (folder / "manifest.json").write_text(json.dumps(sums))
-    (folder / "extra.pt").write_text("")
+    (folder / "manifest.json").write_text(json.dumps(sums), encoding="utf-8")
+    (folder / "extra.pt").write_text("", encoding="utf-8")
     assert "extra.pt is not in manifest.json" in damage(folder)
     for text in ("[]", '{"a": 1}', '{"a": {"bytes": 1}}', "\x00", "null"):
-        (folder / "manifest.json").write_text(text)
+        (folder / "manifest.json").write_text(text, encoding="utf-8")
         assert damage(folder) == "manifest.json cannot be read"
 
 
@@ -198,7 +198,7 @@ def test_resuming_what_has_no_checkpoint_yet_starts_and_another_models_is_refuse
 
 
 def test_a_checkpoint_holds_what_the_models_own_settings_were_and_giving_them_is_no_change(options, run, capsys):
-    settings = json.loads((run / "checkpoints/000003/state.json").read_text())["settings"]
+    settings = json.loads((run / "checkpoints/000003/state.json").read_text(encoding="utf-8"))["settings"]
     own = {"temperature": 1.5, "reference_guidance": 3.0, "schedule": "cosine", "order": "confidence"}
     assert {name: settings[name] for name in own} == own and settings["credit"] == "token"
     options |= {"prompts": settings["prompts"]}
@@ -302,7 +302,7 @@ def test_where_nothing_can_be_written_training_goes_on_and_what_was_saved_stands
 
 
 def test_lines_that_cannot_be_appended_are_kept_and_half_of_them_is_taken_back(tmp_path, monkeypatch):
-    (tmp_path / "m").write_text("one\n")
+    (tmp_path / "m").write_text("one\n", encoding="utf-8")
     lines = ["two\n"]
 
     class Half:
@@ -324,9 +324,9 @@ def test_lines_that_cannot_be_appended_are_kept_and_half_of_them_is_taken_back(t
         patch.setattr(Path, "open", lambda path, *a, **o: Half(plain(path, *a, **o)))
         with pytest.raises(OSError, match="No space"):
             append_lines(tmp_path / "m", lines)
-    assert (tmp_path / "m").read_text() == "one\n" and lines == ["two\n"]
+    assert (tmp_path / "m").read_text(encoding="utf-8") == "one\n" and lines == ["two\n"]
     append_lines(tmp_path / "m", lines)
-    assert (tmp_path / "m").read_text() == "one\ntwo\n" and lines == []
+    assert (tmp_path / "m").read_text(encoding="utf-8") == "one\ntwo\n" and lines == []
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_counted_and_in_the_end_fatal(options, tmp_path, monkeypatch, capsys):
@@ -470,8 +470,8 @@ def test_a_checkpoint_of_an_unfinished_run_is_exported_as_the_model_that_a_finis
     train(out=tmp_path / "run", iterations=2, **options)
     found = export(tmp_path / "run/checkpoints/000002", out=tmp_path / "out")
     assert found == tmp_path / "out/adapter" and same_tensors(found, tmp_path / "run/adapter")
-    config = json.loads((found / "adapter_config.json").read_text())
-    assert config == json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
+    config = json.loads((found / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config == json.loads((tmp_path / "run/adapter/adapter_config.json").read_text(encoding="utf-8"))
     assert config["lora_alpha"] == 4.0
     assert {name.rpartition(".")[2] for name in config["target_modules"]} == {"to_q", "to_v"}
     flip(tmp_path / "run/checkpoints/000002/tensors.safetensors")
@@ -511,7 +511,9 @@ def test_a_signal_saves_says_how_to_go_on_and_exits_as_schedulers_expect(options
     os.kill(process.pid, number)
     assert finish([process]) == [status]
     done = len(metrics(tmp_path / "run"))
-    assert f"stopped after iteration {done}; go on with the same command and --resume" in (tmp_path / "log").read_text()
+    assert f"stopped after iteration {done}; go on with the same command and --resume" in (tmp_path / "log").read_text(
+        encoding="utf-8"
+    )
     assert newest(tmp_path / "run") == (tmp_path / f"run/checkpoints/{done:06d}", [])
     train(out=tmp_path / "run", iterations=done + 1, resume=True, **options)
     train(out=tmp_path / "whole", iterations=done + 1, **options)
@@ -568,10 +570,10 @@ def refused(options, out):
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(options, tmp_path):
-    (tmp_path / "file").write_text("x")
+    (tmp_path / "file").write_text("x", encoding="utf-8")
     assert "Not a directory" in refused(options, tmp_path / "file/run")
     assert "File exists" in refused(options, tmp_path / "file")
-    assert (tmp_path / "file").read_text() == "x"
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "x"
 
 
 def test_a_read_only_folder_is_one_line_before_anything_is_computed(options, tmp_path):

@@ -27,15 +27,17 @@ def app(monkeypatch):
 
 
 def test_the_study_compares_every_method_and_keeps_what_is_finished(app, tiny_generator_folder, tmp_path, monkeypatch):
-    (tmp_path / "prompts.txt").write_text("a b\nc d\ne f\ng h\n")
-    (tmp_path / "brightness.py").write_text("def score(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    (tmp_path / "prompts.txt").write_text("a b\nc d\ne f\ng h\n", encoding="utf-8")
+    (tmp_path / "brightness.py").write_text(
+        "def score(images, prompts):\n    return images.mean((1, 2, 3))\n", encoding="utf-8"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     options = ["--quick", "--base", tiny_generator_folder, "--out", tmp_path / "out", "--quality", "brightness:score",
                "--prompts", tmp_path / "prompts.txt", "--eval-prompts", tmp_path / "prompts.txt", "--steps", "2-4",
                "--lrs", "1e-3"]  # fmt: skip
     assert app(*options).exit_code == 0
     report = tmp_path / "out/report"
-    found = json.loads((report / "study.json").read_text())
+    found = json.loads((report / "study.json").read_text(encoding="utf-8"))
     assert not found["failed"]
     methods = {row["model"] for row in found["rows"]}
     trained = {"reinforcement learning", "fine-tuning", "one-step distillation"}
@@ -53,7 +55,7 @@ def test_the_study_compares_every_method_and_keeps_what_is_finished(app, tiny_ge
     )
     assert any(line.startswith("python -m experiments.alternatives.distil --out") for line in
                found["commands"]["one-step distillation"])  # fmt: skip
-    page = (report / "index.html").read_text()
+    page = (report / "index.html").read_text(encoding="utf-8")
     assert not re.search(r"https?:", page) and "outside the noise" in page
     for name in ("pareto-given.png", "pareto-given.svg", "equal_calls.png", "study.md"):
         assert (report / name).stat().st_size > 500
@@ -67,7 +69,7 @@ def test_the_study_compares_every_method_and_keeps_what_is_finished(app, tiny_ge
     assert app(*options).exit_code == 0
     others = ["2-3" if option == "2-4" else option for option in options]
     assert app(*others).exit_code == 0
-    failed = json.loads((report / "study.json").read_text())["failed"]
+    failed = json.loads((report / "study.json").read_text(encoding="utf-8"))["failed"]
     assert set(failed) == trained - {"one-step distillation"}
     assert all("holds a run of other options" in why for why in failed.values())
 

@@ -28,13 +28,13 @@ def flat(images, prompts):
 @pytest.fixture
 def options(tiny_generator_folder, tmp_path):
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a b\nc d\ne f\n")
+    prompts.write_text("a b\nc d\ne f\n", encoding="utf-8")
     return dict(model=str(tiny_generator_folder), prompts=prompts, quality="tests.test_train:red", steps="3", groups=2,
                 group_size=4, compile=False, bf16=False, lr=3e-3, eps=1e-8)  # fmt: skip
 
 
 def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def weights(folder):
@@ -55,7 +55,7 @@ def test_bf16_is_the_processors_choice_unless_it_is_given(options, tmp_path, mon
     monkeypatch.setattr("speedrl.training.bf16_is_fast", lambda device: True)
     for name, given in (("chosen", {}), ("on", {"bf16": True}), ("off", {"bf16": False})):
         train(out=tmp_path / name, iterations=1, save_every=1, **options | given)
-        record = json.loads((tmp_path / name / "checkpoints/000001/state.json").read_text())
+        record = json.loads((tmp_path / name / "checkpoints/000001/state.json").read_text(encoding="utf-8"))
         assert record["settings"]["bf16"] is (name != "off")
     rows = {name: metrics(tmp_path / name)[0] for name in ("chosen", "on", "off")}
     assert rows["chosen"]["grad_norm"] == rows["on"]["grad_norm"] != rows["off"]["grad_norm"]
@@ -119,10 +119,13 @@ def test_a_number_of_steps_is_held_alike_alone_and_by_an_equal_weight_of_all(opt
 
 def test_a_reward_without_a_gradient_trains_by_the_credit_of_steps(options, tmp_path):
     train(out=tmp_path / "run", iterations=1, **options | {"quality": "tests.test_train:flat"})
-    settings = json.loads((tmp_path / "run/checkpoints/000001/state.json").read_text())["settings"]
+    settings = json.loads((tmp_path / "run/checkpoints/000001/state.json").read_text(encoding="utf-8"))["settings"]
     assert settings["credit"] == "step"
     train(out=tmp_path / "other", iterations=1, **options)
-    assert json.loads((tmp_path / "other/checkpoints/000001/state.json").read_text())["settings"]["credit"] == "token"
+    assert (
+        json.loads((tmp_path / "other/checkpoints/000001/state.json").read_text(encoding="utf-8"))["settings"]["credit"]
+        == "token"
+    )
 
 
 def test_a_model_keeps_the_tuning_that_was_learned_and_goes_on_from_it(options, tmp_path):
@@ -249,7 +252,7 @@ def test_report_compares_the_trained_model_with_its_base(options, tmp_path):
     trained = train(out=tmp_path / "run", iterations=1, **options)
     rows = report(options["model"], trained, out=tmp_path / "run", prompts=options["prompts"],
                   quality=options["quality"], count=2, seeds=2)  # fmt: skip
-    assert json.loads((tmp_path / "run/comparison.json").read_text()) == rows
+    assert json.loads((tmp_path / "run/comparison.json").read_text(encoding="utf-8")) == rows
     assert [row["network_calls"] for row in rows] == [12, 6, 3, 6, 3, 3]  # 6 guided steps before, 3 plain after
     assert all(row["reward"] is not None and row["reward_spread"] is not None for row in rows)
     assert (tmp_path / "run/before_after.png").read_bytes().startswith(b"\x89PNG")

@@ -55,7 +55,7 @@ def in_a_process(module: str, *options: object) -> dict:
     """Runs `python -m module options` and reads the JSON of its last line: memory and caches of its own."""
     command = [sys.executable, "-m", module, *map(str, options)]
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, stdout=subprocess.PIPE, encoding="utf-8")
     if done.returncode:
         raise RuntimeError(f"{' '.join(command[1:])} ended with {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -65,7 +65,7 @@ def machine(device: str) -> dict:
     """What was measured on."""
     name = platform.machine()
     if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
     if torch.device(device).type == "cuda":
         name = torch.cuda.get_device_name(device)

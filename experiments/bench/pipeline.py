@@ -42,13 +42,15 @@ def write_model(folder: Path, *, hidden: int, layers: int, codes: int, tokens: i
     AmusedScheduler(codes).save_pretrained(folder / "scheduler")
     shutil.copytree(find("embedded") / "tokenizer", folder / "tokenizer")
     config = folder / "tokenizer/tokenizer_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_max_length": 77}))
+    config.write_text(
+        json.dumps(json.loads(config.read_text(encoding="utf-8")) | {"model_max_length": 77}), encoding="utf-8"
+    )
     index = {name: list(pair) for name, pair in {
         "transformer": ("diffusers", "UVit2DModel"), "vqvae": ("diffusers", "VQModel"),
         "scheduler": ("diffusers", "AmusedScheduler"), "tokenizer": ("transformers", "CLIPTokenizer"),
         "text_encoder": ("transformers", "CLIPTextModelWithProjection"),
     }.items()}  # fmt: skip
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "AmusedPipeline"} | index))
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "AmusedPipeline"} | index), encoding="utf-8")
 
 
 def against_pipeline(ceilings: dict[str, float], *, device: str, small: bool, out: Path) -> list[dict]:

@@ -211,5 +211,7 @@ def build(packages: Path, cache: Path, out: Path, *, seed: int = 0, real: int = 
     write_json(out / "judge" / "judge.json", summary)
     for name, lines in (("eval", prompts["seen"]), ("held_out", prompts["held-out"]), ("train", training)):
         text = "\n".join(lines) + "\n"
-        write_atomically(out / "prompts" / f"{name}.txt", lambda partial, text=text: partial.write_text(text))
+        write_atomically(
+            out / "prompts" / f"{name}.txt", lambda partial, text=text: partial.write_text(text, encoding="utf-8")
+        )
     return summary

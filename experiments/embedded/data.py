@@ -98,7 +98,11 @@ def fetch(folder: Path) -> None:
         if target.exists():
             continue
         packed = subprocess.run(
-            ["npm", "pack", f"{name}@{version}", "--silent"], cwd=folder, check=True, capture_output=True, text=True
+            ["npm", "pack", f"{name}@{version}", "--silent"],
+            cwd=folder,
+            check=True,
+            capture_output=True,
+            encoding="utf-8",
         )
         archive = folder / packed.stdout.strip().splitlines()[-1]
         partial = folder / (target.name + ".partial")
@@ -125,16 +129,16 @@ def held_out(names: list[str]) -> set[str]:
 
 def concepts(folder: Path) -> list[dict]:
     """Concepts with every training design and at least two of the judge's: name, tags, and a key per vendor."""
-    meta = json.loads((folder / "emojibase-data/meta/groups.json").read_text())["subgroups"]
+    meta = json.loads((folder / "emojibase-data/meta/groups.json").read_text(encoding="utf-8"))["subgroups"]
     vendors = (*TRAIN_VENDORS, *JUDGE_VENDORS)
-    icons = {v: json.loads((folder / v / "icons.json").read_text())["icons"] for v in vendors}
+    icons = {v: json.loads((folder / v / "icons.json").read_text(encoding="utf-8"))["icons"] for v in vendors}
     chars = {}
     for vendor in icons:
         path = folder / vendor / "chars.json"
-        table = json.loads(path.read_text()) if path.exists() else {}
+        table = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         chars[vendor] = {codepoints(code): name for code, name in table.items()}
     found = {}
-    for entry in json.loads((folder / "emojibase-data/en/data.json").read_text()):
+    for entry in json.loads((folder / "emojibase-data/en/data.json").read_text(encoding="utf-8")):
         label = entry["label"]
         wanted = meta.get(str(entry.get("subgroup"))) in SUBGROUPS and label not in LEFT_OUT
         if not (wanted or label in ALSO):
@@ -179,7 +183,7 @@ def sprites(folder: Path, vendors: tuple[str, ...], out: Path) -> tuple[list[dic
         with np.load(out) as kept:
             return json.loads(str(kept["concepts"])), kept["sprites"]
     listed = concepts(folder)
-    icons = {v: json.loads((folder / v / "icons.json").read_text()) for v in vendors}
+    icons = {v: json.loads((folder / v / "icons.json").read_text(encoding="utf-8")) for v in vendors}
     table = np.zeros((len(listed), len(vendors), SPRITE, SPRITE, 4), np.uint8)
     for i, concept in enumerate(track(listed, f"sprites: {', '.join(vendors)}")):
         for j, vendor in enumerate(vendors):

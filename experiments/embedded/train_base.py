@@ -85,8 +85,10 @@ def train_tokenizer(captions: list[str], out: Path, *, size: int = 2048) -> None
     pieces = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges), *ends]
     vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
     out.mkdir(parents=True, exist_ok=True)
-    (out / "vocab.json").write_text(json.dumps(vocabulary))
-    (out / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n")
+    (out / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    (out / "merges.txt").write_text(
+        "#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n", encoding="utf-8"
+    )
     clip = CLIPTokenizer(vocab=str(out / "vocab.json"), merges=str(out / "merges.txt"), model_max_length=WORDS)
     clip.save_pretrained(out)
 

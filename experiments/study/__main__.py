@@ -107,7 +107,7 @@ def trained(method: Trainer, folder: Path, *, lr: float, seed: int, iterations: 
     options = {"lr": lr, "seed": seed, "iterations": iterations}
     made = method.command(Path("OUT"), **options)  # all that it depends on, wherever it lies
     if (out / "done.json").exists():
-        kept = json.loads((out / "done.json").read_text())
+        kept = json.loads((out / "done.json").read_text(encoding="utf-8"))
         if kept.get("made") != made:
             raise ValueError(f"{out} holds a run of other options: give another folder, or the same options")
         return Path(kept["model"])
@@ -249,7 +249,9 @@ def main(
     for name, lines in prompt_sets(eval_prompts, None).items():
         texts[name] = lines[:4] if quick else lines
     for name, lines in texts.items():
-        write_atomically(out / f"{name}.txt", lambda to, lines=lines: to.write_text("\n".join(lines) + "\n"))
+        write_atomically(
+            out / f"{name}.txt", lambda to, lines=lines: to.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        )
     shared = {"quality": quality, "device": device, "pictures": 0, "figure": False, "precision": precision}
     shared["revise"] = (0.0,)  # which any of the models could do
     # the embedded model's own two sets keep their names, which the judge knows
@@ -342,7 +344,7 @@ def conclude(
         plot_pareto(of, report / name, quality=quality, real=real.get(which))
         pictures.append((f"{name}.png", f"{which} prompts: quality and diversity against network calls and seconds"))
     budgets = {
-        name: json.loads((Path(method.models[0]).parent / "budget.json").read_text())
+        name: json.loads((Path(method.models[0]).parent / "budget.json").read_text(encoding="utf-8"))
         for name, method in methods.items()
         if (Path(method.models[0]).parent / "budget.json").exists()
     }
@@ -365,7 +367,7 @@ def conclude(
                                        "words": words, "budgets": budgets, "commands": commands})  # fmt: skip
     text = "# Reinforcement learning and its alternatives\n\n" + "\n\n".join((*about, *words))
     text += f"\n\n{markdown(every, error='interval')}\n    {again}\n"
-    write_atomically(report / "study.md", lambda partial: partial.write_text(text))
+    write_atomically(report / "study.md", lambda partial: partial.write_text(text, encoding="utf-8"))
     sections = [
         Section("Results", about, pictures, [columns_of(every, error="interval")], files=["study.json", "study.md"]),
         Section("In words", words),

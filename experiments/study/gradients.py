@@ -243,7 +243,7 @@ def write(out: Path, name: str, title: str, found: list[dict[str, Any]], words: 
     table = "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *lines))
     text = f"# {title}\n\n" + table + "\n\n" + "\n\n".join(words) + "\n"
     write_json(out / f"{name}.json", about | {"rows": found})
-    write_atomically(out / f"{name}.md", lambda partial: partial.write_text(text))
+    write_atomically(out / f"{name}.md", lambda partial: partial.write_text(text, encoding="utf-8"))
     write_page(out / "index.html", title, [Section(about["model"], words, tables=[(header, lines)])])
     Console().print(text, soft_wrap=True, highlight=False)
     print(json.dumps({"wrote": str(out / "index.html")}))

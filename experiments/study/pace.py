@@ -160,7 +160,7 @@ def main(
             rows.append({"model": run, "prompts": which, **compared(of)})
             write_json(out / "pace.json", rows)
     text = report(rows, list(sets))
-    write_atomically(out / "pace.md", lambda to: to.write_text(text))
+    write_atomically(out / "pace.md", lambda to: to.write_text(text, encoding="utf-8"))
     for which in sets:
         plot([row for row in rows if row["prompts"] == which], out / f"pace-{which}.png")
     Console().print(text, soft_wrap=True)

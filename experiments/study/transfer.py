@@ -246,7 +246,7 @@ def main(
     report = "\n\n".join(["# What was trained on one reward, elsewhere", about, text, *words])
     write_json(out / "transfer.json", {"models": model, "base": base, "seed": seed, "rows": found, "words": words,
                                        "lists": lists})  # fmt: skip
-    write_atomically(out / "transfer.md", lambda partial: partial.write_text(report + "\n"))
+    write_atomically(out / "transfer.md", lambda partial: partial.write_text(report + "\n", encoding="utf-8"))
     write_page(out / "index.html", "What was trained on one reward, elsewhere",
                [Section("All rows", [about, *words], tables=[(header, lines)])])  # fmt: skip
     console.print(report, soft_wrap=True, highlight=False, markup=False)

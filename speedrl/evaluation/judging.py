@@ -66,7 +66,7 @@ def load_judge(folder: Path | str | None = None, *, device: torch.device | str =
         if not path.exists():
             raise FileNotFoundError(f"the judge's file {path} is missing")
     try:
-        table, values = json.loads(about.read_text()), load_file(tensors)
+        table, values = json.loads(about.read_text(encoding="utf-8")), load_file(tensors)
     except Exception as error:  # safetensors raises an exception type of its own
         raise ValueError(f"the judge in {folder} cannot be read: {error}") from error
     values = {name: value.float() for name, value in values.items()}

@@ -335,7 +335,7 @@ def read_results(path: Path) -> dict[tuple, dict]:
     if not path.exists():
         return {}
     try:
-        rows = json.loads(path.read_text())
+        rows = json.loads(path.read_text(encoding="utf-8"))
         return {identity(row): row for row in rows if row["settings"] and row["weights"]}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise ValueError(f"{path} is not an evaluation's result: move it away, or give another folder") from None

@@ -516,7 +516,7 @@ def read_json(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}: it is not a whole generator")
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # bad json and bad UTF-8 both
         raise ValueError(f"{path} is not json: {one_line(error)}") from error
     if not isinstance(values, dict):

@@ -112,7 +112,7 @@ def save_lora(transformer: nn.Module, out: Path, *, base: str, scheduler: dict) 
 def read_config(folder: Path) -> dict:
     """adapter_config.json of a folder that `save_lora` wrote. ValueError where it is none."""
     try:
-        config = json.loads((folder / "adapter_config.json").read_text())
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         return {key: config[key] for key in ("base_model_name_or_path", "r", "lora_alpha", "target_modules")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder} is no adapter of speedrl: {type(error).__name__}") from error

@@ -72,7 +72,7 @@ def revision() -> str | None:
     """The git commit of this package's source, None where it is installed without."""
     try:
         command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        return subprocess.run(command, capture_output=True, encoding="utf-8", check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -144,7 +144,7 @@ def stored(folder: Path) -> dict[str, Any]:
 
 def read_record(folder: Path) -> dict[str, Any]:
     """What a checkpoint's state.json holds. ValueError, or another's error, where a part of it is of another kind."""
-    record = json.loads((folder / "state.json").read_text())
+    record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     counts = [record["iteration"], record["ranks"], *(record.get(name, 0) for name in ("skipped", "skipped_total"))]
     tables = [(record["fit"], (3, 4))] if "fit" in record else []
     tables += [(record["tuning"], (OCTAVES, len(SPREAD)))] if record.get("tuning") is not None else []
@@ -228,7 +228,9 @@ def start(out: Path, *, resume: bool) -> tuple[Path | None, list[str]]:
 def drop_metrics(out: Path, done: int) -> None:
     """Takes the lines past iteration `done` out of OUT/metrics.jsonl, and one that was being written when it ended."""
     metrics, kept = out / "metrics.jsonl", []
-    for line in metrics.read_text("utf-8", "replace").splitlines(keepends=True) if metrics.exists() else []:
+    for line in (
+        metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if metrics.exists() else []
+    ):
         try:
             if line.endswith("\n") and json.loads(line)["iteration"] <= done:
                 kept.append(line)

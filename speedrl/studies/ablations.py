@@ -147,7 +147,9 @@ def ablate(
     if quick:
         seeds, options = tuple(seeds)[:1], hurried(options)
         prompts = next(iter(prompt_sets(evaluation.get("prompts"), None).values()))[:4]
-        write_atomically(out / "prompts.txt", lambda partial: partial.write_text("\n".join(prompts) + "\n"))
+        write_atomically(
+            out / "prompts.txt", lambda partial: partial.write_text("\n".join(prompts) + "\n", encoding="utf-8")
+        )
         evaluation |= {"steps": (2,), "count": 2, "seeds": 1, "guidance": (1.0,), "prompts": str(out / "prompts.txt")}
     evaluation = {key: options[key] for key in ("quality", "reward_weights") if key in options} | evaluation
     shared = options | {"model": model}
@@ -210,7 +212,7 @@ def quality_levels(folder: Path, options: dict, *, device: str, pictures: int = 
     """
     path = folder / "levels.json"
     if path.exists():
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     defaults = train.__kwdefaults__ | options
     scores, _ = load_qualities(defaults["quality"], device=device, weights=defaults["reward_weights"])
     if len(scores) > 1:
@@ -277,7 +279,7 @@ def conclude(
     paragraphs = "".join(f"\n{line}\n" for line in (*words, *complaints))
     code = "".join(f"    {line}\n" for line in commands)
     text = f"# {name}\n\n{markdown(rows, error='interval')}\n± is the 95 % interval over seeds.\n{paragraphs}\n{code}"
-    write_atomically(report / f"{name}.md", lambda partial: partial.write_text(text))
+    write_atomically(report / f"{name}.md", lambda partial: partial.write_text(text, encoding="utf-8"))
     if curves:
         plot_curves(curves, report / name, metrics=CURVES, title=name)
     caption = f"{name}: means over seeds, and seed for seed what sets each apart, with 95 % intervals"

@@ -32,7 +32,7 @@ def run_folder(out: Path, own: dict, seed: int) -> Path:
 def refuse_other(folder: Path, options: dict) -> None:
     """ValueError where a folder holds a run of other options."""
     path = folder / "variant.json"
-    if path.exists() and json.loads(path.read_text()) != plain(options):
+    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != plain(options):
         raise ValueError(f"{folder} holds a run of other options: give another folder, or the same options")
 
 
@@ -44,8 +44,8 @@ def trained_once(folder: Path, options: dict, *, device: str) -> Path:
         if not begun:
             (folder / "run" / "metrics.jsonl").unlink(missing_ok=True)  # of a run stopped before its first checkpoint
         model = train(out=folder / "run", resume=begun, device=device, **options)
-        write_atomically(folder / "done", lambda partial: partial.write_text(model.name))
-    return folder / "run" / (folder / "done").read_text()
+        write_atomically(folder / "done", lambda partial: partial.write_text(model.name, encoding="utf-8"))
+    return folder / "run" / (folder / "done").read_text(encoding="utf-8")
 
 
 def one_run(folder: Path, options: dict, evaluation: dict, *, device: str) -> list[dict]:
@@ -122,7 +122,7 @@ def side_by_side(
 def iterations_of(folder: Path) -> int:
     """How many iterations a run has done."""
     path = folder / "run" / "metrics.jsonl"
-    return len(path.read_text().splitlines()) if path.exists() else 0
+    return len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
 
 
 def start_process(folder: Path, job: dict, *, threads: int) -> subprocess.Popen:
@@ -131,7 +131,7 @@ def start_process(folder: Path, job: dict, *, threads: int) -> subprocess.Popen:
     write_json(folder / "job.json", plain(job))
     paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(threads)}
-    with (folder / "log.txt").open("a") as log:
+    with (folder / "log.txt").open("a", encoding="utf-8") as log:
         command = [sys.executable, "-m", "speedrl.studies.runs", str(folder)]
         return subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment)
 
@@ -141,13 +141,13 @@ def outcome_of(folder: Path, status: int) -> list[dict] | str:
     path = folder / "outcome.json"
     if not path.exists():
         return f"its process ended with status {status}, see {folder / 'log.txt'}"
-    found = json.loads(path.read_text())
+    found = json.loads(path.read_text(encoding="utf-8"))
     return found.get("failed") or found["rows"]
 
 
 def child(folder: Path) -> None:
     """The other side of `start_process`."""
-    job = json.loads((folder / "job.json").read_text())
+    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     try:
         found = {"rows": one_run(folder, job["options"], job["evaluation"], device=job["device"])}
     except KeyboardInterrupt:
@@ -163,7 +163,7 @@ def child(folder: Path) -> None:
 def metrics_file(folder: Path) -> list[dict]:
     """The rows of a run's metrics.jsonl."""
     path = folder / "run" / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def commands_of(folder: Path, options: dict, evaluation: dict) -> list[str]:

@@ -24,7 +24,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """`value` as indented JSON, atomically."""
-    write_atomically(path, lambda partial: partial.write_text(json.dumps(value, indent=1) + "\n"))
+    write_atomically(path, lambda partial: partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8"))
 
 
 def append_lines(path: Path, lines: list[str]) -> None:
@@ -70,7 +70,7 @@ def damage(folder: Path) -> str | None:
     Only plain files of the folder itself count: a name that leads elsewhere or a symbolic link is damage.
     """
     try:
-        sums = json.loads((folder / MANIFEST).read_text())
+        sums = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         listed = {name: (entry["bytes"], entry["sha256"]) for name, entry in sums.items()}
     except FileNotFoundError:
         return f"{MANIFEST} is missing"

@@ -123,7 +123,7 @@ def fused_attention_is_slow(device: torch.device | str, length: int, dtype: torc
 def made_by_intel() -> bool:
     """Whether the processor says that it is Intel's."""
     try:
-        said = Path("/proc/cpuinfo").read_text()
+        said = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         said = platform.processor()
     return "GenuineIntel" in said
