@@ -1,5 +1,5 @@
 """The same as the command `speedrl`, without installing it."""
 
-from speedrl.cli import app
+from speedrl.__main__ import main
 
-app()
+main()

@@ -1,10 +1,14 @@
 """Where prompts come from: files, JSONL, and the named sets, read from a cache that the test fills."""
 
 import json
+import os
+import subprocess
+import sys
+import threading
 
 import pytest
 
-from speedrl.run.prompts import read_prompts
+from speedrl.run.prompts import open_prompts, read_prompts
 
 
 @pytest.fixture
@@ -80,3 +84,107 @@ def test_a_file_of_the_name_of_a_set_wins(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "geneval").write_text("mine\n", encoding="utf-8")
     assert read_prompts("geneval") == ["mine"]
+
+
+WANTED = ["a red owl", "a blue cat, on a mat"]
+LIST, OBJECTS = json.dumps(WANTED), json.dumps([{"prompt": prompt, "seed": 1} for prompt in WANTED], indent=2)
+LINES = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in WANTED)
+CSV = 'seed,prompt\n1,a red owl\n2,"a blue cat, on a mat"\n'
+TSV = "Caption\tseed\na red owl\t1\n\na blue cat, on a mat\t2\n"
+FILES = {
+    "text": ("p.txt", "\n".join(WANTED)),
+    "text of capital letters": ("P.TXT", "\n".join(WANTED)),
+    "text of no suffix": ("prompts", "\n".join(WANTED)),
+    "list": ("p.json", LIST),
+    "list, JSON": ("p.JSON", LIST),
+    "list in text": ("p.txt", LIST),
+    "objects": ("p.json", OBJECTS),
+    "objects in text": ("p.txt", OBJECTS),
+    "JSONL": ("p.jsonl", LINES),
+    "JSONL, JsonL": ("p.JsonL", LINES),
+    "JSONL, ndjson": ("p.ndjson", LINES),
+    "JSONL in text": ("p.txt", LINES),
+    "JSONL in json": ("p.json", LINES),
+    "JSONL of strings": ("p.jsonl", "".join(json.dumps(prompt) + "\n" for prompt in WANTED)),
+    "CSV": ("p.csv", CSV),
+    "CSV, Csv": ("p.Csv", CSV),
+    "CSV in text": ("p.txt", CSV),
+    "CSV with semicolons": ("p.csv", "text;seed\na red owl;1\na blue cat, on a mat;2\n"),
+    "CSV of one column": ("p.csv", 'prompt\na red owl\n"a blue cat, on a mat"\n'),
+    "TSV": ("p.tsv", TSV),
+    "TSV in text": ("p.txt", TSV),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_every_format_gives_the_same_prompts_whatever_the_suffix(tmp_path, kind, mark):
+    name, text = FILES[kind]
+    (tmp_path / name).write_bytes((mark + text).encode())
+    assert list(open_prompts(tmp_path / name)) == WANTED
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("p.json", '{"prompts": {"a": 1}}', "entry 1 has no prompt"),
+        ("p.json", '{\n "prompts": ["a red owl"]\n}', "is not a JSON list"),
+        ("p.json", "a red owl\n", "cannot be read as JSON"),
+        ("p.json", '["a red owl", "a bl', "cannot be read as JSON"),
+        ("p.txt", '["a red owl", "a bl', "cannot be read as JSON"),
+        ("p.txt", '{"prompt": "a red o', "cannot be read as JSON"),
+        ("p.txt", "[" * 100_000, "cannot be read as JSON"),
+        ("p.json", '["a red owl", 3]', "entry 2 has no prompt"),
+        ("p.json", '[["a red owl"]]', "entry 1 has no prompt"),
+        ("p.json", '["a red owl", " "]', "entry 2 has no prompt"),
+        ("p.json", "[]", "no prompts in it"),
+        ("p.csv", "seed,words\n1,a red owl\n", "no column prompt, caption, text, but is 'seed,words'"),
+        ("p.csv", "a red owl\na blue cat\n", "no column prompt"),
+        ("p.csv", "seed,prompt\n1,a red owl\n2\n", "entry 2 has no prompt"),
+        ("p.csv", "prompt\n", "no prompts in it"),
+        ("p.csv", "prompt\n" + "a" * 200_000, "cannot be read as a table"),
+        ("p.yaml", "- a red owl\n", r"\.yaml files are not read; give text"),
+        ("p.PARQUET", "PAR1", r"\.PARQUET files are not read"),
+        ("p.txt", "---\n- a red owl\n", "begins with '---', which is no prompt"),
+        ("p.txt", "prompts:\n  - a red owl\n", "begins with 'prompts:', which is no prompt"),
+        ("p.txt", "<?xml version='1.0'?>\n", "begins with"),
+    ],
+)
+def test_a_structured_file_that_is_none_of_these_is_refused_in_one_line(tmp_path, name, text, says):
+    (tmp_path / name).write_bytes(text.encode())
+    with pytest.raises(ValueError, match=says) as caught:
+        open_prompts(tmp_path / name)
+    assert "\n" not in str(caught.value) and str(caught.value).startswith(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    "line", ["[red] an apple", "{red} apple", "an owl, text", "prompt", "a sign: 1,2,3", '"hello" on a sign', "- - -"]
+)
+def test_a_plain_line_stays_a_prompt(tmp_path, line):
+    (tmp_path / "p.txt").write_text(f"{line}\nan owl\n", encoding="utf-8")
+    assert read_prompts(tmp_path / "p.txt") == [line, "an owl"]
+
+
+def test_a_list_is_as_good_as_a_file(tmp_path):
+    assert open_prompts(["a red\nowl", " a cat "]) == read_prompts(("a red owl", "a cat")) == ["a red owl", "a cat"]
+    for bad, says in (([], "no prompts"), (["a", ""], "entry 2"), (["a", 3], "entry 2"), ([None], "entry 1")):
+        with pytest.raises(ValueError, match=says):
+            open_prompts(bad)
+
+
+@pytest.mark.parametrize("text", ["\n".join(WANTED), LIST, LINES, CSV])
+def test_a_pipe_is_read_once_and_opened_as_often_as_one_likes(tmp_path, text):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_text(text, encoding="utf-8"), daemon=True)
+    writer.start()
+    assert list(open_prompts(pipe)) == WANTED and read_prompts(pipe) == WANTED
+    writer.join()
+
+
+def test_standard_input_and_process_substitution_give_prompts():
+    script = "import sys; from speedrl.run.prompts import read_prompts; print(*read_prompts(sys.argv[1]), sep='|')"
+    shell = f"printf 'an owl\\na cat\\n' | {sys.executable} -c \"{script}\" /dev/stdin"
+    shell += f"; {sys.executable} -c \"{script}\" <(printf 'a dog\\n')"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, encoding="utf-8")
+    assert done.stdout == "an owl|a cat\na dog\n", done.stderr
