@@ -1,5 +1,6 @@
 """Quality rewards: loading by name, the checks at the start, and what every score must keep."""
 
+import importlib
 import json
 import socket
 import sys
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 
 import speedrl.rewards.loading
 from speedrl.method.rewards import Moments, disagreeing, mixture, observe
-from speedrl.rewards.loading import differentiable, load_qualities, load_quality, parse_quality
+from speedrl.rewards.loading import differentiable, load_qualities, load_quality, parse_quality, rate
 from speedrl.rewards.scorers import (
     MEAN,
     STD,
@@ -27,7 +28,7 @@ from speedrl.rewards.scorers import (
 from speedrl.system.platform import import_torchvision
 from tests.conftest import write_tokenizer
 
-EMBEDDED = Path(speedrl.rewards.loading.__file__).parent / "models" / "embedded" / "reward"
+EMBEDDED = Path(speedrl.rewards.loading.__file__).parents[1] / "models" / "embedded" / "reward"
 shipped = pytest.mark.skipif(
     not (EMBEDDED / "open_clip_model.safetensors").exists(), reason="the embedded reward has not been built"
 )
@@ -156,7 +157,7 @@ def test_broken_folders_are_one_clear_line(folder, tmp_path):
 
 
 def test_weights_belong_to_architectures(folder, tmp_path):
-    with pytest.raises(ValueError, match="takes no weights"):
+    with pytest.raises(ValueError, match="are for hpsv2, imagereward and clip only"):
         load_quality(str(folder), weights="openai")
     with pytest.raises(ValueError, match="say which weights"):
         load_quality("clip:ViT-B-32")
@@ -186,6 +187,12 @@ def nan(images, prompts):
 def raises(images, prompts):
     raise KeyError("no such key\\nsecond line")
 
+def deep(images, prompts):
+    return torch.dot(images, images)
+
+def silent(images, prompts):
+    assert not prompts
+
 value = 3
 """
 
@@ -193,6 +200,7 @@ value = 3
 @pytest.fixture
 def users(tmp_path, monkeypatch):
     (tmp_path / "users_reward.py").write_text(USERS, encoding="utf-8")
+    (tmp_path / "users_wrong.py").write_text("\ndef score(:\n", encoding="utf-8")
     (tmp_path / "users_broken_reward.py").write_text("import nothing_of_this_name\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", list(sys.path))
@@ -211,11 +219,17 @@ def test_a_users_function_is_imported_from_the_working_directory(users):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("users_reward:shape", r"must give a float32 tensor \[2\] for two pictures, gave torch.float32 \[2, 3\]"),
-        ("users_reward:number", r"must give a float32 tensor \[2\] for two pictures, gave float"),
-        ("users_reward:integers", r"gave torch.int64 \[2\]"),
-        ("users_reward:nan", "not finite"),
-        ("users_reward:raises", "fails on two pictures"),
+        ("users_reward:shape", r"must give a tensor \[2\] for as many images, gave \[2, 3\]"),
+        ("users_reward:number", r"must give a tensor \[2\] for as many images, gave float"),
+        ("users_reward:integers", r"must give float32, gave torch.int64; end it with .float\(\)"),
+        ("users_reward:nan", "gives nan, not a finite number, for 2 of 2 images"),
+        ("users_reward:raises", r"fails on 2 images: KeyError: 'no such key.nsecond line' \(\S+users_reward.py:20\)"),
+        ("users_reward:deep", r"RuntimeError: 1D tensors expected.*\(\S+users_reward.py:23\)"),
+        ("users_reward:silent", r"fails on 2 images: AssertionError \(\S+users_reward.py:26\)"),
+        ("users_reward.py:missing", "has no attribute 'missing'"),
+        ("nowhere.py:score", "there is no file nowhere.py"),
+        ("users_broken_reward.py:score", r"ModuleNotFoundError: No module .* \(\S*users_broken_reward.py:1\)"),
+        ("users_wrong.py:score", "SyntaxError: .* line 2"),
         ("users_reward:value", "is no function"),
         ("users_reward:missing", "has no attribute 'missing'"),
         ("users_broken_reward:score", "No module named 'nothing_of_this_name'"),
@@ -226,6 +240,86 @@ def test_a_users_function_that_does_not_work_is_one_clear_line(users, name, mess
     with pytest.raises(ValueError, match=message) as error:
         load_quality(name)
     assert str(error.value).startswith(f"reward {name}: ") and "\n" not in str(error.value)
+
+
+TABLE = """
+from users_helper import TABLE
+import torch
+
+def score(images, prompts):
+    assert images.shape[1:] == (3, 32, 16)
+    return torch.tensor([TABLE[prompt] for prompt in prompts])
+"""
+
+
+def test_a_reward_is_tried_on_the_runs_own_prompts_and_at_the_models_own_size(users, tmp_path):
+    (tmp_path / "users_table.py").write_text(TABLE, encoding="utf-8")
+    (tmp_path / "users_helper.py").write_text("TABLE = {'an owl': 1.0, 'a cat': 2.0}\n", encoding="utf-8")
+    for prompts in (["an owl"], ["an owl", "a cat", "not in the table"], ("a cat", "an owl")):
+        score = load_quality("users_table:score", prompts=prompts, size=(32, 16))
+        assert score(torch.rand(2, 3, 32, 16), ["an owl", "a cat"]).tolist() == [1, 2]
+        assert differentiable(lambda x, p, of=score: x.sum((1, 2, 3)) + of(x, p), prompts=prompts, size=(32, 16))
+        assert load_qualities("users_table:score", prompts=prompts, size=(32, 16))[1] == {"users_table:score": 1}
+    with pytest.raises(ValueError, match=r"fails on 2 images: KeyError: 'a dog' \(\S+users_table.py:7\)"):
+        load_quality("users_table:score", prompts=["a dog"], size=(32, 16))
+
+
+def test_a_function_in_a_file_is_a_reward_wherever_the_file_is(users, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/rw.py").write_text(TABLE, encoding="utf-8")
+    (tmp_path / "elsewhere/users_helper.py").write_text("TABLE = {'an owl': 3.0}\n", encoding="utf-8")
+    sys.modules.pop("users_helper", None)
+    how = {"prompts": ["an owl"], "size": (32, 16)}
+    for name in ("elsewhere/rw.py:score", str(tmp_path / "elsewhere/rw.py:score")):
+        scores, weights = load_qualities(f"{name}=0.5,users_reward.py:brightness", **how)
+        assert scores[name](torch.rand(1, 3, 32, 16), ["an owl"]).tolist() == [3]
+        assert weights == {name: 0.5, "users_reward.py:brightness": 1}
+
+
+@pytest.mark.parametrize("name", ["test", "json", "random", "speedrl_never_imported"])
+@pytest.mark.parametrize("imported", [False, True])
+def test_a_module_of_the_working_directory_is_preferred_to_another_of_its_name(users, tmp_path, name, imported):
+    if imported and not name.startswith("speedrl"):
+        importlib.import_module(name)
+    before = sys.modules.get(name)
+    (tmp_path / f"{name}.py").write_text(USERS, encoding="utf-8")
+    assert load_quality(f"{name}:brightness")(pictures(1), ["ab"]) > 2
+    assert before is None or sys.modules[name] is before
+    if before is None:
+        del sys.modules[name]
+
+
+def test_a_function_is_a_reward_and_so_is_a_dictionary(folder):
+    def bright(images, prompts):
+        return images.mean((1, 2, 3))
+
+    def broken(images, prompts):
+        raise KeyError("no such prompt")
+
+    images = pictures(2)
+    scores, weights = load_qualities(bright)
+    assert weights == {"bright": 1} and torch.equal(scores["bright"](images, ["a", "b"]), bright(images, []))
+    scores, weights = load_qualities({"light": bright, "dark": (lambda x, p: -bright(x, p), 0.5), str(folder): 0})
+    assert weights == {"light": 1, "dark": 0.5, str(folder): 0} and scores.keys() == weights.keys()
+    assert torch.equal(scores["dark"](images, ["a", "b"]), -bright(images, []))
+    for bad in ({"a": None}, {"a": (bright, "x")}, {"a": float("nan")}, {"a": True}):
+        with pytest.raises(ValueError, match="quality a: give a weight, a function, or"):
+            load_qualities(bad)
+    with pytest.raises(ValueError, match=r"reward mine: fails on 2 images: KeyError: .*test_reward_quality.py:\d+"):
+        load_qualities({"mine": broken})
+    with pytest.raises(ValueError, match="every weight is 0"):
+        load_qualities({"light": (bright, 0)})
+
+
+def test_no_reward_at_all_can_be_asked_for():
+    assert load_qualities("none") == ({}, {}) and parse_quality(" none ") == {}
+    with pytest.raises(ValueError, match="stands alone"):
+        load_qualities("none,embedded")
+
+
+def test_a_reward_that_is_not_finite_says_nothing_of_checkpoints():
+    with pytest.raises(ValueError, match="gives nan, not a finite number, for 1 of 2 images, .* prompt 'an owl'$"):
+        rate("mine", lambda images, prompts: torch.tensor([0.0, torch.nan]), pictures(2), ["a cat", "an owl"])
 
 
 @shipped

@@ -108,7 +108,8 @@ def evaluate(
     kept = {key: row for key, row in kept.items() if weights.get(row["model"], row["weights"]) == row["weights"]}
     console = Console()
     judge = judge_if_there(device, console)
-    scores = load_qualities(quality, device=device, weights=reward_weights)[0] if quality else {}
+    tried = {"prompts": next(iter(sets.values()))}
+    scores = load_qualities(quality, device=device, weights=reward_weights, **tried)[0] if quality else {}
     judged_by = fingerprint(EMBEDDED.parent / "judge", *(EMBEDDED if n == "embedded" else Path(n) for n in scores))
     scored_by = [(line, *dated(Path(line.partition("=")[2]))) for line in reward_weights]
     how = sorted((name, str(value)) for name, value in (loading or {}).items())

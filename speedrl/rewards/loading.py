@@ -1,46 +1,121 @@
-"""Rewards: qualities and their mixture, speed, and their combination."""
+"""Quality rewards by name, as functions, and several of them: loaded, and tried before they are relied on."""
 
 import functools
 import importlib
+import importlib.util
+import itertools
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from speedrl.rewards.scorers import Score, clip_score, hpsv2_score, imagereward_score
+from speedrl.system.errors import one_line
 
+Quality = str | Score | Mapping[str, float | Score | tuple[Score, float]]  # as of `load_qualities`
+
+PACKAGE = str(Path(__file__).parents[1])
 EMBEDDED = Path(__file__).parents[1] / "models" / "embedded" / "reward"
 PUBLISHED = {  # a short name and what open_clip calls it
     "clip": ("ViT-L-14", "openai"),
     "clip-l": ("ViT-L-14", "openai"),
     "clip-h": ("ViT-H-14", "laion2b_s32b_b79k"),
 }
+EXAMPLES = ("a red apple", "two dogs")  # what a reward is tried on where no prompts are known
+SIZE = (64, 64)  # height and width of the images then
 
 
 def import_function(name: str) -> Callable:
-    """The function of "module:function"; modules in the working directory are found too.
+    """The function of "module:function" or "path/to/file.py:function".
 
-    Raises what the import raises, AttributeError without such a function, TypeError for something else.
+    A module of the working directory is preferred to another of its name, like Python's own `test`. Raises what the
+    import raises, AttributeError without such a function, TypeError for something else.
     """
-    module, _, function = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    found = getattr(importlib.import_module(module), function)
+    module, _, function = name.rpartition(":")
+    if module.endswith(".py"):
+        found = run_file(Path(module))
+    else:
+        file = Path(*module.split(".")).with_suffix(".py").resolve()
+        with first_on_path(os.getcwd()):
+            found = importlib.import_module(module)
+        if file.is_file() and Path(getattr(found, "__file__", None) or "").resolve() != file:
+            found = run_file(file)  # another module of this name was imported before
+    found = getattr(found, function)
     if not callable(found):
         raise TypeError(f"{name} is no function")
     return found
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def run_file(path: Path) -> ModuleType:
+    """A Python file as a module, which finds the files beside it."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    spec = importlib.util.spec_from_file_location(f"_reward_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    with first_on_path(str(path.resolve().parent)):
+        spec.loader.exec_module(module)
+    return module
 
 
-def parse_quality(text: str) -> dict[str, float]:
-    """Reads "hpsv2=1,imagereward=0.5,clip" as weights by name, 1 where none is given. ValueError otherwise."""
+@contextmanager
+def first_on_path(folder: str) -> Iterator[None]:
+    """Within, modules are looked for in a folder first; later, for what is imported when it is called, last."""
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+        if folder not in sys.path:
+            sys.path.append(folder)
+
+
+def described(error: Exception) -> str:
+    """An error in one line; of code that is not ours also its type, and the user's file and line that raised it."""
+    said, frames = one_line(error), traceback.extract_tb(error.__traceback__)
+    if not frames or frames[-1].filename.startswith(PACKAGE):
+        return said
+    libraries = (PACKAGE, sysconfig.get_paths()["stdlib"], "<frozen")
+    own = [f for f in frames if not f.filename.startswith(libraries) and "-packages" not in f.filename]
+    said = said if said == type(error).__name__ else f"{type(error).__name__}: {said}"
+    return f"{said} ({own[-1].filename}:{own[-1].lineno})" if own else said
+
+
+def parse_quality(quality: Quality) -> dict[str, float]:
+    """Weights by name: of "hpsv2=1,imagereward=0.5,clip", 1 where none is given; none of "none". ValueError otherwise.
+
+    A function has its own name, and a dictionary weights, functions, or pairs of both by name.
+    """
+    if callable(quality):
+        return {getattr(quality, "__name__", type(quality).__name__): 1.0}
+    if isinstance(quality, Mapping):
+        weights = {name: weight_of(name, value) for name, value in quality.items()}
+    elif quality.strip() == "none":
+        return {}
+    else:
+        weights = parse_weights(quality)
+    if not any(weights.values()):
+        raise ValueError(f"--quality {quality!r}: every weight is 0; to train without a reward, give --quality none")
+    return weights
+
+
+def weight_of(name: str, value: float | Score | tuple[Score, float]) -> float:
+    """The weight in an entry of a dictionary of qualities."""
+    weight = value[1] if isinstance(value, tuple) and len(value) == 2 else 1.0 if callable(value) else value
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+        raise ValueError(f"quality {name}: give a weight, a function, or (function, weight), not {value!r}")
+    return float(weight)
+
+
+def parse_weights(text: str) -> dict[str, float]:
     weights: dict[str, float] = {}
     for part in text.split(","):
         name, equals, weight = part.strip().rpartition("=")
@@ -48,12 +123,12 @@ def parse_quality(text: str) -> dict[str, float]:
         try:
             value = float(weight)
         except ValueError:
-            raise ValueError(f"quality {part.strip()!r}: {weight!r} is no number; write NAME=WEIGHT") from None
+            raise ValueError(f"--quality {part.strip()!r}: {weight!r} is not a number; write NAME=WEIGHT") from None
         if not name or name.endswith("=") or name in weights or not math.isfinite(value):
-            raise ValueError(f"quality {text!r}: write each name once, like hpsv2=1,imagereward=0.5")
+            raise ValueError(f"--quality {text!r}: write each name once, like hpsv2=1,imagereward=0.5")
+        if name == "none":
+            raise ValueError("--quality none stands alone: leave it out, or leave out the others")
         weights[name] = value
-    if not any(weights.values()):
-        raise ValueError(f"quality {text!r}: every weight is 0")
     return weights
 
 
@@ -69,108 +144,137 @@ def loader(name: str, *, device: torch.device | str, weights: str | None, bf16: 
     if name.startswith("clip:") and name != "clip:":
         architecture, _, published = name.removeprefix("clip:").partition(":")
         if not (weights or published):
-            raise ValueError(f"reward {name}: say which weights, clip:ARCHITECTURE:WEIGHTS, or give a file")
+            raise ValueError(f"reward {name}: say which weights, clip:ARCHITECTURE:WEIGHTS, or give --reward-weights")
         return functools.partial(clip_score, architecture, weights=weights or published, **options)
     if weights is not None:
-        raise ValueError(f"reward {name}: it takes no weights, only hpsv2, imagereward and clip do")
+        raise ValueError(f"reward {name}: --reward-weights are for hpsv2, imagereward and clip only")
     folder = EMBEDDED if name == "embedded" else Path(name)
     if (folder / "open_clip_config.json").is_file():
         return functools.partial(clip_score, f"local-dir:{folder}", **options)
     if name == "embedded":
         raise ValueError("reward embedded: it is not in this installation: rebuild it, see experiments/")
-    if all(name.partition(":")) and not folder.exists():
+    if all(name.rpartition(":")) and not folder.exists():
         return functools.partial(import_function, name)
     raise ValueError(
         f"there is no reward {name!r}: give embedded, hpsv2, imagereward, clip, clip:ARCHITECTURE:WEIGHTS, "
-        "a folder with open_clip_config.json or MODULE:FUNCTION"
+        "a folder with open_clip_config.json, MODULE:FUNCTION or FILE.py:FUNCTION"
     )
 
 
-def with_pictures_gradient(score: Score) -> Score:
-    """The same score, with a gradient where the pictures have one: no other is ever asked for."""
+def with_image_gradient(score: Score) -> Score:
+    """The same score, with a gradient where the images have one: no other is ever asked for."""
 
     @functools.wraps(score)
-    def scored(pictures: Tensor, prompts: list[str]) -> Tensor:
-        with torch.set_grad_enabled(pictures.requires_grad and torch.is_grad_enabled()):
-            return score(pictures, prompts)
+    def scored(images: Tensor, prompts: list[str]) -> Tensor:
+        with torch.set_grad_enabled(images.requires_grad and torch.is_grad_enabled()):
+            return score(images, prompts)
 
     return scored
 
 
+def samples(prompts: Sequence[str] | None, size: tuple[int, int], device: torch.device | str) -> tuple[Tensor, list]:
+    """Two images [2, 3, H, W] of a size, and two prompts: the first of those that there are."""
+    images = torch.linspace(0, 1, 2 * 3 * size[0] * size[1], device=device).view(2, 3, *size)
+    return images, list(itertools.islice(itertools.cycle(prompts or EXAMPLES), 2))
+
+
 def load_quality(
-    name: str = "embedded", *, device: torch.device | str = "cpu", weights: str | None = None, bf16: bool | None = None
+    quality: str | Score = "embedded",
+    *,
+    device: torch.device | str = "cpu",
+    weights: str | None = None,
+    bf16: bool | None = None,
+    prompts: Sequence[str] | None = None,
+    size: tuple[int, int] = SIZE,
+    name: str | None = None,
 ) -> Score:
     """A quality reward: score(images float [B, 3, H, W] in [0, 1], B prompts) -> float32 [B].
 
-    `name` is one of
+    `quality` is such a function, or one of
       embedded                    the small CLIP that comes with the embedded model
       hpsv2, imagereward          the published models of human preference
       clip, clip-l, clip-h        CLIP ViT-L-14 (OpenAI's) and ViT-H-14 (LAION's)
       clip:ARCHITECTURE:WEIGHTS   any of open_clip's, with the name of published weights
       FOLDER                      a folder in open_clip's layout, with open_clip_config.json, weights and tokenizer
       MODULE:FUNCTION             your own function with score's signature
-    `weights` is a file in place of the published one; `bf16` by default where it is fast. The reward is tried on two
-    pictures here. ValueError, one line, where there is no such reward, it cannot be loaded, raises, or gives something
-    else than B finite numbers in float32.
+      FILE.py:FUNCTION            the same, in a file
+    `weights` is a file in place of the published one; `bf16` by default where it is fast. The reward is tried here on
+    two images of height and width `size` and on the first two of `prompts`; errors call it `name`. ValueError, one
+    line, where there is no such reward, it cannot be loaded, raises, or gives something else than B finite numbers in
+    float32.
     """
-    load = loader(name, device=device, weights=weights, bf16=bf16)
+    name = next(iter(parse_quality(quality))) if name is None and callable(quality) else name or quality
+    load = (lambda: quality) if callable(quality) else loader(quality, device=device, weights=weights, bf16=bf16)
     try:
-        score = with_pictures_gradient(load())
+        score = with_image_gradient(load())
     except Exception as error:  # open_clip, safetensors and the user's module raise many kinds
-        raise ValueError(f"reward {name}: cannot be loaded: {first_line(error)}") from error
-    pictures = torch.linspace(0, 1, 2 * 3 * 64 * 64, device=device).view(2, 3, 64, 64)
-    try:
-        tried = score(pictures, ["a red apple", "two dogs"])
-    except Exception as error:  # the user's function may raise anything
-        raise ValueError(f"reward {name}: fails on two pictures: {first_line(error)}") from error
-    if not isinstance(tried, Tensor) or tried.shape != (2,) or tried.dtype != torch.float32:
-        what = f"{tried.dtype} {list(tried.shape)}" if isinstance(tried, Tensor) else type(tried).__name__
-        raise ValueError(f"reward {name}: must give a float32 tensor [2] for two pictures, gave {what}")
-    if not tried.isfinite().all():
-        raise ValueError(f"reward {name}: gives {tried.tolist()} for two pictures: not finite")
+        raise ValueError(f"reward {name}: cannot be loaded: {described(error)}") from error
+    tried = rate(name, score, *samples(prompts, size, device), cast=False)
+    if tried.dtype != torch.float32:
+        raise ValueError(f"reward {name}: must give float32, gave {tried.dtype}; end it with .float()")
     return score
 
 
-def differentiable(score: Score, *, device: torch.device | str = "cpu") -> bool:
-    """Whether a score has a gradient at its pictures: it is tried on two."""
-    pictures = torch.linspace(0, 1, 2 * 3 * 64 * 64, device=device).view(2, 3, 64, 64).requires_grad_()
+def differentiable(
+    score: Score, *, device: torch.device | str = "cpu", prompts: Sequence[str] | None = None,
+    size: tuple[int, int] = SIZE,
+) -> bool:  # fmt: skip
+    """Whether a score has a gradient at its images: it is tried on two, as in `load_quality`."""
+    images, texts = samples(prompts, size, device)
+    images.requires_grad_()
     try:
-        (slope,) = torch.autograd.grad(score(pictures, ["a red apple", "two dogs"]).sum(), pictures)
+        (slope,) = torch.autograd.grad(score(images, texts).sum(), images)
     except Exception:  # a user's function may leave torch, and says so in its own way
         return False
     return bool(slope.isfinite().all() and slope.any())
 
 
 def load_qualities(
-    text: str, *, device: torch.device | str = "cpu", weights: Sequence[str] = (), bf16: bool | None = None
+    quality: Quality,
+    *,
+    device: torch.device | str = "cpu",
+    weights: Sequence[str] = (),
+    bf16: bool | None = None,
+    prompts: Sequence[str] | None = None,
+    size: tuple[int, int] = SIZE,
 ) -> tuple[dict[str, Score], dict[str, float]]:
     """The scores of "hpsv2=1,imagereward=0.5" and their weights, both by name. `weights` are files, "NAME=PATH" each.
 
-    A quality of weight 0 is scored and logged but not rewarded: it can tell whether the others are being gamed.
+    `quality` may be a function, or a dictionary: {"hpsv2": 1.0, "mine": function, "other": (function, 0.5)}. "none"
+    gives ({}, {}). A quality of weight 0 is scored and logged but not rewarded: it can tell whether the others are
+    being gamed. The rest as of `load_quality`.
     """
-    wanted, files = parse_quality(text), {}
+    wanted, files = parse_quality(quality), {}
+    functions = quality if isinstance(quality, Mapping) else dict.fromkeys(wanted, quality) if callable(quality) else {}
+    functions = {name: value[0] if isinstance(value, tuple) else value for name, value in functions.items()}
     for given in weights:
         name, equals, path = given.partition("=")
         if not equals or name not in wanted:
-            raise ValueError(f"reward weights {given!r}: write NAME=PATH with a name out of {', '.join(wanted)}")
+            raise ValueError(f"--reward-weights {given!r}: write NAME=PATH with a name out of {', '.join(wanted)}")
         files[name] = path
-    return {name: load_quality(name, device=device, weights=files.get(name), bf16=bf16) for name in wanted}, wanted
+    how = {"device": device, "bf16": bf16, "prompts": prompts, "size": size}
+    scores = {}
+    for name in wanted:
+        of = functions.get(name)
+        scores[name] = load_quality(of if callable(of) else name, weights=files.get(name), name=name, **how)
+    return scores, wanted
 
 
-def rate(name: str, score: Score, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
-    """score(pictures [B, 3, H, W], prompts) of the quality `name`: float32 [B], all finite.
+def rate(name: str, score: Score, images: Tensor, prompts: Sequence[str], *, cast: bool = True) -> Tensor:
+    """score(images [B, 3, H, W], prompts) of the quality `name`: float32 [B], all finite.
 
-    ValueError, one line, where it raises or gives something else: what is NaN must not reach the weights.
+    ValueError, one line, where it raises or gives something else: what is NaN must not reach the weights. With `cast`
+    False the numbers stay of the type that the score gives.
     """
     try:
-        values = score(pictures, list(prompts))
+        values = score(images, list(prompts))
     except Exception as error:  # the user's function may raise anything
-        raise ValueError(f"reward {name}: fails on {len(pictures)} pictures: {first_line(error)}") from error
-    if not isinstance(values, Tensor) or values.shape != (len(pictures),):
+        raise ValueError(f"reward {name}: fails on {len(images)} images: {described(error)}") from error
+    if not isinstance(values, Tensor) or values.shape != (len(images),):
         what = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise ValueError(f"reward {name}: must give a tensor [{len(pictures)}] for as many pictures, gave {what}")
+        raise ValueError(f"reward {name}: must give a tensor [{len(images)}] for as many images, gave {what}")
     bad = (~values.isfinite()).nonzero().flatten().tolist()
     if bad:
-        which = f"{len(bad)} of {len(pictures)} pictures, the first of {prompts[bad[0]][:80]!r}"
-        raise ValueError(f"reward {name}: gives {values[bad[0]].item()} for {which}; the last checkpoint stands")
-    return values.float()
+        which = f"{len(bad)} of {len(images)} images, the first of the prompt {prompts[bad[0]][:80]!r}"
+        raise ValueError(f"reward {name}: gives {values[bad[0]].item()}, not a finite number, for {which}")
+    return values.float() if cast else values
