@@ -196,6 +196,33 @@ def test_what_training_saves_loads_in_the_pipeline_and_draws_the_same(generator,
     torch.testing.assert_close(decode(again, tokens), picture, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("size", [(64, 64), (64, 128), (16, 16)])  # 16x16, 16x32 and 4x4 tokens
+def test_a_model_of_another_size_loads_in_the_pipeline_and_draws(folder, tmp_path, size):
+    from diffusers import AmusedPipeline
+
+    save_generator(load_generator(folder, size=size), tmp_path / "model")
+    again = load_generator(tmp_path / "model")
+    assert again.size == size and again.config["sample_size"] == 4
+    made = AmusedPipeline.from_pretrained(tmp_path / "model")
+    made.set_progress_bar_config(disable=True)
+    draw = {"num_inference_steps": 2, "output_type": "pt"}
+    assert made("an owl", **draw).images.shape == (1, 3, 16, 16)
+    assert made("an owl", height=size[0], width=size[1], **draw).images.shape == (1, 3, *size)
+
+
+def test_a_model_whose_size_an_earlier_version_wrote_still_loads_and_is_mended(folder, tmp_path):
+    save_generator(load_generator(folder), tmp_path / "old")
+    path = tmp_path / "old/transformer/config.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"sample_size": [4, 8]}), encoding="utf-8"
+    )
+    again = load_generator(tmp_path / "old")
+    assert (again.grid, again.size) == ((4, 8), (16, 32))
+    save_generator(again, tmp_path / "new")
+    mended = load_generator(tmp_path / "new")
+    assert mended.size == (16, 32) and isinstance(mended.config["sample_size"], int)
+
+
 def test_it_learns_to_choose_its_steps_and_the_pipeline_still_loads_it(folder, tmp_path):
     from diffusers import AmusedPipeline
 

@@ -1,11 +1,13 @@
 """Generators on disk: one loading path for Meissonic's and aMUSEd's folders, hub ids, our runs and the embedded model.
 
-A folder holds transformer/, vqvae/, text_encoder/, tokenizer/ and scheduler/, each json and safetensors, and pace/
-where the model chooses its number of steps. Which kind of transformer it is says its config.json; the embedded model
-and the released Meissonic differ in their numbers only.
+A folder holds transformer/, vqvae/, text_encoder/, tokenizer/ and scheduler/, each json and safetensors, whole or in
+shards. Which kind of transformer it is says its config.json; the embedded model and the released Meissonic differ in
+their numbers only. What training adds to the sampler is in scheduler/: numbers in its json, tensors in
+sampler.safetensors.
 """
 
 import json
+import math
 import re
 import shutil
 import warnings
@@ -17,14 +19,17 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from speedrl.method.schedules import StepRange
 from speedrl.models.lora import load_lora, merge_lora, read_config
 from speedrl.models.meissonic import MeissonicTransformer
-from speedrl.pace import Pace
 from speedrl.system.errors import one_line
-from speedrl.system.files import write_json
+from speedrl.system.files import write_atomically, write_json
 from speedrl.system.hub import from_hub
 from speedrl.system.platform import check_device, frugal_allocator, import_vq_model
+
+HUB_ID = re.compile(r"(\w[\w-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?")  # owner/name or owner/name@revision
+INSTEAD = "give a folder, a hub id owner/name, or embedded"
+SAMPLER = "sampler.safetensors"
+WEIGHTS = {"transformer": "diffusion_pytorch_model", "vqvae": "diffusion_pytorch_model", "text_encoder": "model"}
 
 # what the released Meissonic scripts lead away from
 NEGATIVE = (
@@ -54,10 +59,9 @@ class Generator(NamedTuple):
     index: dict | None = None  # model_index.json, by which a diffusers pipeline loads the folder
     schedule: str = "cosine"  # how many tokens stay masked, and which are revealed first
     order: str = "confidence"
-    revise: float = 0.0  # share of the tokens that the last steps begin to draw again
-    tuning: Tensor | None = None  # float32 [octaves of steps, scalars], learned factors on all that, in logs
+    remask: float = 0.0  # share of the tokens that the last steps begin to draw again
     random_share: float = 0.0  # of the tokens that a distilled one-step generator starts from in place of masks
-    pace: Pace | None = None  # what chooses the number of steps, float32, of a generator that was trained to
+    sampler: dict[str, Tensor] = {}  # what training taught the sampler, opaque here
 
 
 class Prompts(NamedTuple):
@@ -77,38 +81,38 @@ def load_generator(
     size: tuple[int, int] | None = None,
     negative: str | None = None,
     micro_conds: Sequence[float] | None = None,
+    base: str | Path | None = None,
 ) -> Generator:
-    """Loads a generator in eval mode from "embedded", a folder, a run's folder or a hub id `owner/name`.
+    """Loads a generator in eval mode from "embedded", a folder, a run's folder or a hub id `owner/name[@revision]`.
 
     `dtype` is that of the transformer and the text encoder, whatever the files hold; the VQ decoder is always float32,
     as half precision gives NaN. All but the transformer is frozen. Every key and shape must match.
     `text_encoder` is a CLIP's folder or hub id in place of the generator's own, `size` height and width in pixels,
     `negative` the negative prompt, `micro_conds` as Generator's; None takes what the files say, else what the released
     scripts take: for Meissonic NEGATIVE, and the size with a crop of 0, 0 and an aesthetic score of 6.
-    A run that trained an adapter is its base with the adapter merged. FileNotFoundError where something is missing,
-    ValueError where something is wrong, each in one line.
+    An adapter is merged into its base, which is `base` in place of the one that it records. FileNotFoundError where
+    something is missing, ValueError where something is wrong, each in one line.
     """
     how = {"text_encoder": text_encoder, "size": size, "negative": negative, "micro_conds": micro_conds}
-    if adapter := adapter_of(source):
-        base, scheduler = (
-            find(read_config(adapter)["base_model_name_or_path"]),
-            read_json(adapter / "scheduler_config.json"),
-        )
-        # a merged model holds these itself
-        kept = {name: scheduler.pop(name, None) for name in ("text_encoder", "size")}
-        how |= {name: value if how[name] is None else how[name] for name, value in kept.items()}
-        generator = load_folder(base, scheduler, device=device, dtype=dtype, **how)
-        load_lora(generator.transformer, adapter)
-        merge_lora(generator.transformer)
-        return generator._replace(pace=load_pace(adapter / "pace", generator.transformer, device=device))
     folder = find(source)
+    if is_adapter(folder):
+        scheduler = read_json(folder / "scheduler_config.json")
+        if how["text_encoder"] is None:
+            how["text_encoder"] = scheduler.pop("text_encoder", None)  # a merged model holds it itself
+        generator = load_folder(base_of(folder, base), scheduler, folder, device=device, dtype=dtype, **how)
+        load_lora(generator.transformer, folder)
+        merge_lora(generator.transformer)
+        return generator
+    if base is not None:
+        raise ValueError(f"--base is for an adapter, but {source} is a whole model")
     scheduler = read_json(folder / "scheduler/scheduler_config.json")
-    return load_folder(folder, scheduler, device=device, dtype=dtype, **how)
+    return load_folder(folder, scheduler, folder / "scheduler", device=device, dtype=dtype, **how)
 
 
 def load_folder(
     folder: Path,
     scheduler: dict,
+    beside: Path,
     *,
     device: torch.device | str,
     dtype: torch.dtype,
@@ -117,8 +121,12 @@ def load_folder(
     negative: str | None,
     micro_conds: Sequence[float] | None,
 ) -> Generator:
-    """`load_generator` for a folder that has all the parts, sampled as `scheduler` says."""
+    """`load_generator` for a folder that has all the parts, sampled as `scheduler` and the tensors in `beside` say."""
     check_device(device)
+    for place in {folder, beside}:
+        if (place / "pace").is_dir():
+            earlier = "was trained with --steps auto by an earlier version, which this one does not read"
+            raise ValueError(f"{place} {earlier}: train it anew with --steps 1-16")
     config = read_json(folder / "transformer/config.json")
     index = read_json(folder / "model_index.json") if (folder / "model_index.json").exists() else None
 
@@ -146,7 +154,7 @@ def load_folder(
     else:
         text_model = load_text_encoder(text_encoder, dtype=dtype)
     if not (folder / "tokenizer/vocab.json").exists() and not (folder / "tokenizer/tokenizer.json").exists():
-        raise FileNotFoundError(f"{folder / 'tokenizer'} has no vocab.json: it is not a whole generator")
+        raise FileNotFoundError(f"{folder / 'tokenizer'} has no vocab.json: it is not a whole model")
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     except Exception as error:  # the tokenizers library raises bare Exception
@@ -156,16 +164,19 @@ def load_folder(
     vqvae = vqvae.to(device, memory_format=torch.channels_last).requires_grad_(False)
     for module in vqvae.modules():
         if isinstance(module, nn.SiLU):
-            module.inplace = True  # it follows a norm of its own: a large picture's largest tensor is there once less
+            module.inplace = True  # it follows a norm of its own: one copy less of a large image's largest tensor
     text_model = text_model.to(device).requires_grad_(False)
     given = text_model.config.hidden_size
     wanted = config.get("encoder_hidden_size" if amused else "joint_attention_dim", given)
     if wanted != given:
-        raise ValueError(f"the text encoder gives {given} numbers a word, but the transformer takes {wanted}")
+        raise ValueError(f"the text encoder has hidden size {given}, but the transformer takes {wanted}")
     scale = 2 ** (len(vqvae.config.block_out_channels) - 1)  # pixels to a token
-    rows, columns = grid_of(config, size, scale=scale)
-    config |= {"sample_size": [rows, columns]} if size else {}
+    rows, columns = grid_of(config, size or scheduler.get("size"), scale=scale)
     height, width = rows * scale, columns * scale
+    if isinstance(config.get("sample_size"), list):  # of an earlier version: no pipeline reads it
+        size, config["sample_size"] = (height, width), max(config["sample_size"])
+    scheduler = scheduler | ({"size": [height, width]} if size else {})
+    sampler = load_sampler(scheduler.pop("tuning", None), beside, device=device)
     if height * width > 512 * 512:
         frugal_allocator()
     vocabulary = transformer.embed.embeddings.num_embeddings
@@ -182,18 +193,51 @@ def load_folder(
         codes=transformer.mlm_layer.conv2.out_channels,
         # where the files do not say: what the pipelines of the two take
         steps=scheduler.get("num_inference_steps", 12 if amused else 64 if rows >= 64 else 48),
-        guidance=scheduler.get("guidance_scale", 10.0 if amused else 9.0),
+        # below 1 the pipelines of both draw without guidance
+        guidance=max(1.0, scheduler.get("guidance_scale", 10.0 if amused else 9.0)),
         temperature=scheduler.get("temperature", 2.0),
         negative=scheduler.get("negative_prompt", "" if amused else NEGATIVE) if negative is None else negative,
         micro_conds=tuple(micro_conds or scheduler.get("micro_conds", (width, height, 0.0, 0.0, 6.0))),
         index=index,
         schedule=scheduler.get("masking_schedule", "cosine"),
         order=scheduler.get("reveal_order", "confidence"),
-        revise=scheduler.get("revised_share", 0.0),
-        tuning=torch.tensor(scheduler["tuning"]) if scheduler.get("tuning") else None,
+        remask=scheduler.get("remask_share", scheduler.get("revised_share", 0.0)),
         random_share=scheduler.get("random_share", 0.0),
-        pace=load_pace(folder / "pace", transformer, device=device),
+        sampler=sampler,
     )
+
+
+def load_sampler(old: list | None, folder: Path, *, device: torch.device | str) -> dict[str, Tensor]:
+    """The sampler's tensors by name, on a device; `old` is the table "search" as an earlier version wrote it."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    found = {"search": torch.tensor(old, dtype=torch.float32, device=device)} if old else {}
+    if not (folder / SAMPLER).exists():
+        return found
+    try:
+        return found | {name: value.to(device, copy=True) for name, value in load_file(folder / SAMPLER).items()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{folder / SAMPLER} is damaged or half written: {one_line(error)}") from error
+
+
+def save_sampler(sampler: dict[str, Tensor], folder: Path) -> None:
+    """Writes what `load_sampler` reads, and takes away what stands there where there is none."""
+    from safetensors.torch import save_file
+
+    if not sampler:
+        (folder / SAMPLER).unlink(missing_ok=True)
+        return
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in sampler.items()}
+    write_atomically(folder / SAMPLER, lambda partial: save_file(tensors, partial, metadata={"format": "pt"}))
+
+
+def check_guidance(value: float, option: str = "--guidance") -> float:
+    """A guidance scale of at least 1. ValueError below, where both models' own pipelines draw without guidance, while
+    the formula would lead away from the prompt."""
+    if not math.isfinite(value) or value < 1:
+        raise ValueError(f"{option} must be at least 1, got {value:g}; 1 is without guidance")
+    return value
 
 
 def grid_of(config: dict, size: tuple[int, int] | None, *, scale: int) -> tuple[int, int]:
@@ -203,7 +247,7 @@ def grid_of(config: dict, size: tuple[int, int] | None, *, scale: int) -> tuple[
         return tuple(side) if isinstance(side, list) else (side, side)
     unit = 2 * scale  # two tokens to a cell inside
     if any(side < unit or side % unit for side in size):
-        raise ValueError(f"height and width must be multiples of {unit} pixels, got {size[0]} and {size[1]}")
+        raise ValueError(f"--size: height and width must be multiples of {unit} pixels, got {size[0]} and {size[1]}")
     return size[0] // scale, size[1] // scale
 
 
@@ -211,24 +255,35 @@ def load_text_encoder(source: str | Path, *, dtype: torch.dtype) -> nn.Module:
     """The text half of a CLIP, a folder or a hub id. ValueError where weights are missing, naming the first."""
     from transformers import CLIPTextModelWithProjection
 
-    what, instead = f"the text encoder {source}", "give a folder or a hub id of a CLIP"
-    if Path(source).is_dir():
-        folder = Path(source)
-    else:
-        from huggingface_hub import snapshot_download
-
-        wanted = ["config.json", "model.safetensors"]
-        folder = from_hub(lambda: snapshot_download(str(source), allow_patterns=wanted), what, instead=instead)
+    what, instead = f"the text encoder {source}", "give --text-encoder a folder or a hub id of a CLIP"
+    folder = find_text_encoder(source)
     try:
         # transformers' own way, as a whole CLIP's file names its text half otherwise
         model, info = CLIPTextModelWithProjection.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, variant=variant_in(folder, "model")
         )
     except Exception as error:  # transformers has many
         raise ValueError(f"{what} cannot be read: {one_line(error)}") from error
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{what} lacks {len(missing)} weights ({', '.join(missing[:3])}): {instead}")
     return model.eval()
+
+
+def find_text_encoder(source: str | Path) -> Path:
+    """The folder of a CLIP; a hub id is downloaded."""
+    if Path(source).is_dir():
+        return Path(source)
+    what = f"the text encoder {source}"
+    if not (named := HUB_ID.fullmatch(str(source))):
+        raise FileNotFoundError(f"{what} is not there: give --text-encoder a folder or a hub id of a CLIP")
+    return fetch(named, {"": "model"}, ["config.json"], what, instead="give --text-encoder a folder or a hub id")
+
+
+def variant_in(folder: Path, name: str) -> str | None:
+    """The variant of the weights `name` that a folder has: None for the plain ones, which are preferred, or "fp16"."""
+    plain = any((folder / f"{name}.safetensors{index}").exists() for index in ("", ".index.json"))
+    half = any((folder / f"{name}{file}").exists() for file in (".fp16.safetensors", ".safetensors.index.fp16.json"))
+    return "fp16" if half and not plain else None
 
 
 def new_transformer(config: dict, *, amused: bool) -> nn.Module:
@@ -241,44 +296,6 @@ def new_transformer(config: dict, *, amused: bool) -> nn.Module:
     return MeissonicTransformer(**{key: value for key, value in config.items() if key in known})
 
 
-def load_pace(folder: Path, transformer: nn.Module, *, device: torch.device | str) -> Pace | None:
-    """What chooses the number of steps on a transformer's features; None where there is no such folder."""
-    if not folder.is_dir():
-        return None
-    config = read_json(folder / "config.json")
-    config = {name: config.get(name) for name in ("width", "most")}
-    pace = load_module(lambda: Pace(**config), folder, "model", dtype=torch.float32)
-    if config["width"] != (width := transformer.mlm_layer.conv1.in_channels):
-        raise ValueError(f"{folder} is another model's: it takes {config['width']} features, not {width}")
-    return pace.to(device)
-
-
-def paced(generator: Generator, bounds: StepRange) -> Generator:
-    """The generator with a pace if its policy is to choose its steps, its own or a new one, and without if not.
-
-    ValueError where its own chooses from another number of steps.
-    """
-    if not bounds.chosen:
-        return generator._replace(pace=None)  # it knows the features of before this training
-    if generator.pace is None:
-        transformer = generator.transformer
-        pace = Pace(transformer.mlm_layer.conv1.in_channels, bounds.most)
-        return generator._replace(pace=pace.to(next(transformer.parameters()).device))
-    if generator.pace.most != bounds.most:
-        most = generator.pace.most
-        raise ValueError(f"the model chooses at most {most} steps, not {bounds.most}: go on with --steps auto:{most}")
-    return generator
-
-
-def save_pace(pace: Pace | None, folder: Path) -> None:
-    """Writes what `load_pace` reads, and takes away what stands there where there is none."""
-    if pace is None:
-        shutil.rmtree(folder, ignore_errors=True)
-        return
-    config = {"_class_name": "Pace", "width": pace.out.in_features, "most": pace.most}
-    save_module(pace, config, folder, "model", dtype=torch.float32)
-
-
 def save_generator(generator: Generator, out: Path, *, dtype: torch.dtype = torch.float32) -> None:
     """Saves a generator to the folder `out` in the layout that it was loaded from, weights rounded to `dtype`.
 
@@ -286,20 +303,19 @@ def save_generator(generator: Generator, out: Path, *, dtype: torch.dtype = torc
     """
     out = Path(out)
     if out.exists() and any(out.iterdir()) and not (out / "transformer").exists():
-        raise ValueError(f"{out} is no generator's folder: choose another, nothing in it will be overwritten")
+        raise ValueError(f"{out} is not a model's folder, and nothing in it will be overwritten: give another --out")
     partial, old = out.with_name(out.name + ".partial"), out.with_name(out.name + ".old")
     shutil.rmtree(partial, ignore_errors=True)
     text_config = generator.text_encoder.config.to_dict() | {"dtype": str(dtype).removeprefix("torch.")}
-    pictures, words = "diffusion_pytorch_model", "model"  # the names that the libraries give their weights
-    save_module(generator.transformer, generator.config, partial / "transformer", pictures, dtype=dtype)
+    save_module(generator.transformer, generator.config, partial / "transformer", WEIGHTS["transformer"], dtype=dtype)
     private = ("_use_default_values", "_name_or_path")
     vq_config = {"_class_name": "VQModel"} | {k: v for k, v in generator.vqvae.config.items() if k not in private}
-    save_module(generator.vqvae, vq_config, partial / "vqvae", pictures, dtype=dtype)
-    save_module(generator.text_encoder, text_config, partial / "text_encoder", words, dtype=dtype)
+    save_module(generator.vqvae, vq_config, partial / "vqvae", WEIGHTS["vqvae"], dtype=dtype)
+    save_module(generator.text_encoder, text_config, partial / "text_encoder", WEIGHTS["text_encoder"], dtype=dtype)
     write_json(partial / "scheduler/scheduler_config.json", generator.scheduler)
     if generator.index is not None:
         write_json(partial / "model_index.json", generator.index)
-    save_pace(generator.pace, partial / "pace")
+    save_sampler(generator.sampler, partial / "scheduler")
     generator.tokenizer.save_pretrained(partial / "tokenizer")
     generator.tokenizer.backend_tokenizer.model.save(str(partial / "tokenizer"))  # vocab.json, merges.txt, as released
     shutil.rmtree(old, ignore_errors=True)
@@ -317,11 +333,11 @@ def encode_prompts(generator: Generator, prompts: list[str], *, batch: int = 256
     if not prompts:
         raise ValueError("there is no prompt: give at least one")
     if any("\ud800" <= letter <= "\udfff" for letter in "".join(prompts)):  # what an argument's stray bytes become
-        raise ValueError("a prompt is not valid UTF-8")
+        raise ValueError("a prompt is not valid UTF-8: start Python with PYTHONUTF8=1, or give the prompts in a file")
     different = list(dict.fromkeys(prompts))
     encoder = generator.text_encoder
     device = encoder.text_projection.weight.device
-    length = min(generator.tokenizer.model_max_length, encoder.config.max_position_embeddings)
+    length = token_limit(generator)
     ids = generator.tokenizer(
         different, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
     ).input_ids
@@ -334,6 +350,20 @@ def encode_prompts(generator: Generator, prompts: list[str], *, batch: int = 256
     )
     place = {prompt: i for i, prompt in enumerate(different)}
     return take(encoded, torch.tensor([place[prompt] for prompt in prompts], device=device))
+
+
+def token_limit(generator: Generator) -> int:
+    """How many tokens of a prompt the text encoder reads."""
+    return min(generator.tokenizer.model_max_length, generator.text_encoder.config.max_position_embeddings)
+
+
+def cut_prompts(generator: Generator, prompts: Sequence[str], *, batch: int = 1024) -> int:
+    """How many prompts are longer than the text encoder reads: their ends have no effect."""
+    limit, found = token_limit(generator), 0
+    for start in range(0, len(prompts), batch):
+        ids = generator.tokenizer(list(prompts[start : start + batch]), verbose=False).input_ids
+        found += sum(len(each) > limit for each in ids)
+    return found
 
 
 def take(prompts: Prompts, index: Tensor) -> Prompts:
@@ -352,9 +382,8 @@ def join(*prompts: Prompts) -> Prompts:
 
 
 def parameters(generator: Generator) -> dict[str, nn.Parameter]:
-    """What may be trained: the transformer's parameters by name, and those of the pace, if any, as pace.NAME."""
-    of_pace = {} if generator.pace is None else dict(generator.pace.named_parameters())
-    return dict(generator.transformer.named_parameters()) | {f"pace.{name}": p for name, p in of_pace.items()}
+    """What may be trained: the transformer's parameters by name."""
+    return dict(generator.transformer.named_parameters())
 
 
 def head_at(transformer: nn.Module, features: Tensor, places: Tensor | None) -> Tensor:
@@ -365,13 +394,13 @@ def head_at(transformer: nn.Module, features: Tensor, places: Tensor | None) -> 
 
 
 def fitting_batch(generator: Generator) -> int:
-    """How many pictures at a time: 64 of 256 tokens, and of larger ones fewer, as memory grows with their tokens."""
+    """How many images at a time: 64 of 256 tokens, and of larger ones fewer, as memory grows with their tokens."""
     return max(1, 64 * 256 // (generator.grid[0] * generator.grid[1]))
 
 
 @torch.inference_mode()
 def decode(generator: Generator, tokens: Tensor, *, batch: int | None = None, bf16: bool | None = None) -> Tensor:
-    """Pictures of finished tokens int64 [B, L]: float32 [B, 3, H, W] in [0, 1], `batch` of them at a time.
+    """Images of finished tokens int64 [B, L]: float32 [B, 3, H, W] in [0, 1], `batch` of them at a time.
 
     The decoders of Meissonic and aMUSEd give [0, 1] themselves: nothing is rescaled. `batch` None is `fitting_batch`.
     `bf16` computes convolutions in bfloat16, by default where the transformer's weights are in it: about one part in
@@ -390,7 +419,7 @@ def decode(generator: Generator, tokens: Tensor, *, batch: int | None = None, bf
 
 
 def decode_embeddings(generator: Generator, embeddings: Tensor, *, bf16: bool = False) -> Tensor:
-    """Pictures of tokens' embeddings [B, L, C], rows of `codebook`: float32 [B, 3, H, W] in [0, 1], with a gradient."""
+    """Images of tokens' embeddings [B, L, C], rows of `codebook`: float32 [B, 3, H, W] in [0, 1], with a gradient."""
     vqvae = generator.vqvae
     with torch.autocast(embeddings.device.type, torch.bfloat16, enabled=bf16):
         found = vqvae.post_quant_conv(embeddings.transpose(1, 2).unflatten(2, generator.grid))
@@ -402,28 +431,80 @@ def codebook(generator: Generator) -> Tensor:
     return generator.vqvae.quantize.embedding.weight.detach()
 
 
+def is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").exists()
+
+
 def adapter_of(source: str | Path) -> Path | None:
-    """The folder of the adapter that a source is, or that a run has and no merged model beside it."""
-    folder = Path(source)
-    candidates = (folder, folder / "adapter") if not (folder / "model/transformer").exists() else ()
-    return next((path for path in candidates if (path / "adapter_config.json").exists()), None)
+    """The folder of the adapter that a source is, or that a run has and no merged model beside it; else None."""
+    folder = find(source)
+    return folder if is_adapter(folder) else None
 
 
-def parts_of(source: str | Path) -> list[Path]:
+def base_of(adapter: Path, base: str | Path | None = None) -> Path:
+    """The folder of an adapter's base: `base`, or the one that it records. FileNotFoundError where that is gone."""
+    recorded = read_config(adapter)["base_model_name_or_path"]
+    try:
+        folder = find(recorded if base is None else base)
+    except FileNotFoundError as error:
+        if base is not None:
+            raise
+        gone = f"the adapter {adapter} was trained on {recorded}, which cannot be loaded ({one_line(error)})"
+        raise FileNotFoundError(f"{gone}: give its base by --base") from error
+    if is_adapter(folder):
+        raise ValueError(
+            f"the base of the adapter {adapter} is an adapter itself, {folder}: give a whole model by --base"
+        )
+    return folder
+
+
+def parts_of(source: str | Path, base: str | Path | None = None) -> list[Path]:
     """The folders whose files make a generator what it is."""
-    adapter = adapter_of(source)
-    folder = find(read_config(adapter)["base_model_name_or_path"] if adapter else source)
+    found = find(source)
+    folder = base_of(found, base) if is_adapter(found) else found
     parts = ("transformer", "vqvae", "text_encoder", "tokenizer", "scheduler")
-    return [*(folder / part for part in parts), *([adapter] if adapter else []), (adapter or folder) / "pace"]
+    return [*(folder / part for part in parts), *([found] if is_adapter(found) else [])]
 
 
-def chooses_steps(source: str | Path) -> bool:
-    """Whether a source has what chooses its number of steps."""
-    return parts_of(source)[-1].is_dir()
+def resolve_source(source: str | Path) -> str:
+    """A source as a record keeps it, so that it is the same from every working directory and later: a folder's absolute
+    path, a hub id with the commit that it has now (owner/name@commit), or "embedded". FileNotFoundError for none."""
+    if str(source) == "embedded":
+        return "embedded"
+    return resolved(source, find(source))
+
+
+def resolve_text_encoder(source: str | Path) -> str:
+    """As `resolve_source`, of a text encoder."""
+    return resolved(source, find_text_encoder(source))
+
+
+def resolved(source: str | Path, folder: Path) -> str:
+    if Path(source).exists():
+        return str(Path(source).resolve())
+    return f"{HUB_ID.fullmatch(str(source))[1]}@{folder.name}"  # the hub's cache names a snapshot by its commit
+
+
+def recorded_source(recorded: str, *, where: str, option: str = "--model") -> str:
+    """A source that a run has recorded, for `load_generator`. FileNotFoundError, with nothing fetched, where its folder
+    is gone, naming it, the record `where` and the option that gives another.
+
+    An earlier version recorded it as typed: such a name may be a folder elsewhere or a hub id. It is taken for a folder
+    where there is one, and never for a hub id; only owner/name@commit is.
+    """
+    named = HUB_ID.fullmatch(recorded)
+    if recorded == "embedded" or Path(recorded).is_dir() or (named and named[2]):
+        return recorded
+    lost = f"{where} was trained from {recorded}, and there is no such folder here"
+    hint = f"; if it is a hub id, give {option} {recorded}" if named else ""
+    raise FileNotFoundError(f"{lost}: say by {option} where it is now{hint}")
 
 
 def find(source: str | Path) -> Path:
-    """The folder of a generator named as in `load_generator`, but for adapters; a hub id is downloaded."""
+    """The folder of a model or an adapter named as in `load_generator`; a hub id is downloaded.
+
+    Of a run's folder it is model/, or adapter/ where no model is.
+    """
     if str(source) == "embedded":
         folder = Path(__file__).parent / "embedded"
         if not (folder / "transformer").exists():
@@ -433,18 +514,46 @@ def find(source: str | Path) -> Path:
     if folder.is_file():
         raise ValueError(f"{source} is a file, but a model is a folder with transformer/, vqvae/ and text_encoder/")
     if folder.is_dir():
-        folder = folder / "model" if (folder / "model/transformer").exists() else folder
+        if (folder / "model/transformer").exists():
+            return folder / "model"
+        if adapter := next((path for path in (folder, folder / "adapter") if is_adapter(path)), None):
+            return adapter
         if not (folder / "transformer/config.json").exists():
-            raise FileNotFoundError(f"{source} has no transformer/config.json: it is not a model or a finished run")
+            unfinished = (folder / "checkpoints").is_dir()
+            advice = ": finish the run with --resume, or make a model of a checkpoint with export" if unfinished else ""
+            raise FileNotFoundError(
+                f"{source} has no transformer/config.json: it is not a model or a finished run{advice}"
+            )
         return folder
-    if not re.fullmatch(r"\w[\w-]*/\w[\w.-]*", str(source)):
-        raise FileNotFoundError(f"there is no model at {source}: give a folder, a hub id owner/name, or embedded")
+    if not (named := HUB_ID.fullmatch(str(source))):
+        raise FileNotFoundError(f"there is no model at {source}: {INSTEAD}")
+    others = ["model_index.json", "*/config.json", "scheduler/*", "tokenizer/*", "adapter_config.json",
+              "adapter_model.safetensors", "scheduler_config.json", SAMPLER]  # fmt: skip
+    folder = fetch(named, WEIGHTS, others, str(source), instead=INSTEAD)
+    if not is_adapter(folder) and not (folder / "transformer/config.json").exists():
+        raise FileNotFoundError(f"{source} has no transformer/config.json: it is not a model of speedrl")
+    return folder
+
+
+def fetch(named: re.Match, weights: dict[str, str], others: list[str], what: str, *, instead: str) -> Path:
+    """The folder of a hub repository in the cache, with the weights by part; fp16 files where it has no others."""
     from huggingface_hub import snapshot_download
 
-    weights = ("diffusion_pytorch_model.safetensors", "model.safetensors")
-    wanted = ["model_index.json", "*/config.json", "scheduler/*", "tokenizer/*", *(f"*/{name}" for name in weights)]
-    instead = "give a folder, a hub id owner/name, or embedded"
-    return from_hub(lambda: snapshot_download(str(source), allow_patterns=wanted), str(source), instead=instead)
+    def files(parts: dict[str, str], *names: str) -> list[str]:
+        return [f"{part}/{name}{of}".lstrip("/") for part, name in parts.items() for of in names]
+
+    def get(wanted: list[str]) -> Path:
+        return from_hub(lambda: snapshot_download(named[1], revision=named[2], allow_patterns=wanted), what,
+                        instead=instead)  # fmt: skip
+
+    plain = (".safetensors", ".safetensors.index.json", "-?????-of-?????.safetensors")
+    half = (".fp16.safetensors", ".safetensors.index.fp16.json", "-?????-of-?????.fp16.safetensors",
+            ".fp16-?????-of-?????.safetensors")  # fmt: skip
+    folder = get([*others, *files(weights, *plain)])
+    lacking = {part: name for part, name in weights.items() if not list((folder / part).glob(f"{name}*.safetensors"))}
+    if lacking and not is_adapter(folder):
+        folder = get([*others, *files(lacking, *half)])
+    return folder
 
 
 class NoInitialisation(TorchFunctionMode):
@@ -457,28 +566,20 @@ class NoInitialisation(TorchFunctionMode):
 
 
 def load_module(build: Callable[[], nn.Module], folder: Path, name: str, *, dtype: torch.dtype) -> nn.Module:
-    """A module with the weights of folder/name.safetensors, or of its fp16 variant, as `dtype`, in eval mode.
+    """A module with the weights of folder/name.safetensors, or of its shards or fp16 variant, as `dtype`, in eval mode.
 
     Shapes and keys must match. The weights are copies: the file may be replaced later.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = next((p for p in (folder / f"{name}.safetensors", folder / f"{name}.fp16.safetensors") if p.exists()), None)
-    if path is None:
-        pickled = next((p.name for p in sorted(folder.glob("*")) if p.suffix in (".bin", ".pt", ".ckpt")), None)
-        why = f"and {pickled}, a pickle, is not read: convert it" if pickled else "it is not a whole generator"
-        raise FileNotFoundError(f"{folder} has no {name}.safetensors: {why}")
+    path, files = weight_files(folder, name)
     try:
         # the parameters come from the file: no time and memory for random ones
         with torch.device("meta"), NoInitialisation(), warnings.catch_warnings(action="ignore"):
             module = build()
     except Exception as error:  # each library has its own for numbers that make no model
         raise ValueError(f"{folder / 'config.json'} describes no such model: {one_line(error)}") from error
-    try:
-        state = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged or half written: {one_line(error)}") from error
+    state = {}
+    for file in files:
+        state |= read_weights(file)
     own = module.state_dict()
     state = {key: value for key, value in state.items() if key in own or not key.endswith("position_ids")}
     wrong = {key for key in own.keys() & state.keys() if own[key].shape != state[key].shape}
@@ -493,6 +594,37 @@ def load_module(build: Callable[[], nn.Module], folder: Path, name: str, *, dtyp
     module.load_state_dict({key: value.to(dtype, copy=True) for key, value in state.items()}, assign=True)
     count_positions(module)
     return module.eval()
+
+
+def weight_files(folder: Path, name: str) -> tuple[Path, list[Path]]:
+    """The file that says what weights a part has, the plain one or the index of its shards, and the files with them."""
+    plain = [folder / f"{name}.safetensors", folder / f"{name}.fp16.safetensors"]
+    indices = [folder / f"{name}.safetensors.index.json", folder / f"{name}.safetensors.index.fp16.json"]
+    candidates = (plain[0], indices[0], plain[1], indices[1])
+    path = next((path for path in candidates if path.exists()), None)
+    if path is None:
+        pickled = next((p.name for p in sorted(folder.glob("*")) if p.suffix in (".bin", ".pt", ".ckpt")), None)
+        why = f"and {pickled}, a pickle, is not read: convert it" if pickled else "it is not a whole model"
+        raise FileNotFoundError(f"{folder} has no {name}.safetensors: {why}")
+    if path in plain:
+        return path, [path]
+    names = read_json(path).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
+        raise ValueError(f"{path} is not an index of files in its own folder")
+    files = [folder / file for file in sorted(set(names.values()))]
+    if lacking := [file.name for file in files if not file.exists()]:
+        raise FileNotFoundError(f"{folder} lacks {len(lacking)} of {len(files)} shards of its weights ({lacking[0]})")
+    return path, files
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged or half written: {one_line(error)}") from error
 
 
 def count_positions(module: nn.Module) -> None:
@@ -514,7 +646,7 @@ def save_module(module: nn.Module, config: dict, folder: Path, name: str, *, dty
 
 def read_json(path: Path) -> dict:
     if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}: it is not a whole generator")
+        raise FileNotFoundError(f"there is no {path}: it is not a whole model")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # bad json and bad UTF-8 both

@@ -24,16 +24,16 @@ def add_lora(
     ValueError without peft, for a rank under 1, an alpha that is not positive, and a target that no layer has.
     """
     if rank < 1:
-        raise ValueError(f"lora must be a rank of at least 1, got {rank}")
+        raise ValueError(f"--lora must be a rank of at least 1, got {rank}")
     if alpha is not None and not alpha > 0:
-        raise ValueError(f"lora-alpha must be positive, got {alpha}")
+        raise ValueError(f"--lora-alpha must be positive, got {alpha}")
     layers = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     if targets is not None:
         wanted = [target.strip() for target in targets.split(",")]
         of = {target: [name for name in layers if f".{name}".endswith(f".{target}")] for target in wanted}
         if lacking := [target for target in wanted if not target or not of[target]]:
             kinds = sorted({name.rpartition(".")[2] for name in layers} - {"0", "2"})
-            raise ValueError(f"no linear layer is named {lacking[0]!r}: lora-targets are out of {', '.join(kinds)}")
+            raise ValueError(f"no linear layer is named {lacking[0]!r}: --lora-targets are out of {', '.join(kinds)}")
         layers = sorted({name for names in of.values() for name in names})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -47,7 +47,7 @@ def inject(transformer: nn.Module, config: dict) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise ValueError('LoRA needs the package peft: pip install "speedrl[lora]"') from error
+        raise ValueError('--lora and adapters need the package peft: pip install -e ".[lora]" in a clone') from error
     inject_adapter_in_model(LoraConfig(**config), transformer)
 
 
@@ -115,7 +115,9 @@ def read_config(folder: Path) -> dict:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         return {key: config[key] for key in ("base_model_name_or_path", "r", "lora_alpha", "target_modules")}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder} is no adapter of speedrl: {type(error).__name__}") from error
+        raise ValueError(
+            f"{folder} is not an adapter of speedrl ({type(error).__name__}: {one_line(error)})"
+        ) from error
 
 
 def load_lora(transformer: nn.Module, folder: Path) -> None:
