@@ -17,10 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from speedrl.method.schedules import StepRange
 from speedrl.models.lora import load_lora, merge_lora, read_config
 from speedrl.models.meissonic import MeissonicTransformer
-from speedrl.pace import Pace
 from speedrl.system.errors import one_line
 from speedrl.system.files import write_json
 from speedrl.system.hub import from_hub
@@ -54,10 +52,9 @@ class Generator(NamedTuple):
     index: dict | None = None  # model_index.json, by which a diffusers pipeline loads the folder
     schedule: str = "cosine"  # how many tokens stay masked, and which are revealed first
     order: str = "confidence"
-    revise: float = 0.0  # share of the tokens that the last steps begin to draw again
-    tuning: Tensor | None = None  # float32 [octaves of steps, scalars], learned factors on all that, in logs
+    remask: float = 0.0  # share of the tokens that the last steps draw again
+    sampler: dict[str, Tensor] = {}
     random_share: float = 0.0  # of the tokens that a distilled one-step generator starts from in place of masks
-    pace: Pace | None = None  # what chooses the number of steps, float32, of a generator that was trained to
 
 
 class Prompts(NamedTuple):
@@ -100,7 +97,7 @@ def load_generator(
         generator = load_folder(base, scheduler, device=device, dtype=dtype, **how)
         load_lora(generator.transformer, adapter)
         merge_lora(generator.transformer)
-        return generator._replace(pace=load_pace(adapter / "pace", generator.transformer, device=device))
+        return generator
     folder = find(source)
     scheduler = read_json(folder / "scheduler/scheduler_config.json")
     return load_folder(folder, scheduler, device=device, dtype=dtype, **how)
@@ -189,10 +186,9 @@ def load_folder(
         index=index,
         schedule=scheduler.get("masking_schedule", "cosine"),
         order=scheduler.get("reveal_order", "confidence"),
-        revise=scheduler.get("revised_share", 0.0),
-        tuning=torch.tensor(scheduler["tuning"]) if scheduler.get("tuning") else None,
+        remask=scheduler.get("remask_share", scheduler.get("revised_share", 0.0)),
+        sampler=read_sampler(folder / "scheduler", scheduler),
         random_share=scheduler.get("random_share", 0.0),
-        pace=load_pace(folder / "pace", transformer, device=device),
     )
 
 
@@ -241,42 +237,13 @@ def new_transformer(config: dict, *, amused: bool) -> nn.Module:
     return MeissonicTransformer(**{key: value for key, value in config.items() if key in known})
 
 
-def load_pace(folder: Path, transformer: nn.Module, *, device: torch.device | str) -> Pace | None:
-    """What chooses the number of steps on a transformer's features; None where there is no such folder."""
-    if not folder.is_dir():
-        return None
-    config = read_json(folder / "config.json")
-    config = {name: config.get(name) for name in ("width", "most")}
-    pace = load_module(lambda: Pace(**config), folder, "model", dtype=torch.float32)
-    if config["width"] != (width := transformer.mlm_layer.conv1.in_channels):
-        raise ValueError(f"{folder} is another model's: it takes {config['width']} features, not {width}")
-    return pace.to(device)
+def read_sampler(folder, scheduler):
+    from safetensors.torch import load_file
 
-
-def paced(generator: Generator, bounds: StepRange) -> Generator:
-    """The generator with a pace if its policy is to choose its steps, its own or a new one, and without if not.
-
-    ValueError where its own chooses from another number of steps.
-    """
-    if not bounds.chosen:
-        return generator._replace(pace=None)  # it knows the features of before this training
-    if generator.pace is None:
-        transformer = generator.transformer
-        pace = Pace(transformer.mlm_layer.conv1.in_channels, bounds.most)
-        return generator._replace(pace=pace.to(next(transformer.parameters()).device))
-    if generator.pace.most != bounds.most:
-        most = generator.pace.most
-        raise ValueError(f"the model chooses at most {most} steps, not {bounds.most}: go on with --steps auto:{most}")
-    return generator
-
-
-def save_pace(pace: Pace | None, folder: Path) -> None:
-    """Writes what `load_pace` reads, and takes away what stands there where there is none."""
-    if pace is None:
-        shutil.rmtree(folder, ignore_errors=True)
-        return
-    config = {"_class_name": "Pace", "width": pace.out.in_features, "most": pace.most}
-    save_module(pace, config, folder, "model", dtype=torch.float32)
+    path = folder / "sampler.safetensors"
+    if path.exists():
+        return load_file(path)
+    return {"search": torch.tensor(scheduler["tuning"])} if scheduler.get("tuning") else {}
 
 
 def save_generator(generator: Generator, out: Path, *, dtype: torch.dtype = torch.float32) -> None:
@@ -299,7 +266,10 @@ def save_generator(generator: Generator, out: Path, *, dtype: torch.dtype = torc
     write_json(partial / "scheduler/scheduler_config.json", generator.scheduler)
     if generator.index is not None:
         write_json(partial / "model_index.json", generator.index)
-    save_pace(generator.pace, partial / "pace")
+    if generator.sampler:
+        from safetensors.torch import save_file
+
+        save_file(generator.sampler, partial / "scheduler/sampler.safetensors")
     generator.tokenizer.save_pretrained(partial / "tokenizer")
     generator.tokenizer.backend_tokenizer.model.save(str(partial / "tokenizer"))  # vocab.json, merges.txt, as released
     shutil.rmtree(old, ignore_errors=True)
@@ -349,12 +319,6 @@ def repeat(prompts: Prompts, times: int) -> Prompts:
 def join(*prompts: Prompts) -> Prompts:
     """Several batches of prompts as one."""
     return Prompts(*(torch.cat(parts) for parts in zip(*prompts, strict=True)))
-
-
-def parameters(generator: Generator) -> dict[str, nn.Parameter]:
-    """What may be trained: the transformer's parameters by name, and those of the pace, if any, as pace.NAME."""
-    of_pace = {} if generator.pace is None else dict(generator.pace.named_parameters())
-    return dict(generator.transformer.named_parameters()) | {f"pace.{name}": p for name, p in of_pace.items()}
 
 
 def head_at(transformer: nn.Module, features: Tensor, places: Tensor | None) -> Tensor:
@@ -414,12 +378,7 @@ def parts_of(source: str | Path) -> list[Path]:
     adapter = adapter_of(source)
     folder = find(read_config(adapter)["base_model_name_or_path"] if adapter else source)
     parts = ("transformer", "vqvae", "text_encoder", "tokenizer", "scheduler")
-    return [*(folder / part for part in parts), *([adapter] if adapter else []), (adapter or folder) / "pace"]
-
-
-def chooses_steps(source: str | Path) -> bool:
-    """Whether a source has what chooses its number of steps."""
-    return parts_of(source)[-1].is_dir()
+    return [*(folder / part for part in parts), *([adapter] if adapter else [])]
 
 
 def find(source: str | Path) -> Path:
@@ -522,3 +481,9 @@ def read_json(path: Path) -> dict:
     if not isinstance(values, dict):
         raise ValueError(f"{path} is not a json object")
     return values
+
+
+def check_guidance(value, option="--guidance"):
+    if not 1 <= value < float("inf"):
+        raise ValueError(f"{option} must be at least 1, which is without guidance, got {value:g}")
+    return value

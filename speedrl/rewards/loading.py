@@ -148,6 +148,8 @@ def load_qualities(
 
     A quality of weight 0 is scored and logged but not rewarded: it can tell whether the others are being gamed.
     """
+    if text == "none":
+        return {}, {}
     wanted, files = parse_quality(text), {}
     for given in weights:
         name, equals, path = given.partition("=")

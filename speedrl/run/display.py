@@ -12,7 +12,7 @@ from rich.table import Table
 class Display:
     """A live table of the last iterations over a progress bar; plain lines where the output is no terminal."""
 
-    def __init__(self, *, first: int, total: int, rows: int = 12, console: Console | None = None):
+    def __init__(self, *, total: int, first: int = 0, rows: int = 12, console: Console | None = None):
         self.console = console or Console()
         self.recent: deque[dict] = deque(maxlen=rows)
         self.said: set[str] = set()
@@ -41,6 +41,10 @@ class Display:
         for row in self.recent:
             table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
         return Group(table, self.progress)
+
+    def begin(self, first: int) -> None:
+        """Sets how many iterations were done before."""
+        self.progress.update(self.task, completed=first)
 
     def warn(self, text: str) -> None:
         """Says something once, above the table."""

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speedrl.method.schedules import step_range
-from speedrl.models.checkpoint import Generator, load_generator, paced, parameters, save_generator, save_pace
+from speedrl.method.schedules import parse_steps
+from speedrl.method.steps import step_choices
+from speedrl.models.checkpoint import Generator, load_generator, save_generator
 from speedrl.models.lora import add_lora, merge_lora, save_lora
 from speedrl.run.checkpoints import newest, read_record, read_tensors, stored
 from speedrl.system.errors import one_line
@@ -17,17 +18,23 @@ from speedrl.system.files import damage
 
 def save_trained(
     out: Path, generator: Generator, learned: Mapping[str, Tensor], table: Tensor | None, settings: Mapping[str, Any]
-) -> Path:  # fmt: skip
-    """Saves what was learned, by name, to OUT/model, or to OUT/adapter and with `merge` to both; returns the folder.
-    `table` is the tuning.
+) -> Path:
+    """Saves what was learned, by name, to OUT/model, or of an adapter to OUT/adapter; returns the folder.
 
-    `generator` is as it was trained, with its adapter and its pace if there are any.
+    `generator` is as it was trained, with its adapter if there is one. The sampler's tensors go with it: `table`, that
+    of the search, and the step policy, whose names in `learned` start with "steps.".
     """
     with torch.no_grad():
-        own = parameters(generator)
+        own = dict(generator.transformer.named_parameters())
         for name, value in learned.items():
-            own[name].copy_(value)
-    how = sampled_as(generator, settings) | ({} if table is None else {"tuning": table.tolist()})
+            if not name.startswith("steps."):
+                own[name].copy_(value)
+    sampler = {name: value.detach().cpu() for name, value in learned.items() if name.startswith("steps.")}
+    if sampler:
+        sampler["steps.choices"] = step_choices(*parse_steps(settings["steps"]))
+    if table is not None:
+        sampler["search"] = table
+    how = sampled_as(generator, settings)
     if settings["lora"] is not None:
         kept = (settings["loading"] or {}).items()
         beside = {name: value for name, value in kept if name in ("text_encoder", "size")}
@@ -35,11 +42,9 @@ def save_trained(
             beside["text_encoder"] = lasting(beside["text_encoder"])
         scheduler = generator.scheduler | how | beside
         save_lora(generator.transformer, out / "adapter", base=lasting(settings["model"]), scheduler=scheduler)
-        save_pace(generator.pace, out / "adapter/pace")
-        if not settings["merge"]:
-            return out / "adapter"
-        merge_lora(generator.transformer)
-    save_generator(generator._replace(scheduler=generator.scheduler | how), out / "model")
+        return out / "adapter"
+    trained = generator._replace(scheduler=generator.scheduler | how, sampler=sampler)
+    save_generator(trained, out / "model")
     return out / "model"
 
 
@@ -58,9 +63,8 @@ def export(checkpoint: str | Path, *, out: str | Path, raw: bool = False) -> Pat
         raise ValueError(f"checkpoint {folder} is damaged: {wrong}")
     try:
         record = read_record(folder)
-        settings, table = record["settings"], record.get("tuning")
-        source, bounds = load_generator(settings["model"], **(settings["loading"] or {})), step_range(settings["steps"])
-        generator = paced(source, bounds)
+        settings, table = record["settings"], record.get("search")
+        generator = load_generator(settings["model"], **(settings["loading"] or {}))
         if settings["lora"] is not None:
             alpha, targets = settings["lora_alpha"], settings["lora_targets"]
             add_lora(generator.transformer, rank=settings["lora"], alpha=alpha, targets=targets)
@@ -77,11 +81,11 @@ def export(checkpoint: str | Path, *, out: str | Path, raw: bool = False) -> Pat
 def sampled_as(generator: Generator, settings: Mapping[str, Any]) -> dict[str, Any]:
     """How a trained model is sampled from here on: as it was trained."""
     heat = settings["temperature"]
-    return {"num_inference_steps": step_range(settings["steps"]).most, "guidance_scale": settings["guidance"],
+    return {"num_inference_steps": parse_steps(settings["steps"])[1], "guidance_scale": settings["guidance"],
             "temperature": generator.temperature if heat is None else heat,
             "masking_schedule": settings["schedule"] or generator.schedule,
             "reveal_order": settings["order"] or generator.order,
-            "revised_share": settings.get("revise", generator.revise), "negative_prompt": generator.negative,
+            "remask_share": settings["remask"], "negative_prompt": generator.negative,
             "micro_conds": generator.micro_conds}  # fmt: skip
 
 

@@ -36,7 +36,7 @@ def wandb(out: Path, settings: Mapping[str, Any]) -> Track:
 TRACKERS = {"tensorboard": tensorboard, "wandb": wandb}
 
 
-def open_trackers(names: Sequence[str], out: Path, settings: Mapping[str, Any]) -> Callable[..., list[str]]:
+def open_trackers(names: Sequence[str], out: Path, settings: Mapping[str, Any], *, resume: bool = False) -> Callable[..., list[str]]:
     """A function that gives an iteration's row to every tracker, and returns a line about each that fails.
 
     A tracker that has failed is left alone from then on. `names` are out of TRACKERS.
