@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from rich.progress import track
 from torch import Tensor
 
 from speedrl.learner import SamplerSettings
@@ -61,7 +60,6 @@ def search_sampler(
     group_size: int = 8,
     seed: int = 0,
     table: Tensor | None = None,
-    quiet: bool = True,
     **sampler,
 ) -> Tensor:
     """Searches the sampler's scalars for the step counts `choices`, int64 [K], on the given prompts, without training.
@@ -72,7 +70,7 @@ def search_sampler(
     """
     search, random = new_search(table), torch.Generator().manual_seed(seed)
     size = groups * group_size
-    for number in track(range(rounds), "searching the sampler", disable=quiet, transient=True):
+    for number in range(rounds):
         picked = torch.randint(len(prompts), (groups,), generator=random).tolist()
         texts = [prompts[i] for i in picked for _ in range(group_size)]
         # a group shares its count, so that its images compare
@@ -122,7 +120,6 @@ def prepare_sampler(
     *,
     rounds: int,
     seed: int,
-    quiet: bool = True,
 ) -> tuple[Tensor | None, float]:
     """The sampler's table for `scalars_at`, None without one, and the quality gap: of a checkpoint's record, or new.
 
@@ -138,7 +135,7 @@ def prepare_sampler(
 
     table = generator.sampler.get("search")
     if rounds and reward.scores:
-        table = search_sampler(generator, prompts, quality, choices, rounds=rounds, seed=seed, table=table, quiet=quiet,
+        table = search_sampler(generator, prompts, quality, choices, rounds=rounds, seed=seed, table=table,
                                **sampler)  # fmt: skip
     gap = 1.0
     if reward.scores and len(choices) > 1:

@@ -123,9 +123,10 @@ def train(
     with open_run(Path(out), settings, trackers=trackers) as run:
         record = run.restore(learner.learned, learner.optimizer, learner.average, random, device)
         reward.restore(record)
+        run.stage(f"searching the sampler, {search} rounds" if search else "measuring the base")
         with autocast, distributed.gathered_weights(learner.transformer, sharded=sharded):
-            table, gap = prepare_sampler(record, generator, texts, reward, how, choices, rounds=search, seed=seed,
-                                         quiet=not run.display.live)  # fmt: skip
+            table, gap = prepare_sampler(record, generator, texts, reward, how, choices, rounds=search, seed=seed)
+        run.stage("compiling: the first iteration takes a minute or two" if compiles else "the first iteration")
         for iteration in run.iterations():
             # ROLLOUT of this rank's samples; prompts, counts and noise do not depend on the number of ranks
             began, chosen = time.time(), [texts[i] for i in draw_prompts(len(texts), groups, random)]

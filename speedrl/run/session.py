@@ -57,6 +57,10 @@ class Run:
         self.inside = True
         yield from range(self.first, self.iterations_wanted)
 
+    def stage(self, text: str) -> None:
+        """Says what takes time before the next iteration is done."""
+        self.display.stage(text)
+
     def warn(self, text: str) -> None:
         """Says something once."""
         self.display.warn(text)
