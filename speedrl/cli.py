@@ -454,7 +454,6 @@ def train(
     from speedrl.training import train
 
     quiet_allocator()
-    device = options["device"] = pick_device(device)
     trained = train(**options, loading=how)
     if os.environ.get("RANK", "0") != "0":
         return  # of torchrun's processes one speaks
@@ -463,7 +462,7 @@ def train(
         from speedrl.evaluation.reports import report
 
         report(model, trained, out=out, loading=how, prompts=prompts, quality=quality, reward_weights=reward_weights,
-               compile=compile, device=device)  # fmt: skip
+               compile=compile, device=pick_device(device))  # fmt: skip
 
 
 @app.command()

@@ -64,7 +64,7 @@ def search_sampler(
 ) -> Tensor:
     """Searches the sampler's scalars for the step counts `choices`, int64 [K], on the given prompts, without training.
 
-    Each round draws `group_size` images of `groups` prompts, the counts in turn, each with scalars of its own, and moves
+    Each round draws `group_size` images of `groups` prompts, the counts in turn, each with its own scalars, and moves
     the scalars along the gradient of the expected quality (`method.search`). It starts from `table` or from the given
     sampler; `sampler` is what `draw_images` takes. -> table float32 [7, 4] for `scalars_at`.
     """

@@ -27,7 +27,7 @@ from speedrl.run.session import open_run
 from speedrl.run.settings import check, check_sampler
 from speedrl.stages import prepare_sampler
 from speedrl.system.errors import unsaved
-from speedrl.system.platform import bf16_autocast, bf16_is_fast, can_compile
+from speedrl.system.platform import bf16_autocast, bf16_is_fast, can_compile, pick_device
 from speedrl.updates import (
     ema_update,
     gradients,
@@ -45,7 +45,7 @@ def train(
     out: str | Path = "runs/train", model: str = "embedded", prompts: str | Path | Sequence[str] | None = None,
     quality: Any = "embedded", steps: str | int = "1-16", steps_reward: float = 0.0, iterations: int = 24,
     groups: int = 8, group_size: int = 16, lr: float = 5e-5, kl_weight: float = 0.2, lora: int | None = None,
-    device: str = "cpu", seed: int = 0, resume: bool = False,
+    device: str = "auto", seed: int = 0, resume: bool = False,
     # reinforcement learning
     likelihood: str = "exact", kl: str = "ce", clip_range: float = 0.2, updates: int = 1, percentile: float = 10.0,
     min_quality: float | None = -2.0, advantage_std: str = "group", reward_gradient: float = 0.0,
@@ -76,8 +76,8 @@ def train(
     function of images and prompts included; "none" trains by the divergence alone. `guidance` None is 1 for a model
     whose own guidance is below 2, else the model's; the reference is guided as the model is by itself
     (`reference_guidance`). `order`, `schedule` and `temperature` None are the model's own. `remask` is the share of the
-    tokens that the last quarter of 6 steps or more draws again; None is 0.5 where there are so many steps. `search` rounds find the sampler's scalars before
-    training (`search_sampler`), and the saved model keeps them.
+    tokens that the last quarter of 6 steps or more draws again; None is 0.5 where there are so many steps. `search`
+    rounds find the sampler's scalars before training (`search_sampler`), and the saved model keeps them.
 
     `likelihood` "exact" scores the choice of positions too; "token" and "sequence" are the paper's surrogate and its
     alternative. `train_steps` of each rollout enter the loss, all by default. `percentile` and `min_quality` filter
@@ -95,7 +95,7 @@ def train(
     """
     settings, (least, most) = to_jsonable(locals()), parse_steps(steps)
     check(settings, least, most)
-    device = distributed.join(device, parallel=parallel)
+    device = distributed.join(pick_device(device), parallel=parallel)
     bf16 = settings["bf16"] = bf16_is_fast(device) if bf16 is None else bf16
     texts, generator = training_prompts(model, prompts), load_generator(model, device=device, **(loading or {}))
     how = sampler_of(generator, settings, most=most)
@@ -165,12 +165,14 @@ def train(
                 totals, micro_batch = with_oom_backoff(accumulate, micro_batch, undo=learner.optimizer.zero_grad,
                                                        halve=not sharded)  # fmt: skip
                 if update == 0 and learner.step_policy is not None:
-                    (step_loss(learner.step_log_probs(prompt.pooled)[local], drawn[local], of_steps[local]) / size).backward()
+                    log_p = learner.step_log_probs(prompt.pooled)
+                    (step_loss(log_p[local], drawn[local], of_steps[local]) / size).backward()
                 norm = optimizer_step(learner.optimizer, clip_grad=clip_grad)
                 if run.update_was_finite(bool(norm.isfinite()), iteration=iteration):
                     ema_update(learner.average, learner.learned, decay=ema, updates=iteration)
             # METRICS and checkpoints
-            row = iteration_metrics(iteration + 1, rewards, by_group, counts, keep, norm, distributed.total_stats(totals))
+            totals = distributed.total_stats(totals)
+            row = iteration_metrics(iteration + 1, rewards, by_group, counts, keep, norm, totals)
             run.log(row | part_means(parts) | {"images_per_second": size / (time.time() - began)})
             run.check(spread=row["group_std"] > 0 or not reward.scores, falling=reward.falling())
             run.save(iteration + 1, reward.record() | {"search": None if table is None else table.tolist(), "gap": gap})

@@ -47,7 +47,7 @@ def sparkline(values: Sequence[float], *, width: int, bars: str = BARS) -> str:
 
 
 class Display:
-    """Trends and a live table of the last iterations over a progress bar; plain lines where the output is no terminal."""
+    """Trends, a live table of the last iterations and a progress bar; plain lines where the output is no terminal."""
 
     def __init__(self, *, total: int, rows: int = 8, console: Console | None = None):
         self.console = console or Console()
@@ -55,8 +55,8 @@ class Display:
         self.history: dict[str, list[float]] = {name: [] for name in TRENDS}
         self.said: set[str] = set()
         self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
-            TimeRemainingColumn(), console=self.console,
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("left"), TimeRemainingColumn(), console=self.console,
         )  # fmt: skip
         self.task = self.progress.add_task("training", total=total)
         terminal = self.console.is_terminal and not self.console.is_dumb_terminal

@@ -93,8 +93,10 @@ def lost_contact() -> Iterator[None]:
 
 
 def local_slice(count: int, *, times: int = 1) -> slice:
-    """This rank's part of `count` groups of `times` samples, as a slice of the samples. ValueError where ranks would get
-    different numbers of groups."""
+    """This rank's part of `count` groups of `times` samples, as a slice of the samples.
+
+    ValueError where ranks would get different numbers of groups.
+    """
     if count % world():
         raise ValueError(f"--groups {count} cannot be shared by {world()} ranks: give a multiple of {world()}")
     each = count // world() * times

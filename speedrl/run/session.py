@@ -89,7 +89,7 @@ class Run:
         self.flat = 0 if spread else self.flat + 1
         advice = "give another --quality, or --quality none to train by the divergence alone"
         if not spread:
-            self.warn(f"in no group does the reward tell one image from another, so there is nothing to learn: {advice}")
+            self.warn(f"the reward is constant within every group, so there is nothing to learn: {advice}")
         if self.flat >= FLAT:
             raise ValueError(f"{FLAT} iterations had a reward that is constant within every group: {advice}")
         if falling:
@@ -125,9 +125,9 @@ class Run:
 def open_run(out: Path, settings: Mapping[str, Any], *, trackers: Sequence[str] = ()) -> Iterator[Run]:
     """A run's folder and all that surrounds its loop.
 
-    `settings` as of `to_jsonable`; of these it reads resume, iterations, save_every, keep_checkpoints and parallel. ValueError
-    where the folder holds a run that is not resumed; OSError where it cannot be written. An error inside the loop that
-    a user can mend says what is saved.
+    `settings` as of `to_jsonable`; of these it reads resume, iterations, save_every, keep_checkpoints, max_skipped and
+    parallel. ValueError where the folder holds a run that is not resumed; OSError where it cannot be written. An error
+    inside the loop that a user can mend says what is saved.
     """
     checkpoint, complaints = start(out, resume=settings["resume"])
     console = Console(quiet=not distributed.is_main())

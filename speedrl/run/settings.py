@@ -35,8 +35,8 @@ def check(settings: Mapping[str, Any], least: int, most: int) -> None:
             raise ValueError(f"--tracker must be {' or '.join(TRACKERS)}, got {name!r}")
     if settings["group_size"] < 2:
         raise ValueError("--group-size must be at least 2: advantages compare the samples of one prompt")
-    if settings["groups"] * settings["group_size"] >= 2**31:
-        raise ValueError(f"--groups {settings['groups']} times --group-size {settings['group_size']} is too many images")
+    if (size := settings["groups"] * settings["group_size"]) >= 2**31:
+        raise ValueError(f"--groups times --group-size is too many images: {size}")
     if settings["schedule"] is not None:
         mask_ratio(torch.zeros(()), kind=settings["schedule"])
     if not 0 <= settings["percentile"] <= 100:
@@ -56,8 +56,8 @@ def idle(settings: Mapping[str, Any], least: int, most: int) -> list[tuple[bool,
     without_reward, held = has("quality") == "none", has("kl") != "none" and has("kl_weight")
     return [
         (has("steps_reward") and least == most,
-         f"--steps-reward {has('steps_reward'):g} cannot act with --steps {most}: with one step count every image costs "
-         f"the same; give a range, like --steps 1-{max(2, most)}, or --steps-reward 0"),
+         f"--steps-reward {has('steps_reward'):g} cannot act with --steps {most}, where every image costs the same: "
+         f"give a range, like --steps 1-{max(2, most)}, or --steps-reward 0"),
         (has("quality_gate") is not None and not has("steps_reward"),
          "--quality-gate says which images earn the speed reward: give --steps-reward above 0 with it"),
         (without_reward and has("steps_reward"),
