@@ -51,8 +51,8 @@ class Policy:
             return found.squeeze(-2)
         return guided(found[..., 1, :], found[..., 0, :], self.guidance)
 
-    def __getitem__(self, index: Tensor) -> "Policy":
-        """The policy of the samples at `index`, int64 [n]."""
+    def __getitem__(self, index: Tensor | slice) -> "Policy":
+        """The policy of the samples at `index`, int64 [n] or a slice."""
         return dataclasses.replace(self, prompts=take(self.prompts, index))
 
 

@@ -212,7 +212,12 @@ def start(out: Path, *, resume: bool) -> tuple[Path | None, list[str]]:
     cannot be written.
     """
     if not resume and (checkpoints(out) or (out / "metrics.jsonl").exists()):
-        raise ValueError(f"{out} holds a run already: continue it with --resume or choose another --out")
+        finished = [name for name in ("model", "adapter") if (out / name).is_dir()]
+        if finished:
+            raise ValueError(f"{out} holds a finished run: use it (`speedrl sample PROMPT --model {out}`, `speedrl eval "
+                             f"--model {out}`), train it further with --resume and more --iterations, or give another "
+                             "--out")  # fmt: skip
+        raise ValueError(f"{out} holds a run that has not finished: go on with --resume, or give another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
         if not os.access(out, os.W_OK):  # now, not after an iteration

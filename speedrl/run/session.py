@@ -26,6 +26,7 @@ class Run:
         self.first, self.saved, self.inside = 0, 0, False
         self.skipped, self.skipped_total, self.flat = 0, 0, 0
         self.unwritten: list[str] = []
+        self.checkpoint: Path | None
         self.display: Display
         self.track: Callable[[Mapping[str, Any]], list[str]]
 
