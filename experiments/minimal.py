@@ -11,7 +11,7 @@ from torch.optim import AdamW
 
 import speedrl
 
-G, N, L = 4, 8, 256  # prompts of an iteration, images of each, tokens of an image
+G, N, L = 4, 6, 256  # prompts of an iteration, images of each, tokens of an image
 PROMPTS = ["a red apple", "a dog on a blue background", "a small rocket", "a big yellow star", "an owl", "a flat cat"]
 
 
@@ -20,7 +20,9 @@ def main(iterations: int = 2, steps_reward: float = 0.5) -> None:
     reference = model._replace(transformer=copy.deepcopy(model.transformer).requires_grad_(False))
     choices, size = speedrl.step_choices(1, 16), dict(grid=model.grid, mask_id=model.mask_id)
     steps = speedrl.StepPolicy(choices, width=model.text_encoder.config.projection_dim)
-    optimizer = AdamW([{"params": model.transformer.parameters(), "lr": 5e-5}, {"params": steps.parameters(), "lr": 0.05}])
+    optimizer = AdamW(
+        [{"params": model.transformer.parameters(), "lr": 5e-5}, {"params": steps.parameters(), "lr": 0.05}]
+    )
     for i in range(iterations):
         # ROLLOUT
         prompts = [PROMPTS[(i * G + g) % len(PROMPTS)] for g in range(G) for _ in range(N)]
@@ -38,13 +40,13 @@ def main(iterations: int = 2, steps_reward: float = 0.5) -> None:
         keep = known * speedrl.std_percentile(residuals, percentile=10, keep=known)
         of_steps = speedrl.leave_one_out(rewards.view(G, N)).flatten()
         # UPDATE
-        for part in torch.arange(G * N).split(8):
-            some, mask = trajectory[part], trajectory.kept[part] * keep.flatten()[part, None, None]
+        for part in torch.arange(G * N).split(12):
+            some, some_keep = trajectory[part], keep.flatten()[part, None, None]
             new = speedrl.token_log_probs(policy[part], some, mask_id=model.mask_id)
             old = speedrl.token_log_probs(before[part], some, mask_id=model.mask_id).detach()
-            loss, _ = speedrl.policy_loss(new - some.log_probs, advantages[part, None, None], mask)
-            away = torch.where(mask > 0, (old - new).exp() - 1 + new - old, 0)  # k3
-            ((loss + 0.02 * away.sum()) / (keep.sum() * L)).backward()
+            loss, _ = speedrl.policy_loss(new - some.log_probs, advantages[part, None, None], some.kept * some_keep)
+            away = ((old - new).exp() - 1 + new - old) * some_keep  # k3 at all drawn tokens
+            ((loss + 0.005 * away.sum()) / (keep.sum() * L)).backward()
         (speedrl.step_loss(log_p, drawn, of_steps) / (G * N)).backward()
         optimizer.step()
         optimizer.zero_grad()
