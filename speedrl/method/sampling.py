@@ -141,15 +141,15 @@ def step(
     return Step(torch.where(kept, drawn, tokens), kept, log_p, drawn, rank)
 
 
-def oldest_positions(set_at: Tensor, count: Tensor, allowed: Tensor, tie: Tensor) -> Tensor:
-    """The positions to remask: of the allowed ones the `count` that were set longest ago: bool [B, L].
+def least_likely_positions(log_probs: Tensor, count: Tensor, allowed: Tensor) -> Tensor:
+    """The positions to remask: of the allowed ones the `count` whose tokens were least likely when drawn: bool [B, L].
 
-    set_at int64 [B, L], the step that set each token; count int64 [B]; allowed bool [B, L]; tie float32 [B, L] orders
-    equal ones. Tokens of early steps were drawn when least was known. The choice depends on the trajectory but not on
-    the policy's parameters, so the likelihood of a remasking step is that of the tokens drawn again.
+    log_probs float32 [B, L], of each token at its latest draw; count int64 [B]; allowed bool [B, L]. Given the numbers
+    recorded so far the choice is fixed, so the likelihood of a remasking step is that of the tokens drawn again. How
+    the policy's parameters would change the choice itself has no gradient. (Remasking samplers: arXiv 2503.00307. The
+    oldest or random positions bring nothing: measured on the embedded model.)
     """
-    key = set_at + tie.sigmoid()
-    rank = key.masked_fill(~allowed, torch.inf).argsort(dim=-1, stable=True).argsort(dim=-1)
+    rank = log_probs.masked_fill(~allowed, torch.inf).argsort(dim=-1, stable=True).argsort(dim=-1)
     return allowed & (rank < count[:, None])
 
 
@@ -239,8 +239,8 @@ def rollout(
     more, L], `grid` the rows and columns of the L tokens. `temperature` is that of the reveal order at the first step;
     it falls linearly to 0 at the last. Order "confidence" reveals the likeliest tokens first, "random" any, "halton"
     those of `halton_order`. One step draws every token at once. `remask` is the share of the tokens that the last
-    quarter of 6 steps or more draws again (`remasking_steps`), the oldest first, on one colour of the checkerboard at a
-    time. `scalars` are factors for each sample (`search`). `record` keeps what `Trajectory` says. `step` may be a
+    quarter of 6 steps or more draws again (`remasking_steps`), the least likely first, on one colour of the checkerboard
+    at a time. `scalars` are factors for each sample (`search`). `record` keeps what `Trajectory` says. `step` may be a
     compiled `step`. The host waits for the device once, at the start. ValueError for shapes that do not fit and for
     another order.
 
@@ -261,15 +261,14 @@ def rollout(
     turns = halton_order(*grid).to(device) if order == "halton" else None
     colours = checkerboard(*grid).to(device)
     tokens = torch.full((batch, length), mask_id, device=device)
-    set_at = torch.zeros_like(tokens)
+    latest = torch.zeros(batch, length, device=device)  # log p of each token at its latest draw
     seen_at, drawn, kept, log_probs, rank = [], [], [], [], []
     for s, (samples, count) in enumerate(asked):
         samples = samples.to(device)
         if remasking[s]:
             allowed = colours == on.colour[:, s, None]
-            tokens = tokens.masked_fill(
-                oldest_positions(set_at, on.remasked[:, s], allowed, noise.gumbel[:, s]), mask_id
-            )
+            again = least_likely_positions(latest, on.remasked[:, s], allowed)
+            tokens = tokens.masked_fill(again, mask_id)
         seen = tokens[samples]  # [n, L]
         positions = first_positions(seen == mask_id, count)
         flat = samples[:, None] * length + positions  # [n, K], in the flat batch
@@ -300,7 +299,7 @@ def rollout(
             rank[-1].view(-1)[flat] = done.rank
         tokens = tokens.clone()
         tokens.view(-1)[flat] = done.tokens
-        set_at.view(-1)[flat] = set_at.view(-1)[flat].masked_fill(done.kept, s)
+        latest.view(-1)[flat] = torch.where(done.kept, done.log_probs, latest.view(-1)[flat])
     if not record:
         return Trajectory(tokens, steps)
     states, drawn, kept, log_probs, rank = (torch.stack(x, 1) for x in (seen_at, drawn, kept, log_probs, rank))
