@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from speedrl.method.advantages import group_advantages
 from speedrl.method.losses import reward_slopes
 from speedrl.method.sampling import Trajectory
 from speedrl.method.steps import StepPolicy
-from speedrl.models.checkpoint import Generator, codebook, decode_embeddings, find, fitting_batch
+from speedrl.models.checkpoint import Generator, codebook, cut_prompts, decode_embeddings, find, fitting_batch
 from speedrl.models.lora import WithoutLora, add_lora
 from speedrl.policies import Policy
 from speedrl.rewards.mixing import Reward
@@ -58,6 +58,18 @@ def training_prompts(model: str, prompts: str | Path | Sequence[str] | None = No
     if model != "embedded":
         raise ValueError(f"{model} comes without prompts: give a file with one prompt a line by --prompts")
     return open_prompts(find(model) / "prompts/train.txt")
+
+
+def warn_of_prompts(
+    warn: Callable[[str], None], generator: Generator, prompts: Sequence[str], how: SamplerSettings, *, first: int = 1000
+) -> None:
+    """Warns of prompts that the text encoder cuts, among the `first`, and of a negative prompt without effect."""
+    looked = list(prompts[:first])
+    if cut := cut_prompts(generator, looked):
+        warn(f"{cut} of the {'first ' * (len(prompts) > first)}{len(looked)} prompts are longer than the text encoder "
+             "reads, and are cut")  # fmt: skip
+    if generator.negative and how.guidance == how.reference_guidance == 1:
+        warn("the negative prompt has no effect at guidance 1: give --guidance or --reference-guidance above 1")
 
 
 def draw_prompts(count: int, groups: int, random: torch.Generator) -> list[int]:

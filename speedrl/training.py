@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from einops import rearrange
 
-from speedrl.learner import draw_prompts, new_learner, sampler_of, slopes_of, training_prompts
+from speedrl.learner import draw_prompts, new_learner, sampler_of, slopes_of, training_prompts, warn_of_prompts
 from speedrl.method.advantages import count_residuals, group_advantages, leave_one_out
 from speedrl.method.filters import low_quality, std_percentile
 from speedrl.method.rewards import combine, speed_reward
@@ -123,6 +123,7 @@ def train(
     with open_run(Path(out), settings, trackers=trackers) as run:
         record = run.restore(learner.learned, learner.optimizer, learner.average, random, device)
         reward.restore(record)
+        warn_of_prompts(run.warn, generator, texts, how)
         run.stage(f"searching the sampler, {search} rounds" if search else "measuring the base")
         with autocast, distributed.gathered_weights(learner.transformer, sharded=sharded):
             table, gap = prepare_sampler(record, generator, texts, reward, how, choices, rounds=search, seed=seed)

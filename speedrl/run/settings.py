@@ -10,6 +10,7 @@ from speedrl.method.advantages import SCALES
 from speedrl.method.divergences import KINDS
 from speedrl.method.sampling import ORDERS
 from speedrl.method.schedules import mask_ratio
+from speedrl.models.checkpoint import check_guidance
 from speedrl.run.trackers import TRACKERS
 
 LIKELIHOODS = ("exact", "token", "sequence")
@@ -43,6 +44,9 @@ def check(settings: Mapping[str, Any], least: int, most: int) -> None:
         raise ValueError(f"--percentile must be 0 to 100, got {settings['percentile']}")
     if not 0 <= settings["ema"] < 1:
         raise ValueError(f"--ema is a decay from 0 (off) to below 1, like 0.99, got {settings['ema']}")
+    for name in ("guidance", "reference_guidance"):
+        if settings[name] is not None:
+            check_guidance(settings[name], option(name))
     if settings["remask"] is not None and not 0 <= settings["remask"] <= 1:
         raise ValueError(f"--remask is a share of the tokens, 0 to 1, got {settings['remask']}")
     for wrong, why in idle(settings, least, most):
