@@ -8,6 +8,12 @@ setup:
 test:
     .venv/bin/python -m pytest -q
 
+# lint and types
+check:
+    .venv/bin/ruff check .
+    .venv/bin/mypy --strict speedrl/method
+    .venv/bin/mypy speedrl
+
 # trainings killed at 50 random moments, each resumed: minutes
 kill:
     SPEEDRL_KILLS=50 .venv/bin/python -m pytest -q tests/test_state.py tests/test_distributed.py -k killed
@@ -27,14 +33,6 @@ study *options:
 # variance of the gradient under each KL estimator and each likelihood
 gradients *options:
     .venv/bin/python -m experiments.study.gradients {{options}}
-
-# what the credit of tokens and steps does to the gradient, and a step along it to the reward
-credit *options:
-    .venv/bin/python -m experiments.study.credit {{options}}
-
-# what steps that the policy chooses bring; `just pace --model runs/auto`
-pace *options:
-    .venv/bin/python -m experiments.study.pace {{options}}
 
 # trained runs on unseen compositions, and by a judge of another architecture; `just transfer --model runs/train`
 transfer *options:

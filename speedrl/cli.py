@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import enum
 import functools
 import gc
 import inspect
@@ -22,28 +23,137 @@ PROMPTS = (
 )
 REWARD_WEIGHTS = "NAME=FILE: weights of a quality in place of the published ones."
 
-TextEncoder = Annotated[str | None, Option(help="A CLIP's folder or hub id. [default: the model's own]")]
-Size = Annotated[str | None, Option(help="Height and width in pixels, like 512x768. [default: the model's]")]
-Negative = Annotated[str | None, Option(help="What guidance leads away from. [default: the model's]")]
+RL, SAMPLER, REWARD = "Reinforcement learning", "Sampler", "Reward"
+MEMORY, RANKS, OUTPUT, MODEL = "Memory and speed", "Several processes", "Output", "Model"
+
+
+class Likelihood(enum.StrEnum):
+    exact = "exact"
+    token = "token"
+    sequence = "sequence"
+
+
+class Divergence(enum.StrEnum):
+    ce = "ce"
+    reverse = "reverse"
+    k1 = "k1"
+    k2 = "k2"
+    k3 = "k3"
+    none = "none"
+
+
+class RevealOrder(enum.StrEnum):
+    confidence = "confidence"
+    random = "random"
+    halton = "halton"
+
+
+class Scale(enum.StrEnum):
+    group = "group"
+    batch = "batch"
+    none = "none"
+
+
+class Parallel(enum.StrEnum):
+    ddp = "ddp"
+    fsdp = "fsdp"
+
+
+class Precision(enum.StrEnum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+Device = Annotated[str, Option(help="auto, cpu, cuda, mps; auto takes the first of cuda, mps and cpu that works.")]
+TextEncoder = Annotated[
+    str | None, Option(help="A CLIP's folder or hub id. [default: the model's own]", rich_help_panel=MODEL)
+]
+Size = Annotated[
+    str | None, Option(help="Height and width in pixels, like 512x768. [default: the model's]", rich_help_panel=MODEL)
+]
+Negative = Annotated[
+    str | None, Option(help="What guidance leads away from. [default: the model's]", rich_help_panel=MODEL)
+]
 MicroConds = Annotated[
-    str | None, Option(help="Width, height, crop top, crop left, aesthetic score. [default: the size,0,0,6]")
+    str | None,
+    Option(
+        help="Width, height, crop top, crop left, aesthetic score. [default: the size,0,0,6]", rich_help_panel=MODEL
+    ),
 ]
 Schedule = Annotated[
-    str | None, Option(help="Mask schedule: cosine, linear, square, arccos or power:X. [default: the model's]")
+    str | None,
+    Option(
+        help="Mask schedule: cosine, linear, square, arccos or power:X. [default: the model's]",
+        rich_help_panel=SAMPLER,
+    ),
 ]
-Order = Annotated[str | None, Option(help="Order of reveal: confidence, random or halton. [default: the model's]")]
-Revise = Annotated[
+Order = Annotated[RevealOrder | None, Option(help="Reveal order. [default: the model's]", rich_help_panel=SAMPLER)]
+Temperature = Annotated[
     float | None,
-    Option(help="Share of the tokens to draw again in the last quarter of 6 steps or more. [default: the model's]"),
+    Option(help="Temperature of the reveal order at the first step. [default: the model's]", rich_help_panel=SAMPLER),
 ]
-Precision = Annotated[str, Option(help="fp32, bf16 or fp16, of transformer and text encoder.")]
+Remask = Annotated[
+    float | None,
+    Option(
+        help="Share of the tokens that the last quarter of 6 steps or more draws again. [default: the model's]",
+        rich_help_panel=SAMPLER,
+    ),
+]
+
+SAMPLE_EXAMPLES = """Examples:
+
+speedrl sample "a red apple" --steps 8
+
+speedrl sample "a red apple" "a blue cat" --count 4 --model runs/train --out sheet.png
+"""
+EVAL_EXAMPLES = """Examples:
+
+speedrl eval --model embedded --model runs/train --steps 4,8,16
+
+speedrl eval --model runs/train --steps auto --prompts prompts.txt
+"""
+ABLATE_EXAMPLES = """Examples:
+
+speedrl ablate likelihood --seeds 0,1,2
+
+speedrl ablate --quick
+"""
+TRAIN_EXAMPLES = """Examples:
+
+speedrl train --steps-reward 0.5
+
+speedrl train --model MeissonicFlow/Meissonic --prompts hpsv2 --quality hpsv2 --lora 16 --micro-batch 1 --device cuda
+"""
+
+MEMORY_ADVICE = {
+    "train": "give a smaller --micro-batch, --checkpointing, --lora 16, --train-steps 2 or a smaller --size",
+    "sample": "give --precision bf16, a smaller --count or a smaller --size",
+    "eval": "give --precision bf16, a smaller --batch or a smaller --size",
+}
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
     help="Fewer sampling steps for masked image generators, by reinforcement learning.",
 )
+
+
+def print_version(wanted: bool) -> None:
+    if wanted:
+        from speedrl import __version__
+
+        print(f"speedrl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, Option("--version", callback=print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
 
 
 def defaults(target: str) -> dict[str, object]:
@@ -101,6 +211,17 @@ def loading(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
+def tell(prompts: list[str], generator: Any, *, guidance: float | None, negative: str | None) -> None:
+    """Warns of prompts that the text encoder cuts, and of a negative prompt that nothing leads away from."""
+    from speedrl.models.checkpoint import cut_prompts
+
+    if cut := cut_prompts(generator, list(dict.fromkeys(prompts))):
+        print(f"warning: {cut} of the prompts are longer than the text encoder reads, and are cut", file=sys.stderr)
+    strength = generator.guidance if guidance is None else guidance
+    if negative and strength == 1:
+        print("warning: --negative-prompt has no effect at guidance 1: give --guidance above 1", file=sys.stderr)
+
+
 def in_one_line(command: Callable[..., None]) -> Callable[..., None]:
     """A command whose errors that the user can mend are one line on standard error and exit status 2; a signal is one
     line and a status of 128 plus its number."""
@@ -115,8 +236,10 @@ def in_one_line(command: Callable[..., None]) -> Callable[..., None]:
         except RuntimeError as error:
             if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
                 raise
-            advice = "try --precision bf16, fewer pictures at a time (--batch, --micro-batch), or a smaller --size"
-            print(f"error: not enough memory; {advice}", file=sys.stderr)
+            given = sys.argv[1] if len(sys.argv) > 1 else ""
+            print(
+                f"error: not enough memory; {MEMORY_ADVICE.get(given, 'try fewer images at a time')}", file=sys.stderr
+            )
             raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
             print(str(error) or "interrupted", file=sys.stderr)
@@ -141,164 +264,193 @@ def forwards(target: str) -> Callable[[Callable[..., None]], Callable[..., None]
     return decorate
 
 
-@app.command()
+@app.command(epilog=SAMPLE_EXAMPLES)
 @forwards("generation.draw")
 def sample(
     *,
-    prompts: Annotated[list[str], Argument(help="One row of pictures for each.", show_default=False)],
+    prompts: Annotated[list[str], Argument(help="One row of images for each.", show_default=False)],
     steps: Annotated[
         str | None,
         Option(
-            help="Sampling steps; each is a call of the network, two with guidance. auto: the model chooses, auto:8: "
-            "at most 8. [default: auto for a model that was trained to, else 8]"
+            "--steps",
+            "--num-inference-steps",
+            help="Sampling steps. Each is a network evaluation, two with guidance. auto: what the model's step policy "
+            "finds most likely for the prompt. [default: auto for a model that has one, else 8]",
         ),
     ],
-    count: Annotated[int, Option(min=1, help="Pictures of each prompt.")] = 1,
-    out: Annotated[Path, Option(help="The PNG to write.", dir_okay=False)] = Path("sample.png"),
-    seed: Annotated[int, Option(help="The same seed draws the same pictures.")],
+    count: Annotated[int, Option(min=1, help="Images of each prompt.")] = 1,
+    out: Annotated[Path, Option(help="The file to write: .png, .jpg or .webp.", dir_okay=False)] = Path("sample.png"),
+    seed: Annotated[int, Option(help="An image depends on its prompt, the seed and its number of that prompt alone.")],
     model: Annotated[str, Option(help="embedded, a folder, a run's folder or a hub id.")] = "embedded",
-    guidance: Annotated[float | None, Option(help="Strength of the prompt; 1 is none. [default: the model's]")],
-    temperature: Annotated[
-        float | None, Option(help="Noise in the order of reveal, at the first step. [default: the model's]")
+    guidance: Annotated[
+        float | None,
+        Option(
+            "--guidance",
+            "--guidance-scale",
+            help="Guidance scale; 1 is none. [default: the model's]",
+            rich_help_panel=SAMPLER,
+        ),
     ],
+    temperature: Temperature,
     schedule: Schedule,
     order: Order,
-    revise: Revise,
+    remask: Remask,
     text_encoder: TextEncoder = None,
     size: Size = None,
     negative_prompt: Negative = None,
     micro_conds: MicroConds = None,
-    precision: Precision = "fp32",
-    device: Annotated[str, Option(help="cpu, cuda, ...")] = "cpu",
+    precision: Annotated[Precision, Option(help="Of transformer and text encoder.", rich_help_panel=MODEL)] = "fp32",
+    device: Device = "auto",
 ) -> None:
-    """Draw pictures of prompts into a PNG."""
+    """Draw images of prompts into a file."""
     how = loading(locals())
     if not all(prompt.strip() for prompt in prompts):
         raise ValueError("a prompt is empty: say what to draw")
     with uncollected():
-        from speedrl.generation import contact_sheet, save_png, to_pil
+        from speedrl.evaluation.figures import check_suffix, contact_sheet, save_image, to_pil
         from speedrl.generation import sample as draw
         from speedrl.models.checkpoint import load_generator
-        from speedrl.system.platform import quiet_allocator
+        from speedrl.system.platform import pick_device, quiet_allocator
 
+        check_suffix(out)
         quiet_allocator()
-        generator = load_generator(model, device=device, **how)
+        generator = load_generator(model, device=pick_device(device), **how)
     wanted = [prompt for prompt in prompts for _ in range(count)]
-    options = {"guidance": guidance, "temperature": temperature, "schedule": schedule, "order": order,
-               "revise": revise}  # fmt: skip
-    pictures = draw(generator, wanted, steps=steps, seed=seed, **options)
-    scale = max(1, 256 // generator.size[0])  # small pictures large enough to see
-    if len(pictures) == 1:
-        save_png(to_pil(pictures[0], scale=scale), out)
+    tell(wanted, generator, guidance=guidance, negative=negative_prompt)
+    images = draw(generator, wanted, steps=steps, seed=seed, guidance=guidance, temperature=temperature,
+                  schedule=schedule, order=order, remask=remask)  # fmt: skip
+    scale = max(1, 256 // generator.size[0])  # small images large enough to see
+    if len(images) == 1:
+        save_image(to_pil(images[0], scale=scale), out)
     elif len(prompts) == 1:
-        save_png(contact_sheet(list(pictures.split(math.ceil(count**0.5))), scale=scale), out)
+        save_image(contact_sheet(list(images.split(math.ceil(count**0.5))), scale=scale), out)
     else:
-        save_png(contact_sheet(list(pictures.split(count)), labels=prompts, scale=scale), out)
+        save_image(contact_sheet(list(images.split(count)), labels=prompts, scale=scale), out)
     print(f"wrote {out}")
 
 
-@app.command()
+@app.command(epilog=TRAIN_EXAMPLES)
 @forwards("training.train")
 def train(
     *,
-    out: Annotated[Path, Option(help="The run's folder.")],
     model: Annotated[str, Option(help="embedded, a folder, a run's folder or a hub id.")],
     prompts: Annotated[str | None, Option(help=PROMPTS)],
     quality: Annotated[str, Option(help=QUALITY)],
-    steps: Annotated[
-        str,
-        Option(
-            help="Sampling steps: 8; 2-16 to draw them; auto:8, or auto, for the policy to choose from 4 to 8: half "
-            "reveal, and it revises as long as that pays."
-        ),
+    steps: Annotated[str, Option(help="Step counts that the policy learns to choose from, like 1-16; 8: always 8.")],
+    steps_reward: Annotated[
+        float,
+        Option(help="What saving all steps is worth, in units of the base's quality gap between most steps and one."),
     ],
-    shared_steps: Annotated[bool, Option(help="With a range: all pictures of a prompt have the same number.")],
-    pace_lr: Annotated[float, Option(help="With auto: the learning rate of what chooses.")],
-    steps_reward: Annotated[float, Option(help="Weight of the speed reward: what saving every network call is worth.")],
-    quality_gate: Annotated[float | None, Option(help="Quality under which speed earns nothing. [default: none]")],
-    quality_clip: Annotated[
-        float | None, Option(help="Standard deviations from its mean past which a quality does not count.")
-    ],
-    reward_weights: Annotated[list[str], Option(help=REWARD_WEIGHTS)],
     iterations: Annotated[int, Option(help="Rollouts, each followed by its updates.")],
     groups: Annotated[int, Option(help="Prompts of an iteration.")],
-    group_size: Annotated[int, Option(help="Pictures of each prompt.")],
-    lr: Annotated[float, Option(help="Learning rate.")],
-    warmup: Annotated[int, Option(help="Iterations over which the learning rate rises.")],
-    eps: Annotated[float, Option(help="Adam's epsilon; 1e-8 moves all weights alike, 1e-3 as their gradients.")],
-    guidance: Annotated[float, Option(help="Guidance of sampling and training; 1 is none.")],
-    reference_guidance: Annotated[
-        float | None, Option(help="Guidance of the reference that the divergence is from. [default: the model's]")
-    ],
-    temperature: Annotated[
-        float | None, Option(help="Noise in the order of reveal, at the first step. [default: the model's]")
-    ],
-    schedule: Schedule,
-    order: Order,
-    revise: Annotated[
-        float,
-        Option(help="Share of the tokens that the trained model draws again in the last quarter of 6 steps or more."),
-    ],
-    likelihood: Annotated[str, Option(help="token, sequence or exact.")],
-    clip_range: Annotated[float, Option(help="Ratios are clipped to 1 +- this.")],
-    kl: Annotated[str, Option(help="Divergence: ce, reverse, k1, k2, k3 or none.")],
-    kl_weight: Annotated[float, Option(help="Weight of the divergence in 16 steps or more.")],
-    kl_falloff: Annotated[
-        float, Option(help="In fewer it weighs (steps / 16) to this power of that; 0: the same in all.")
-    ],
-    percentile: Annotated[
-        float, Option(help="Groups under this percentile of the quality's standard deviation do not train.")
-    ],
-    least_quality: Annotated[float | None, Option(help="Pictures under this quality do not train. [default: all do]")],
-    trained: Annotated[int | None, Option(help="Steps of each rollout that train. [default: all]")],
-    tune: Annotated[bool, Option(help="Also learn how steps are sampled: schedule, temperature, sharpness.")],
-    tune_rate: Annotated[float, Option(help="How fast that is learned at first.")],
-    credit: Annotated[
-        str | None,
-        Option(
-            help="token: of the reward's slope at it; step: of what it changed; rollout: of the whole reward. "
-            "[default: token if the reward has a gradient, else step]"
-        ),
-    ],
-    gae_lambda: Annotated[float, Option(help="How much of the later steps' credit a step has too, 0 to 1.")],
-    early_credit: Annotated[
-        float, Option(help="With credit token: the whole reward's weight at first tokens; wants --kl-falloff 0.")
+    group_size: Annotated[int, Option("--group-size", "--num-generations", help="Images of each prompt.")],
+    lr: Annotated[float, Option("--lr", "--learning-rate", help="Learning rate.")],
+    kl_weight: Annotated[
+        float, Option("--kl-weight", "--beta", help="Weight of the divergence from the reference policy, in 16 steps.")
     ],
     lora: Annotated[int | None, Option(help="Train an adapter of this rank. [default: all weights]")],
-    lora_alpha: Annotated[float | None, Option(help="Strength of the adapter over its rank. [default: the rank]")],
-    lora_targets: Annotated[
-        str | None, Option(help="Layers that get an adapter, like to_q,to_k,to_v. [default: all linear ones]")
-    ],
-    merge: Annotated[bool, Option(help="Also save the model with its adapter merged.")],
-    ema: Annotated[float, Option(help="Decay of the moving average of the weights, which is what is saved; 0: none.")],
-    checkpointing: Annotated[bool, Option(help="Compute blocks again in the backward pass: slower, less memory.")],
-    updates: Annotated[int, Option(help="Updates on each rollout.")],
-    micro_batch: Annotated[int, Option(help="Pictures of one backward pass.")],
-    clip_grad: Annotated[float, Option(help="Largest norm of the gradient.")],
-    max_skipped: Annotated[int, Option(help="Updates in a row without a finite gradient that end the training.")],
+    device: Device,
+    out: Annotated[Path, Option(help="The run's folder.")],
     seed: Annotated[int, Option(help="The same seed trains the same model.")],
-    save_every: Annotated[int, Option(help="Iterations between checkpoints.")],
-    keep_checkpoints: Annotated[int, Option(help="The newest checkpoints, which are kept.")],
     resume: Annotated[bool, Option(help="Go on from the run's newest checkpoint; start if there is none yet.")],
-    parallel: Annotated[str, Option(help="Under torchrun: ddp, each rank the whole model, or fsdp, each a part.")],
-    offload: Annotated[bool, Option(help="With fsdp: weights stay in the processor's memory between uses.")],
-    trackers: Annotated[list[str], Option("--tracker", help="tensorboard or wandb, beside metrics.jsonl.")],
-    compile: Annotated[bool, Option(help="Use torch.compile; not with fsdp.")],
-    bf16: Annotated[
-        bool | None, Option("--bf16/--no-bf16", help="Compute in bf16. [default: if the device is fast at it]")
+    likelihood: Annotated[
+        Likelihood,
+        Option(help="exact: with the choice of positions; token: the paper's surrogate.", rich_help_panel=RL),
     ],
-    compare: Annotated[bool, Option(help="End with a comparison of the model before and after.")] = True,
+    kl: Annotated[Divergence, Option(help="Estimator of the divergence; ce is the paper's.", rich_help_panel=RL)],
+    clip_range: Annotated[float, Option(help="Ratios are clipped to 1 +- this.", rich_help_panel=RL)],
+    updates: Annotated[int, Option(help="Updates on each rollout.", rich_help_panel=RL)],
+    percentile: Annotated[
+        float, Option(help="Groups under this percentile of the quality's deviation do not train.", rich_help_panel=RL)
+    ],
+    min_quality: Annotated[
+        float | None,
+        Option(help="Images this many deviations from the mean of their step count do not train.", rich_help_panel=RL),
+    ],
+    advantage_std: Annotated[
+        Scale,
+        Option(help="What advantages are divided by: the deviation of the group or the batch.", rich_help_panel=RL),
+    ],
+    reward_gradient: Annotated[
+        float,
+        Option(help="Weight of the reward's own gradient through the decoder, a white-box method.", rich_help_panel=RL),
+    ],
+    train_steps: Annotated[
+        int | None, Option(help="Steps of each rollout that enter the loss. [default: all]", rich_help_panel=RL)
+    ],
+    guidance: Annotated[
+        float | None,
+        Option(
+            "--guidance",
+            "--guidance-scale",
+            rich_help_panel=SAMPLER,
+            help="Guidance scale of the policy; 1 is none. [default: 1 if the model's is below 2, else the model's]",
+        ),
+    ],
+    reference_guidance: Annotated[
+        float | None,
+        Option(help="Guidance scale of the reference policy. [default: the model's]", rich_help_panel=SAMPLER),
+    ],
+    order: Order,
+    schedule: Schedule,
+    temperature: Temperature,
+    remask: Annotated[
+        float | None,
+        Option(
+            help="Share of the tokens that the last quarter of 6 steps or more draws again. [default: 0.5]",
+            rich_help_panel=SAMPLER,
+        ),
+    ],
+    search: Annotated[
+        int,
+        Option(help="Rounds of search for the sampler's scalars before training; 0: none.", rich_help_panel=SAMPLER),
+    ],
+    quality_gate: Annotated[
+        float | None, Option(help="Quality under which speed earns nothing. [default: none]", rich_help_panel=REWARD)
+    ],
+    quality_clip: Annotated[
+        float | None,
+        Option(help="Deviations from its mean past which a quality does not count.", rich_help_panel=REWARD),
+    ],
+    reward_weights: Annotated[list[str], Option(help=REWARD_WEIGHTS, rich_help_panel=REWARD)],
+    micro_batch: Annotated[int, Option(help="Images of one backward pass.", rich_help_panel=MEMORY)],
+    checkpointing: Annotated[
+        bool, Option(help="Compute blocks again in the backward pass: slower, less memory.", rich_help_panel=MEMORY)
+    ],
+    bf16: Annotated[
+        bool | None,
+        Option(
+            "--bf16/--no-bf16", help="Compute in bf16. [default: if the device is fast at it]", rich_help_panel=MEMORY
+        ),
+    ],
+    compile: Annotated[bool, Option(help="Use torch.compile; not with fsdp.", rich_help_panel=MEMORY)],
+    parallel: Annotated[
+        Parallel,
+        Option(help="Under torchrun: ddp, each rank the whole model; fsdp, each a part.", rich_help_panel=RANKS),
+    ],
+    offload: Annotated[
+        bool, Option(help="With fsdp: weights stay in the processor's memory between uses.", rich_help_panel=RANKS)
+    ],
+    trackers: Annotated[
+        list[str], Option("--tracker", help="tensorboard or wandb, beside metrics.jsonl.", rich_help_panel=OUTPUT)
+    ],
+    compare: Annotated[
+        bool, Option(help="End with a comparison of the model before and after.", rich_help_panel=OUTPUT)
+    ] = True,
+    ema: Annotated[
+        float, Option(help="Decay of the moving average of the weights that is saved; 0: none.", rich_help_panel=OUTPUT)
+    ],
+    save_every: Annotated[int, Option(help="Iterations between checkpoints.", rich_help_panel=OUTPUT)],
     text_encoder: TextEncoder = None,
     size: Size = None,
     negative_prompt: Negative = None,
     micro_conds: MicroConds = None,
-    device: Annotated[str, Option(help="cpu, cuda, ...")],
 ) -> None:
     """Train a model to need fewer steps, save it in the run's folder, and compare it with what it was."""
     options = dict(locals())
     del options["compare"]
     how = loading(options)
-    from speedrl.system.platform import quiet_allocator
+    from speedrl.system.platform import pick_device, quiet_allocator
     from speedrl.training import train
 
     quiet_allocator()
@@ -309,9 +461,8 @@ def train(
     if compare:
         from speedrl.evaluation.reports import report
 
-        shared = {"prompts": prompts, "quality": quality, "reward_weights": reward_weights, "compile": compile,
-                  "device": device}  # fmt: skip
-        report(model, trained, out=out, loading=how, **shared)
+        report(model, trained, out=out, loading=how, prompts=prompts, quality=quality, reward_weights=reward_weights,
+               compile=compile, device=pick_device(device))  # fmt: skip
 
 
 @app.command()
@@ -321,11 +472,15 @@ def export(
     checkpoint: Annotated[str, Argument(help="A checkpoint's folder, or a run's for its newest.", show_default=False)],
     out: Annotated[Path, Option(help="Folder that gets model/ or adapter/, as a finished run's has.")],
     raw: Annotated[bool, Option(help="The weights themselves where their moving average was kept.")],
+    merge: Annotated[bool, Option(help="Of an adapter: the model with the adapter merged.")],
+    model: Annotated[
+        str | None, Option(help="The model that was trained, if it is no longer where the checkpoint says.")
+    ],
 ) -> None:
     """Make a model of a training's checkpoint, sharded or not."""
     from speedrl.run.exporting import export
 
-    print(f"wrote {export(checkpoint, out=out, raw=raw)}")
+    print(f"wrote {export(checkpoint, out=out, raw=raw, merge=merge, model=model)}")
 
 
 def numbers(text: str | None, kind: type, *, option: str) -> tuple | None:
@@ -341,7 +496,7 @@ def numbers(text: str | None, kind: type, *, option: str) -> tuple | None:
         raise ValueError(f"--{option} takes numbers with commas between them, like 1,2,4, not {text!r}") from None
 
 
-@app.command("eval")
+@app.command("eval", epilog=EVAL_EXAMPLES)
 @forwards("evaluation.measuring.evaluate")
 def evaluate(
     *,
@@ -349,28 +504,40 @@ def evaluate(
         "embedded",
     ),
     out: Annotated[Path, Option(help="Folder of the results; rows that it has are kept.")],
-    steps: Annotated[str, Option(help="Step counts, and auto of models that choose theirs.")],
-    guidance: Annotated[str | None, Option(help="Guidances, like 1,3. [default: the model's, and 1]")],
-    temperature: Annotated[str | None, Option(help="Temperatures of the reveal. [default: the model's]")],
-    schedule: Annotated[str | None, Option(help="Mask schedules, like cosine,arccos. [default: the model's]")],
-    order: Annotated[str | None, Option(help="Orders of reveal, like confidence,halton. [default: the model's]")],
-    revise: Annotated[str | None, Option(help="Shares of tokens to draw again, like 0,0.2. [default: the model's]")],
+    steps: Annotated[str, Option(help="Step counts, and auto for the choice of a model's step policy.")],
+    guidance: Annotated[
+        str | None, Option(help="Guidance scales, like 1,3. [default: the model's, and 1]", rich_help_panel=SAMPLER)
+    ],
+    temperature: Annotated[
+        str | None, Option(help="Temperatures of the reveal order. [default: the model's]", rich_help_panel=SAMPLER)
+    ],
+    schedule: Annotated[
+        str | None, Option(help="Mask schedules, like cosine,arccos. [default: the model's]", rich_help_panel=SAMPLER)
+    ],
+    order: Annotated[
+        str | None,
+        Option(help="Reveal orders, like confidence,halton. [default: the model's]", rich_help_panel=SAMPLER),
+    ],
+    remask: Annotated[
+        str | None,
+        Option(help="Shares of tokens to remask, like 0,0.5. [default: the model's]", rich_help_panel=SAMPLER),
+    ],
     prompts: Annotated[str | None, Option(help=PROMPTS)],
     held_out: Annotated[str | None, Option(help="Another, of prompts that no training saw.")],
-    count: Annotated[int, Option(help="Pictures of each prompt and seed.")],
+    count: Annotated[int, Option(help="Images of each prompt and seed.")],
     seeds: Annotated[int, Option(help="Repetitions, for the spread.")],
     quality: Annotated[str, Option(help=QUALITY)],
     reward_weights: Annotated[list[str], Option(help=REWARD_WEIGHTS)],
-    pictures: Annotated[int, Option(help="Columns of the contact sheet, 0 for none.")],
-    figure: Annotated[bool, Option(help="Plot quality against network calls.")],
-    batch: Annotated[int | None, Option(help="Pictures drawn at a time. [default: by their size]")],
+    images: Annotated[int, Option(help="Columns of the contact sheet, 0 for none.")],
+    figure: Annotated[bool, Option(help="Plot quality against network evaluations.")],
+    batch: Annotated[int | None, Option(help="Images drawn at a time. [default: by their size]")],
     compile: Annotated[bool, Option(help="Use torch.compile.")],
     text_encoder: TextEncoder = None,
     size: Size = None,
     negative_prompt: Negative = None,
     micro_conds: MicroConds = None,
-    precision: Precision = "fp32",
-    device: Annotated[str, Option(help="cpu, cuda, ...")],
+    precision: Annotated[Precision, Option(help="Of transformer and text encoder.", rich_help_panel=MODEL)] = "fp32",
+    device: Device = "auto",
 ) -> None:
     """Measure models over step counts: a table, results.json and a plot."""
     options = dict(locals())
@@ -379,35 +546,36 @@ def evaluate(
     options["steps"] = tuple("auto" if part == "auto" else numbers(part, int, option="steps")[0] for part in counts)
     options["guidance"] = numbers(guidance, float, option="guidance")
     options["temperature"] = numbers(temperature, float, option="temperature")
-    options["revise"] = numbers(revise, float, option="revise")
+    options["remask"] = numbers(remask, float, option="remask")
     options |= {name: options[name] and tuple(options[name].split(",")) for name in ("schedule", "order")}
     from speedrl.evaluation.measuring import evaluate
-    from speedrl.system.platform import quiet_allocator
+    from speedrl.system.platform import pick_device, quiet_allocator
 
     quiet_allocator()
+    options["device"] = pick_device(device)
     evaluate(options.pop("model"), **options)
 
 
-@app.command()
+@app.command(epilog=ABLATE_EXAMPLES)
 @forwards("studies.ablations.ablate")
 def ablate(
     *,
     name: Annotated[
         str,
         Argument(
-            help="speed-reward, shared-steps, kl, credit, tuning, likelihood, percentile, low-quality, group-size, "
-            "guidance, trained-steps, lr, any-count, order or all."
+            help="speed-reward, likelihood, kl, percentile, low-quality, advantage-std, group-size, train-steps, updates, "
+            "guidance, remask, search, reward-gradient, no-reward, lr, order or all."
         ),
     ],
     out: Annotated[Path, Option(help="Folder of the runs and the report; finished runs are kept.")],
     seeds: Annotated[str, Option(help="Seeds to train from, like 0,1,2.")],
     model: Annotated[str, Option(help="embedded, a folder, a run's folder or a hub id.")],
-    device: Annotated[str, Option(help="cpu, cuda, or several for the jobs to share out, like cuda:0,cuda:1.")],
+    device: Annotated[str, Option(help="auto, cpu, cuda, or several for the jobs to share out, like cuda:0,cuda:1.")],
     jobs: Annotated[int, Option(help="Runs at a time, each in a process of its own.")],
-    quick: Annotated[bool, Option(help="Only show that everything runs: one iteration of four pictures.")],
+    quick: Annotated[bool, Option(help="Only show that everything runs: one iteration of four images.")],
     iterations: Annotated[int | None, Option(help="Iterations of each training. [default: as train]")] = None,
     groups: Annotated[int | None, Option(help="Prompts of an iteration. [default: as train]")] = None,
-    group_size: Annotated[int | None, Option(help="Pictures of each prompt. [default: as train]")] = None,
+    group_size: Annotated[int | None, Option(help="Images of each prompt. [default: as train]")] = None,
     lr: Annotated[float | None, Option(help="Learning rate. [default: as train]")] = None,
     prompts: Annotated[str | None, Option(help=PROMPTS)] = None,
     quality: Annotated[str | None, Option(help=QUALITY)] = None,
@@ -415,7 +583,7 @@ def ablate(
         list[str], Option(metavar="OPTION=VALUE", help="Any other option of train, like lora=16; may be repeated.")
     ] = (),
     eval_steps: Annotated[str, Option(help="Step counts to measure.")],
-    eval_count: Annotated[int, Option(help="Pictures of each prompt and seed.")],
+    eval_count: Annotated[int, Option(help="Images of each prompt and seed.")],
     eval_seeds: Annotated[int, Option(help="Repetitions of each measurement.")],
     eval_prompts: Annotated[str | None, Option(help="Prompts to measure. [default: the embedded model's]")] = None,
 ) -> None:

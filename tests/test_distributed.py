@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import speedrl.training
 from speedrl.run.checkpoints import newest
-from speedrl.run.distributed import any_rank, everyone, gathered, join, share, total, total_stats
+from speedrl.run.distributed import any_rank, all_gather_object, gathered, join, share, total, total_stats
 from speedrl.run.exporting import export
 from speedrl.training import train
 from tests.ranks import command, finish, free_port, start_ranks
@@ -43,7 +43,7 @@ def keep_gradient(path):
     def step(self, *_, **__):
         found = [p.grad for group in self.param_groups for p in group["params"]]
         found = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in found]
-        if everyone(None) and not path.exists():
+        if all_gather_object(None) and not path.exists():
             save_file({str(i): g.contiguous().clone() for i, g in enumerate(found)}, path)
         return plain(self)
 
@@ -229,7 +229,7 @@ def joins_again(port, attempt):
     if attempt and os.environ["RANK"] == "1":
         time.sleep(2)
     join("cpu", minutes=1)
-    print(everyone(os.environ["RANK"]))
+    print(all_gather_object(os.environ["RANK"]))
 
 
 def test_ranks_that_torchrun_starts_again_do_not_look_for_those_that_are_gone(tmp_path):
@@ -301,7 +301,7 @@ def test_what_goes_wrong_on_one_rank_stops_all_with_the_reason(options, tmp_path
 def test_one_process_is_the_only_rank(options, tmp_path):
     values = torch.arange(6.0).view(3, 2)
     assert gathered(values) is values and torch.equal(total(values), values) and total(values) is not values
-    assert share(5) == slice(0, 5) and everyone("a") == ["a"] and any_rank(True) and not any_rank(False)
+    assert share(5) == slice(0, 5) and all_gather_object("a") == ["a"] and any_rank(True) and not any_rank(False)
     assert total_stats({"a": 2.0, "b_max": 3.0}) == {"a": 2.0, "b_max": 3.0}
     with pytest.raises(ValueError, match="torchrun"):
         train(out=tmp_path / "run", **options | {"parallel": "fsdp"})

@@ -16,7 +16,6 @@ from speedrl.models.checkpoint import (
     check_guidance,
     cut_prompts,
     load_generator,
-    parameters,
     recorded_source,
     resolve_source,
     resolve_text_encoder,
@@ -179,7 +178,7 @@ def test_a_source_is_recorded_so_that_it_holds_elsewhere(tiny_generator_folder, 
 
 def write_checkpoint(out: Path, generator, *, model: str, **more) -> None:
     """A run's checkpoint as training writes it, with the weights doubled."""
-    learned = parameters(generator)
+    learned = dict(generator.transformer.named_parameters())
     settings = {"model": model, "loading": None, "steps": "2", "guidance": 1.0, "temperature": None, "schedule": None,
                 "order": None, "lora": None, "lora_alpha": None, "lora_targets": None}  # fmt: skip
     doubled = {name: torch.nn.Parameter(p.detach() * 2) for name, p in learned.items()}

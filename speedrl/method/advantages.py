@@ -1,45 +1,65 @@
-"""Advantages of samples within their group."""
+"""Advantages: how much better a sample is than the others of its prompt."""
 
 import torch
 from torch import Tensor
 
+SCALES = ("group", "batch", "none")
 
-def group_advantages(rewards: Tensor, *, scale: bool = True, eps: float = 1e-4) -> Tensor:
+
+def group_advantages(rewards: Tensor, *, std: str = "group", keep: Tensor | None = None, eps: float = 1e-4) -> Tensor:
     """Rewards of G groups of n samples of one prompt each, [G, n] -> float32 [G, n], of sum 0 in every group.
 
-    reward - group mean, divided by (group standard deviation + eps) unless `scale` is off (GRPO, arXiv 2402.03300;
-    without scale, Dr. GRPO, arXiv 2503.20783). The standard deviation is the population's (n, not n - 1), so a group
-    of one gives 0; equal rewards give exactly 0. `eps` is in units of the reward.
+    The reward less the group's mean, divided by the standard deviation, plus `eps` in units of the reward: of the group
+    with std "group" (GRPO, arXiv 2402.03300), of all samples within their groups with "batch" (as REINFORCE++, arXiv
+    2501.03262), or by nothing with "none" (Dr. GRPO, arXiv 2503.20783). `keep` bool [G, n] leaves samples out of the
+    means and deviations; their advantage is 0. The standard deviation is the population's, so a group of one gives 0,
+    and equal rewards give exactly 0. ValueError for another std.
     """
+    if std not in SCALES:
+        raise ValueError(f"--advantage-std must be {', '.join(SCALES)}, got {std!r}")
+    weights = torch.ones_like(rewards, dtype=torch.float32) if keep is None else keep.float()
+    counts = weights.sum(1, keepdim=True).clamp(min=1)
     rewards = rewards.float()
-    rewards = rewards - rewards[:, :1]  # the mean of equal numbers is not always that number, but that of zeros is 0
-    advantages = rewards - rewards.mean(1, keepdim=True)
-    return advantages / (rewards.std(1, correction=0, keepdim=True) + eps) if scale else advantages
+    # the mean of equal numbers is not always that number, but that of zeros is 0
+    rewards = (rewards - rewards.gather(1, weights.argmax(1, keepdim=True))) * weights
+    advantages = (rewards - rewards.sum(1, keepdim=True) / counts) * weights
+    if std == "none":
+        return advantages
+    dims = 1 if std == "group" else (0, 1)
+    squares = advantages.square().sum(dims, keepdim=True) / weights.sum(dims, keepdim=True).clamp(min=1)
+    return advantages / (squares.sqrt() + eps)
 
 
-def early_advantages(advantages: Tensor, reveal_step: Tensor, steps: int, *, masked: float = 0.9) -> Tensor:
-    """Advantages of whole rollouts, float32 [B], at those of their first `steps` steps that see a share `masked` of the
-    tokens masked or more, and 0 at the others: float32 [B, steps]; reveal_step int64 [B, L] as `Rollout`'s.
+def leave_one_out(rewards: Tensor) -> Tensor:
+    """Each reward less the mean of the other samples of its group (RLOO, arXiv 2402.14740): [G, n] -> float32 [G, n].
 
-    What the first tokens decide is for the whole picture: how large a thing is, where, in which design. Their worth is
-    in what is drawn after them. They are few, so that the noise of the others' part in the reward is little, and the
-    states that the pictures of a prompt draw them at are still nearly the same.
+    That mean does not depend on the sample, so the policy gradient stays unbiased. ValueError for groups of one.
     """
-    before = reveal_step[:, None] >= torch.arange(steps, device=reveal_step.device)[:, None]  # [B, S, L]
-    return advantages[:, None] * (before.float().mean(-1) >= masked)
+    n = rewards.shape[1]
+    if n < 2:
+        raise ValueError("--group-size must be at least 2: advantages compare the samples of one prompt")
+    rewards = rewards.float()
+    return (rewards - rewards.mean(1, keepdim=True)) * (n / (n - 1))
 
 
-def step_advantages(values: Tensor, returns: Tensor, steps: Tensor, *, gae_lambda: float) -> Tensor:
-    """Each step's own advantage, by generalised advantage estimation (arXiv 1506.02438, equation 16, gamma 1).
+def count_residuals(quality: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+    """Quality less the mean quality of the same step count over the OTHER prompts: so samples of unlike cost compare.
 
-    values float32 [B, S] of the states before each step and returns [B], both above their group's mean; steps int64 [B]
-    -> [B, S], 0 past a sample's end. gae_lambda 1 is the return less the state's value, without bias; 0 is what the
-    step alone changed of the value, with the least variance, and right as far as the values are.
+    quality float [G, n], steps int64 [G, n] -> residuals float32 [G, n], and bool [G, n], whether another prompt has a
+    sample of that count; where none has, the residual is 0. The baseline does not depend on the prompt's own samples,
+    so it adds no bias. A mean of the prompt's own samples of a count would be the sample itself where it is the only
+    one. Where all counts are equal, advantages within a group are those of the quality itself.
     """
-    last = torch.arange(values.shape[1], device=values.device) == steps[:, None] - 1
-    after = torch.where(last, returns[:, None], values.roll(-1, 1))
-    changes, found = after - values, torch.zeros_like(values)
-    for step in reversed(range(values.shape[1])):
-        later = found[:, step + 1] if step + 1 < values.shape[1] else 0
-        found[:, step] = (changes[:, step] + gae_lambda * later) * (step < steps)
-    return found
+    quality = quality.float()
+    residuals, known = torch.zeros_like(quality), torch.zeros_like(quality, dtype=torch.bool)
+    if (steps == steps[0, 0]).all():
+        return quality - quality.mean(), torch.ones_like(known)
+    for count in steps.unique():
+        same = (steps == count).float()
+        sums, numbers = (same * quality).sum(1, keepdim=True), same.sum(1, keepdim=True)
+        others = numbers.sum() - numbers
+        baseline = (sums.sum() - sums) / others.clamp(min=1)
+        here = (steps == count) & (others > 0)
+        residuals = torch.where(here, quality - baseline, residuals)
+        known |= here
+    return residuals, known

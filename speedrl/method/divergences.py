@@ -1,11 +1,13 @@
-"""Estimators of the divergence between the policy and the reference that it started from."""
+"""Estimators of the Kullback-Leibler divergence between the policy and the reference policy."""
 
 import torch
 from torch import Tensor
 
 from speedrl.method.likelihoods import log_probs
 
-FULL = 16  # steps from which on the divergence has all of its weight
+FULL = 16  # steps from which on the divergence has its whole weight
+KINDS = ("ce", "reverse", "k1", "k2", "k3", "none")
+SAMPLED = ("k1", "k2", "k3")  # estimated at the drawn tokens
 
 
 def kl(policy_logits: Tensor, reference_logits: Tensor, tokens: Tensor | None = None, *, kind: str = "ce") -> Tensor:
@@ -19,7 +21,11 @@ def kl(policy_logits: Tensor, reference_logits: Tensor, tokens: Tensor | None = 
     "k3"       r(x) / pi(x) - 1 + log pi(x) - log r(x): expected value KL(pi || r), never negative, but the expected
                gradient of KL(r || pi)
     "none"     0
-    k1 to k3 are Schulman's (joschu.net/blog/kl-approx.html) and need `tokens`. ValueError for another kind.
+    k1 to k3 are Schulman's (joschu.net/blog/kl-approx.html). They need `tokens` that were drawn from the policy by these
+    logits: score every drawn token, as those that were kept are a selection. ValueError for another kind.
+
+    >>> kl(torch.zeros(1, 4), torch.zeros(1, 4)).item()
+    0.0
     """
     reference_logits = reference_logits.detach()
     match kind:
@@ -36,15 +42,14 @@ def kl(policy_logits: Tensor, reference_logits: Tensor, tokens: Tensor | None = 
             if kind == "k1":
                 return difference
             return difference**2 / 2 if kind == "k2" else torch.expm1(-difference) + difference
-    raise ValueError(f"unknown divergence {kind!r}: choose ce, reverse, k1, k2, k3 or none")
+    raise ValueError(f"--kl must be {', '.join(KINDS)}, got {kind!r}")
 
 
-def count_weights(steps: Tensor, *, falloff: float) -> Tensor:
-    """What the divergence of samples of so many steps weighs, of its whole weight: int64 [B] -> float32 [B].
+def count_weights(steps: Tensor, *, falloff: float = 2.0) -> Tensor:
+    """Weight of the divergence for samples of so many steps: int64 [B] -> float32 [B], (steps / 16)^2 and at most 1.
 
-    (steps / FULL) ** falloff, and 1 from there on. The reference is right about each token given those that are known.
-    In many steps that is nearly all; in few, which draw many apart, it is wrong about all of them together, and what is
-    best is far from it.
+    The reference is right about each token given those that are known. In many steps that is nearly all; in few, which
+    draw many tokens independently, it is wrong about all of them together, and the best policy is far from it.
     """
     return (steps / FULL).clamp(max=1) ** falloff
 

@@ -72,65 +72,42 @@ def plackett_luce(scores: Tensor, rank: Tensor, candidates: Tensor, revealed: Te
     return torch.where(revealed.gather(-1, by_rank), ordered - remaining, 0).sum(-1)
 
 
-def exact_log_prob(
+def step_log_prob(
     log_probs: Tensor,
     rank: Tensor,
     masked: Tensor,
-    revealed: Tensor,
+    kept: Tensor,
     temperature: Tensor,
     *,
     order: str = "confidence",
 ) -> tuple[Tensor, Tensor]:
-    """Exact log-probability of one reveal step, the choice of positions included, and its number of terms.
+    """Exact log-probability of one step, the choice of positions included, and its number of terms.
 
     log_probs float32 [..., L] of the tokens DRAWN at this step, those that were discarded again included; rank int64
-    [..., L] of the reveal; masked (before the step) and revealed (by it) bool [..., L]; temperature float [...] of
-    the step's confidence noise -> (float32 [...] in nats, int64 [...]).
+    [..., L] of the reveal order; masked (before the step) and kept (by it) bool [..., L]; temperature float [...] of
+    the reveal order -> (float32 [...] in nats, int64 [...]).
 
     order "confidence": the sum of log p over all masked positions, plus the Plackett-Luce order of log p / T. That
-    order has probability 1 where the step reveals all that is masked, and where T = 0 makes it deterministic.
-    order "random": the sum of log p over the revealed positions minus log C(n, k), k of n masked; what was drawn and
+    order has probability 1 where the step keeps all that is masked, as a remasking step does. With T = 0 and positions
+    left masked the order is deterministic, and the likelihood has no gradient through it: training refuses that.
+    order "random": the sum of log p over the kept positions minus log C(n, k), k of n masked; what was drawn and
     discarded plays no part. order "halton": that sum alone, as a fixed order has probability 1. A step that finds
     nothing masked (a finished sample) gives 0 and 0 terms. ValueError for another order.
     """
-    n, k = masked.sum(-1), revealed.sum(-1)
+    n, k = masked.sum(-1), kept.sum(-1)
     if order == "random":
         subsets = torch.lgamma(n + 1.0) - torch.lgamma(k + 1.0) - torch.lgamma(n - k + 1.0)
-        return torch.where(revealed, log_probs, 0).sum(-1) - subsets, k
+        return torch.where(kept, log_probs, 0).sum(-1) - subsets, k
     if order == "halton":
-        return torch.where(revealed, log_probs, 0).sum(-1), k
+        return torch.where(kept, log_probs, 0).sum(-1), k
     if order != "confidence":
-        raise ValueError(f"unknown reveal order {order!r}: choose confidence, random or halton")
+        raise ValueError(f"--order must be confidence, random or halton, got {order!r}")
     chosen = (k < n) & (temperature > 0)
     scores = log_probs / torch.where(chosen, temperature, 1)[..., None]
-    choice = torch.where(chosen, plackett_luce(scores, rank, masked, revealed), 0)
+    choice = torch.where(chosen, plackett_luce(scores, rank, masked, kept), 0)
     return torch.where(masked, log_probs, 0).sum(-1) + choice, n + torch.where(chosen, k, 0)
 
 
-def log_ratio(
-    new: Tensor, old: Tensor, *, level: str = "token", weights: Tensor | None = None, terms: Tensor | None = None
-) -> Tensor:
-    """Log of the importance ratio between the policy that trains and the one that sampled, float32.
-
-    level "token": new and old [B, L] -> [B, L], the difference at each token (PPO, GRPO).
-    level "sequence": new and old [B, L] -> [B, L], each sample's mean difference at all its tokens; `weights`
-    float [B, L] leaves out tokens of weight 0. The ratio is the length-normalised one of GSPO (arXiv 2507.18071): a
-    ratio of raw sums over thousands of tokens would be 0 or infinite.
-    level "exact": new and old [B], sums of `exact_log_prob` over the steps, with `terms` int [B], the sum of its
-    counts -> [B, 1], the difference per term, which broadcasts over tokens.
-    ValueError for another level, and for "exact" without terms.
-    """
-    difference = new.float() - old.detach().float()
-    match level:
-        case "token":
-            return difference
-        case "sequence" if weights is None:
-            return difference.mean(-1, keepdim=True).expand_as(difference)
-        case "sequence":
-            kept = weights.sum(-1, keepdim=True).clamp(min=1)
-            return ((difference * weights).sum(-1, keepdim=True) / kept).expand_as(difference)
-        case "exact" if terms is None:
-            raise ValueError("the exact likelihood needs `terms`, the number of terms of each sample")
-        case "exact":
-            return (difference / terms.clamp(min=1))[:, None]
-    raise ValueError(f"unknown likelihood level {level!r}: choose token, sequence or exact")
+def needs_all_drawn(likelihood: str, order: str) -> bool:
+    """Whether a likelihood scores the tokens that were drawn and discarded, beside those that were kept."""
+    return likelihood == "exact" and order == "confidence"

@@ -1,10 +1,8 @@
-"""Mask schedules: how many tokens stay masked, at which timestep and temperature, for per-sample step counts; and
-fixed orders, in which positions take their turn."""
+"""Mask schedules, reveal orders and timesteps for samples that each have their own step count."""
 
 import functools
 import hashlib
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,22 +40,21 @@ def exponent(kind: str) -> float:
     return value
 
 
-def masked_counts(steps: Tensor, *, length: int, kind: str = "cosine", warp: Tensor | None = None) -> Tensor:
+def masked_counts(steps: Tensor, *, length: int, kind: str = "cosine", power: Tensor | None = None) -> Tensor:
     """Tokens still masked after each step: steps int64 [B] -> int64 [B, S] with S = steps.max().
 
     For a sample of N steps over L tokens, step s leaves max(1, min(previous - 1, floor(L ratio((s + 1) / N)))), the
-    last step leaves 0, and so does every step after it, with the progress to the power of `warp` float32 [B] if it is
-    given: the rule of Meissonic's and aMUSEd's schedulers, in float32 as
-    theirs, since that decides what floor makes of a whole number. A sample with more steps than tokens reveals nothing
-    in some steps. ValueError for a step count or length below 1.
+    last step leaves 0, and so does every step after it. `power` float32 [B] is an exponent on the progress. The rule is
+    that of Meissonic's and aMUSEd's schedulers, in float32 as theirs, which decides what floor makes of a whole number.
+    A sample with more steps than tokens reveals nothing in some steps. ValueError for a step count or length below 1.
     """
     n = steps.cpu()  # one synchronisation for a whole rollout
     if n.numel() == 0 or n.min() < 1 or length < 1:
         raise ValueError(f"step counts and length must be at least 1, got steps {n.tolist()} and length {length}")
     s = torch.arange(int(n.max()))
     progress = ((s + 1) / n[:, None]).clamp(max=1)
-    if warp is not None:
-        progress = progress ** warp.cpu()[:, None]
+    if power is not None:
+        progress = progress ** power.cpu()[:, None]
     wanted = (length * mask_ratio(progress, kind=kind)).floor().long()
     # m_s = min(m_{s-1} - 1, wanted_s) is a running minimum of m_s + s, started at m_0 <= L - 1
     masked = (wanted + s).clamp(max=length - 1).cummin(dim=1).values - s
@@ -119,29 +116,37 @@ def seeded(key: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=4).digest()))
 
 
-class StepRange(NamedTuple):
-    """The numbers of steps that a sample may take."""
-
-    least: int
-    most: int
-    chosen: bool = False  # by the policy; else drawn independently of it
-
-    @property
-    def drawn(self) -> bool:
-        """Whether the counts are drawn, and differ."""
-        return self.least < self.most and not self.chosen
-
-
-def step_range(text: str, *, at_most: int = 8) -> StepRange:
-    """Reads "8" as 8 to 8, "2-16" as 2 to 16, "auto:16" as at most 16 of which the policy chooses, and "auto" as that
-    with `at_most`. ValueError otherwise, and for counts under 1."""
-    kind, colon, most = str(text).partition(":")
-    chosen = kind == "auto"
-    low, dash, high = ("1", "-", most if colon else str(at_most)) if chosen else str(text).partition("-")
+def parse_steps(text: str | int) -> tuple[int, int]:
+    """Reads "8" as (8, 8) and "1-16" as (1, 16). ValueError otherwise, and for counts under 1."""
+    low, dash, high = str(text).partition("-")
     try:
-        bounds = StepRange(int(low), int(high if dash else low), chosen)
+        least, most = int(low), int(high if dash else low)
     except ValueError:
-        raise ValueError(f"steps must be a number, a range or auto, like 8, 2-16 or auto:16, not {text!r}") from None
-    if not 1 <= bounds.least <= bounds.most:
-        raise ValueError(f"steps must be at least 1 and a range must rise, not {text!r}")
-    return bounds
+        raise ValueError(f"--steps takes a number or a range, like 8 or 1-16, not {text!r}") from None
+    if not 1 <= least <= most:
+        raise ValueError(f"--steps must be at least 1, and a range must rise, like 1-16, not {text!r}")
+    return least, most
+
+
+def remasking_steps(steps: Tensor, *, share: float, least: int = 6) -> Tensor:
+    """How many of each sample's last steps remask: int64 [B] -> int64 [B].
+
+    A quarter of the steps, and two at least; none where the share of tokens is 0, nor of fewer than `least` steps,
+    where every step is needed to reveal.
+    """
+    return torch.where(steps >= least, (steps // 4).clamp(min=2), 0) if share else torch.zeros_like(steps)
+
+
+def remasked_counts(steps: int, *, length: int, share: float) -> list[int]:
+    """How many of `length` tokens each of the remasking steps masks and draws again.
+
+    The first two steps, one on each colour of the checkerboard, take the share of the tokens together. Each pair after
+    them takes fewer, in equal parts, so that the last steps, which nothing follows, change little.
+    """
+    pairs = (steps + 1) // 2
+    return [round(length * share / 2 * (pairs - step // 2) / pairs) for step in range(steps)]
+
+
+def checkerboard(rows: int, columns: int) -> Tensor:
+    """The colour, 0 or 1, of each position of a grid: int64 [rows * columns]; neighbours have different colours."""
+    return ((torch.arange(rows)[:, None] + torch.arange(columns)) % 2).flatten()

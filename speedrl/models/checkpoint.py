@@ -381,11 +381,6 @@ def join(*prompts: Prompts) -> Prompts:
     return Prompts(*(torch.cat(parts) for parts in zip(*prompts, strict=True)))
 
 
-def parameters(generator: Generator) -> dict[str, nn.Parameter]:
-    """What may be trained: the transformer's parameters by name."""
-    return dict(generator.transformer.named_parameters())
-
-
 def head_at(transformer: nn.Module, features: Tensor, places: Tensor | None) -> Tensor:
     """The head on features [B, L, C] at the places int64 [B, K], or at all: logits [B, K or L, codes]."""
     if places is not None:

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 
 from speedrl import __version__
 from speedrl.method.search import OCTAVES, SPREAD
-from speedrl.run.distributed import agreed, barrier, everyone, rank, world
+from speedrl.run.distributed import all_gather_object, barrier, on_all_ranks, rank, world
 from speedrl.system.errors import one_line
 from speedrl.system.files import append_lines, damage, replace_folder, seal, write_atomically, write_json
 
@@ -95,7 +95,7 @@ def save(
     """
     folder = Path(out) / "checkpoints" / f"{done:06d}"
     partial = folder.with_name(f".{folder.name}.partial")
-    randoms = {name: value for states in everyone(dict(random)) for name, value in states.items()}
+    randoms = {name: value for states in all_gather_object(dict(random)) for name, value in states.items()}
 
     def prepare() -> None:
         shutil.rmtree(partial, ignore_errors=True)
@@ -119,10 +119,10 @@ def save(
             shutil.rmtree(old, ignore_errors=True)
 
     try:
-        agreed(prepare if rank() == 0 else None)
+        on_all_ranks(prepare if rank() == 0 else None)
         if sharded:
-            agreed(shards)
-        agreed(rest if rank() == 0 else None)
+            on_all_ranks(shards)
+        on_all_ranks(rest if rank() == 0 else None)
     except Exception as error:  # safetensors and torch have their own for what the system refuses
         if rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -146,8 +146,8 @@ def read_record(folder: Path) -> dict[str, Any]:
     """What a checkpoint's state.json holds. ValueError, or another's error, where a part of it is of another kind."""
     record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     counts = [record["iteration"], record["ranks"], *(record.get(name, 0) for name in ("skipped", "skipped_total"))]
-    tables = [(record["fit"], (3, 4))] if "fit" in record else []
-    tables += [(record["tuning"], (OCTAVES, len(SPREAD)))] if record.get("tuning") is not None else []
+    tables = [(record["search"], (OCTAVES, len(SPREAD)))] if record.get("search") is not None else []
+    tables += [(record["gap"], ())] if "gap" in record else []
     tables += [(moments, (3,)) for moments in record.get("moments", {}).values()]
     tables += [(list(row.values()), (len(row),)) for row in record.get("recent", ())]
     if not all(type(count) is int and 0 <= count < 2**63 for count in counts) or any(
@@ -212,7 +212,12 @@ def start(out: Path, *, resume: bool) -> tuple[Path | None, list[str]]:
     cannot be written.
     """
     if not resume and (checkpoints(out) or (out / "metrics.jsonl").exists()):
-        raise ValueError(f"{out} holds a run already: continue it with --resume or choose another --out")
+        finished = [name for name in ("model", "adapter") if (out / name).is_dir()]
+        if finished:
+            raise ValueError(f"{out} holds a finished run: use it (`speedrl sample PROMPT --model {out}`, `speedrl eval "
+                             f"--model {out}`), train it further with --resume and more --iterations, or give another "
+                             "--out")  # fmt: skip
+        raise ValueError(f"{out} holds a run that has not finished: go on with --resume, or give another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
         if not os.access(out, os.W_OK):  # now, not after an iteration
@@ -253,14 +258,19 @@ def append_row(out: Path, row: Mapping[str, Any], unwritten: list[str]) -> str |
     return None
 
 
-def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as JSON holds them."""
-    return json.loads(json.dumps(settings, default=str))
+def to_jsonable(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as JSON holds them; a function by its name, so that a resumed run has the same."""
+
+    def text(value: Any) -> str:
+        name = getattr(value, "__qualname__", None)
+        return f"{value.__module__}:{name}" if name else str(value)
+
+    return json.loads(json.dumps(settings, default=text))
 
 
 def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The settings that make a difference to what is learned, and differ: "lr 3e-05, now 0.0001"."""
     free = ("out", "resume", "iterations", "save_every", "keep_checkpoints", "device", "compile", "micro_batch",
-            "checkpointing", "parallel", "offload", "trackers", "max_skipped", "merge")  # fmt: skip
+            "checkpointing", "parallel", "offload", "trackers", "max_skipped")  # fmt: skip
     names = [name for name in now if name not in free and name in before and before[name] != now[name]]
-    return [f"{name.replace('_', '-')} {before[name]}, now {now[name]}" for name in names]
+    return [f"--{name.replace('_', '-')} {before[name]}, now {now[name]}" for name in names]

@@ -23,6 +23,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def is_main() -> bool:
+    """Whether this rank is the one that prints and writes."""
+    return rank() == 0
+
+
 def world() -> int:
     """The number of ranks."""
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -87,11 +92,14 @@ def lost_contact() -> Iterator[None]:
         raise
 
 
-def share(count: int) -> slice:
-    """The part of `count` things that is this rank's. ValueError where ranks would get different numbers of them."""
+def local_slice(count: int, *, times: int = 1) -> slice:
+    """This rank's part of `count` groups of `times` samples, as a slice of the samples.
+
+    ValueError where ranks would get different numbers of groups.
+    """
     if count % world():
-        raise ValueError(f"{count} groups cannot be shared by {world()} ranks: make groups a multiple of {world()}")
-    each = count // world()
+        raise ValueError(f"--groups {count} cannot be shared by {world()} ranks: give a multiple of {world()}")
+    each = count // world() * times
     return slice(rank() * each, (rank() + 1) * each)
 
 
@@ -102,6 +110,11 @@ def gathered(values: Tensor) -> Tensor:
     parts = [torch.empty_like(values) for _ in range(world())]
     dist.all_gather(parts, values.contiguous())
     return torch.cat(parts)
+
+
+def gathered_parts(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`gathered` of each tensor by name."""
+    return {name: gathered(part) for name, part in parts.items()}
 
 
 def total(values: Tensor, *, largest: bool = False) -> Tensor:
@@ -117,7 +130,7 @@ def any_rank(true: bool) -> bool:
     return bool(total(torch.tensor(int(true)), largest=True)) if world() > 1 else true
 
 
-def everyone(value: Any) -> list[Any]:
+def all_gather_object(value: Any) -> list[Any]:
     """A picklable value of each rank, by rank."""
     values = [value]
     if world() > 1:
@@ -128,17 +141,17 @@ def everyone(value: Any) -> list[Any]:
 
 def barrier() -> None:
     """Waits for all ranks."""
-    everyone(None)
+    all_gather_object(None)
 
 
-def agreed(act: Callable[[], Any] | None) -> Any:
+def on_all_ranks(act: Callable[[], Any] | None) -> Any:
     """Acts, where there is something to do, and waits for all ranks. OSError on every rank where any of them failed."""
     result, failed = None, None
     try:
         result = act() if act else None
     except Exception as error:  # whatever it is, the others must not wait for ever
         failed = one_line(error)
-    if why := next((said for said in everyone(failed) if said), None):
+    if why := next((said for said in all_gather_object(failed) if said), None):
         raise OSError(why)
     return result
 
@@ -169,11 +182,8 @@ def sum_gradients(parameters: list[nn.Parameter]) -> None:
         work.wait()
 
 
-def shard(
-    transformer: nn.Module, pace: nn.Module | None = None, *, device: torch.device | str, offload: bool = False,
-    bf16: bool = False,
-) -> None:  # fmt: skip
-    """Shards a transformer's weights over the ranks, block by block, in place (FSDP2, arXiv 2304.11277), and a pace's.
+def shard(transformer: nn.Module, *, device: torch.device | str, offload: bool = False, bf16: bool = False) -> None:
+    """Shards a transformer's weights over the ranks, block by block, in place (FSDP2, arXiv 2304.11277).
 
     On a GPU with `bf16`, weights are gathered in it and gradients summed in float32; with `offload` they stay in the
     processor's memory between uses. Gradients are sums over ranks, as `sum_gradients` makes them. It is called through
@@ -202,36 +212,32 @@ def shard(
         "offload_policy": CPUOffloadPolicy(pin_memory=kind != "cpu") if offload else OffloadPolicy(),
     }
     blocks = (*transformer.transformer_blocks, *transformer.single_transformer_blocks, transformer.mlm_layer)
-    networks = [network for network in (transformer, pace) if network is not None]
-    for block in (*blocks, *networks):
+    for block in (*blocks, transformer):
         fully_shard(block, **how)
     register_fsdp_forward_method(transformer, "features")
-    for module in (module for network in networks for module in network.modules()):
+    for module in transformer.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo knows sums only
 
 
 @contextmanager
-def gathered_weights(*networks: nn.Module | None, sharded: bool) -> Iterator[None]:
-    """Within, the weights of sharded networks are whole on every rank, so that ranks may differ in how often they call
-    them: rollouts have as many steps as their samples."""
+def gathered_weights(transformer: nn.Module, *, sharded: bool) -> Iterator[None]:
+    """Within, the weights of a sharded transformer are whole on every rank, so that ranks may differ in how often they
+    call it: rollouts have as many steps as their samples."""
     if not sharded:
         yield
         return
     from torch.distributed.fsdp import FSDPModule
 
-    networks = [network for network in networks if network is not None]
-    modules = [module for network in networks for module in network.modules() if isinstance(module, FSDPModule)]
-    for network in networks:
-        network.set_reshard_after_forward(False)
+    modules = [module for module in transformer.modules() if isinstance(module, FSDPModule)]
+    transformer.set_reshard_after_forward(False)
     for module in modules:
         module.unshard()
     try:
         yield
     finally:
-        for network in networks:
-            network.set_reshard_after_forward(True)
+        transformer.set_reshard_after_forward(True)
         for module in modules:
             module.reshard()
 

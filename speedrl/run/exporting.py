@@ -7,39 +7,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from speedrl.method.schedules import step_range
+from speedrl.method.schedules import parse_steps
+from speedrl.method.steps import step_choices
 from speedrl.models.checkpoint import (
     Generator,
     load_generator,
-    parameters,
     recorded_source,
     resolve_source,
     resolve_text_encoder,
     save_generator,
     save_sampler,
 )
-from speedrl.models.lora import add_lora, merge_lora, save_lora
+from speedrl.models.lora import add_lora, save_lora
 from speedrl.run.checkpoints import newest, read_record, read_tensors, stored
 from speedrl.system.errors import one_line
 from speedrl.system.files import damage
 
-OF_SAMPLER = "sampler."  # begins the names of what is learned but is not the transformer's
 
+def save_trained(
+    out: Path, generator: Generator, learned: Mapping[str, Tensor], table: Tensor | None, settings: Mapping[str, Any]
+) -> Path:
+    """Saves what was learned, by name, to OUT/model, or of an adapter to OUT/adapter; returns the folder.
 
-def save_trained(out: Path, generator: Generator, learned: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Path:
-    """Saves what was learned, by name, to OUT/model, or to OUT/adapter and with `merge` to both; returns the folder.
-
-    `learned` are the transformer's parameters, and tensors of the sampler as sampler.NAME, beside those in
-    `generator.sampler`. `generator` is as it was trained, with its adapter if there is one.
+    `generator` is as it was trained, with its adapter if there is one. The sampler's tensors go with it: `table`, that
+    of the search, and the step policy, whose names in `learned` start with "steps.".
     """
-    sampler = generator.sampler | {
-        k.removeprefix(OF_SAMPLER): v for k, v in learned.items() if k.startswith(OF_SAMPLER)
-    }
     with torch.no_grad():
-        own = parameters(generator)
+        own = dict(generator.transformer.named_parameters())
         for name, value in learned.items():
-            if not name.startswith(OF_SAMPLER):
+            if not name.startswith("steps."):
                 own[name].copy_(value)
+    sampler = {name: value for name, value in learned.items() if name.startswith("steps.")}
+    if sampler:
+        sampler["steps.choices"] = step_choices(*parse_steps(settings["steps"]))
+    if table is not None:
+        sampler["search"] = table
     scheduler = generator.scheduler | sampled_as(generator, settings)
     if settings["lora"] is not None:
         encoder = (settings["loading"] or {}).get("text_encoder")
@@ -47,9 +49,7 @@ def save_trained(out: Path, generator: Generator, learned: Mapping[str, Tensor],
         save_lora(generator.transformer, out / "adapter", base=resolve_source(settings["model"]),
                   scheduler=scheduler | beside)  # fmt: skip
         save_sampler(sampler, out / "adapter")
-        if not settings.get("merge"):
-            return out / "adapter"
-        merge_lora(generator.transformer)
+        return out / "adapter"
     save_generator(generator._replace(scheduler=scheduler, sampler=sampler), out / "model")
     return out / "model"
 
@@ -77,8 +77,6 @@ def export(checkpoint: str | Path, *, out: str | Path, raw: bool = False, model:
         settings["model"] = str(model or recorded_source(settings["model"], where=f"the checkpoint {folder}"))
         generator = load_generator(settings["model"], **(settings["loading"] or {}))
         table = record.get("search", record.get("tuning"))
-        if table is not None:
-            generator = generator._replace(sampler=generator.sampler | {"search": torch.tensor(table)})
         if settings["lora"] is not None:
             alpha, targets = settings["lora_alpha"], settings["lora_targets"]
             add_lora(generator.transformer, rank=settings["lora"], alpha=alpha, targets=targets)
@@ -87,7 +85,7 @@ def export(checkpoint: str | Path, *, out: str | Path, raw: bool = False, model:
         wanted = {name: torch.empty(value.size) for name, value in held.items() if name.startswith(kind)}
         read_tensors(folder, wanted)
         learned = {name.removeprefix(kind): value for name, value in wanted.items()}
-        return save_trained(Path(out), generator, learned, settings)
+        return save_trained(Path(out), generator, learned, None if table is None else torch.tensor(table), settings)
     except FileNotFoundError:
         raise
     except Exception as error:  # safetensors, torch and json have many
@@ -97,7 +95,7 @@ def export(checkpoint: str | Path, *, out: str | Path, raw: bool = False, model:
 def sampled_as(generator: Generator, settings: Mapping[str, Any]) -> dict[str, Any]:
     """How a trained model is sampled from here on: as it was trained."""
     heat = settings["temperature"]
-    return {"num_inference_steps": step_range(settings["steps"]).most, "guidance_scale": settings["guidance"],
+    return {"num_inference_steps": parse_steps(settings["steps"])[1], "guidance_scale": settings["guidance"],
             "temperature": generator.temperature if heat is None else heat,
             "masking_schedule": settings["schedule"] or generator.schedule,
             "reveal_order": settings["order"] or generator.order,

@@ -1,4 +1,4 @@
-"""What a training's settings must be, each by itself and beside the others."""
+"""What a training's settings must be, each by itself and beside the others. A setting that cannot act is refused."""
 
 import math
 from collections.abc import Mapping
@@ -6,115 +6,120 @@ from typing import Any
 
 import torch
 
-from speedrl.method.divergences import count_weights
-from speedrl.method.remasking import check_share
+from speedrl.method.advantages import SCALES
+from speedrl.method.divergences import KINDS
 from speedrl.method.sampling import ORDERS
-from speedrl.method.schedules import StepRange, mask_ratio
-from speedrl.models.checkpoint import adapter_of
-from speedrl.pace import divided
-from speedrl.rewards.loading import Score, differentiable, parse_quality
+from speedrl.method.schedules import mask_ratio
+from speedrl.models.checkpoint import check_guidance
 from speedrl.run.trackers import TRACKERS
 
-FIRM = 0.02  # a weight of the divergence that held early credit; .0125 did not
+LIKELIHOODS = ("exact", "token", "sequence")
+POSITIVE = ("lr", "clip_range", "clip_grad", "steps_lr")
+NOT_NEGATIVE = ("kl_weight", "temperature", "quality_clip", "warmup", "steps_reward", "reward_gradient", "search")
+AT_LEAST_ONE = ("iterations", "groups", "micro_batch", "updates", "save_every", "keep_checkpoints", "max_skipped",
+                "train_steps")  # fmt: skip
 
 
-def check(settings: dict, bounds: StepRange) -> None:
-    """ValueError for settings that cannot work together."""
+def option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def check(settings: Mapping[str, Any], least: int, most: int) -> None:
+    """ValueError for settings that are out of range, that cannot work together, or that would have no effect."""
     check_numbers(settings)
-    parse_quality(settings["quality"])
-    for name in ("iterations", "groups", "micro_batch", "updates", "save_every", "keep_checkpoints", "max_skipped"):
-        if settings[name] < 1:
-            raise ValueError(f"{name.replace('_', '-')} must be at least 1, got {settings[name]}")
+    choices = {"kl": KINDS, "likelihood": LIKELIHOODS, "order": (None, *ORDERS), "advantage_std": SCALES}
+    for name, known in choices.items():
+        if settings[name] not in known:
+            raise ValueError(f"{option(name)} must be {', '.join(filter(None, known))}, got {settings[name]!r}")
+    for name in settings["trackers"]:
+        if name not in TRACKERS:
+            raise ValueError(f"--tracker must be {' or '.join(TRACKERS)}, got {name!r}")
     if settings["group_size"] < 2:
-        raise ValueError("group-size must be at least 2: advantages compare the samples of one prompt")
-    if settings["lr"] <= 0:
-        raise ValueError(f"lr must be positive, got {settings['lr']}")
-    if settings["kl"] not in ("ce", "reverse", "k1", "k2", "k3", "none"):
-        raise ValueError(f"unknown divergence {settings['kl']!r}: choose ce, reverse, k1, k2, k3 or none")
-    if settings["likelihood"] not in ("token", "sequence", "exact"):
-        raise ValueError(f"unknown likelihood {settings['likelihood']!r}: choose token, sequence or exact")
-    if settings["credit"] not in (None, "token", "step", "rollout"):
-        raise ValueError(f"unknown credit {settings['credit']!r}: choose token, step or rollout")
-    if settings["credit"] in ("token", "step") and settings["likelihood"] != "token":
-        raise ValueError("tokens and steps have their own credit with the token likelihood only: give --credit rollout")
-    if not 0 <= settings["gae_lambda"] <= 1:
-        raise ValueError(f"gae-lambda must be 0 to 1, got {settings['gae_lambda']}")
-    if settings["order"] not in (None, *ORDERS):
-        raise ValueError(f"unknown reveal order {settings['order']!r}: choose confidence, random or halton")
+        raise ValueError("--group-size must be at least 2: advantages compare the samples of one prompt")
+    if (size := settings["groups"] * settings["group_size"]) >= 2**31:
+        raise ValueError(f"--groups times --group-size is too many images: {size}")
     if settings["schedule"] is not None:
         mask_ratio(torch.zeros(()), kind=settings["schedule"])
     if not 0 <= settings["percentile"] <= 100:
-        raise ValueError(f"percentile must be 0 to 100, got {settings['percentile']}")
-    if settings["lora"] is not None and adapter_of(settings["model"]):
-        raise ValueError(f"{settings['model']} is an adapter already: train it with --merge, and go on from that model")
-    if settings["lora"] is None and (settings["merge"] or settings["lora_alpha"] or settings["lora_targets"]):
-        raise ValueError("merge, lora-alpha and lora-targets are about an adapter: give its rank by --lora")
+        raise ValueError(f"--percentile must be 0 to 100, got {settings['percentile']}")
     if not 0 <= settings["ema"] < 1:
-        raise ValueError(f"ema is a decay from 0 (off) to below 1, like 0.99, got {settings['ema']}")
-    if settings["offload"] and settings["parallel"] != "fsdp":
-        raise ValueError("offload goes with --parallel fsdp")
-    for name in settings["trackers"]:
-        if name not in TRACKERS:
-            raise ValueError(f"unknown tracker {name!r}: choose {' or '.join(TRACKERS)}")
-    if bounds.chosen and not settings["revise"]:
-        raise ValueError("a policy that chooses its steps revises in those that it adds: give --revise above 0")
-    if settings["trained"] is not None and not 1 <= settings["trained"] <= fewest(bounds):
-        raise ValueError(f"trained must be 1 to the least number of steps, {fewest(bounds)}, got {settings['trained']}")
+        raise ValueError(f"--ema is a decay from 0 (off) to below 1, like 0.99, got {settings['ema']}")
+    for name in ("guidance", "reference_guidance"):
+        if settings[name] is not None:
+            check_guidance(settings[name], option(name))
+    if settings["remask"] is not None and not 0 <= settings["remask"] <= 1:
+        raise ValueError(f"--remask is a share of the tokens, 0 to 1, got {settings['remask']}")
+    for wrong, why in idle(settings, least, most):
+        if wrong:
+            raise ValueError(why)
 
 
-def fewest(bounds: StepRange) -> int:
-    """The least number of steps that reveal."""
-    return divided(bounds.most)[0] if bounds.chosen else bounds.least
-
-
-def doubtful(settings: Mapping[str, Any], bounds: StepRange) -> list[str]:
-    """A line about each setting that does nothing beside the others, or harm."""
-    alike, found = settings["shared_steps"] or settings["credit"] != "rollout", []
-    if bounds.drawn and alike and settings["steps_reward"] and settings["quality_gate"] is None:
-        needed = "--no-shared-steps and --credit rollout, or --steps auto"
-        found += [f"pictures are compared at equal step counts, so the speed reward cancels: it needs {needed}"]
-    if bounds.chosen and not settings["steps_reward"]:
-        said = "say by --steps-reward what saving them is worth"
-        found += [f"steps cost nothing, so all that help at all are taken: {said}"]
-    if settings["early_credit"] and settings["credit"] != "token":
-        found += [f"early-credit goes with the credit of tokens: beside that of a {settings['credit']} it does nothing"]
-    elif settings["early_credit"] and held(settings, bounds) < FIRM:
-        firm = "--kl-weight 0.2 --kl-falloff 0"
-        found += [f"early-credit can ruin a training that is hardly held to the base in few steps: give {firm}"]
-    return found
-
-
-def held(settings: Mapping[str, Any], bounds: StepRange) -> float:
-    """What the divergence weighs at the fewest steps."""
-    weight = count_weights(torch.tensor(fewest(bounds)), falloff=settings["kl_falloff"]).item()
-    return 0.0 if settings["kl"] == "none" else settings["kl_weight"] * weight
-
-
-def kind_of_credit(
-    credit: str | None, likelihood: str, scores: Mapping[str, Score], shares: Mapping[str, float], *, device: str
-) -> str:
-    """The credit that is asked for, or the best that can be had. ValueError for one of tokens without a gradient."""
-    if credit in ("step", "rollout") or likelihood != "token":
-        return credit or "rollout"
-    flat = [name for name, score in scores.items() if shares[name] and not differentiable(score, device=device)]
-    if credit == "token" and flat:
-        raise ValueError(f"the reward {flat[0]} has no gradient at the pictures, so tokens have none: --credit step")
-    return "step" if flat else "token"
+def idle(settings: Mapping[str, Any], least: int, most: int) -> list[tuple[bool, str]]:
+    """Whether a setting cannot act beside the others, and what to say of it."""
+    has = settings.get
+    without_reward, held = has("quality") == "none", has("kl") != "none" and has("kl_weight")
+    return [
+        (has("steps_reward") and least == most,
+         f"--steps-reward {has('steps_reward'):g} cannot act with --steps {most}, where every image costs the same: "
+         f"give a range, like --steps 1-{max(2, most)}, or --steps-reward 0"),
+        (has("groups") < 2 and least < most,
+         "--groups must be at least 2 with a range of --steps: tokens are compared with those of other prompts that took "
+         "as many steps"),
+        (has("quality_gate") is not None and not has("steps_reward"),
+         "--quality-gate says which images earn the speed reward: give --steps-reward above 0 with it"),
+        (without_reward and has("steps_reward"),
+         "--steps-reward is in units of the quality, and --quality none has none: give --steps-reward 0"),
+        (without_reward and has("reward_gradient"), "--reward-gradient needs a reward: --quality none has none"),
+        (without_reward and not held,
+         "--quality none trains by the divergence alone: give --kl-weight above 0 and another --kl than none"),
+        (has("kl") == "k1" and has("kl_weight"),
+         "--kl k1 has an expected gradient of 0, so it cannot hold the policy: choose ce, reverse, k2 or k3"),
+        (has("train_steps") is not None and has("train_steps") >= most > 1,
+         f"--train-steps {has('train_steps')} has no effect with at most {most} steps: give fewer, or leave it out"),
+        (has("train_steps") is not None and most == 1, "--train-steps has no effect with --steps 1: leave it out"),
+        (has("remask") and most < 6,
+         f"--remask acts from 6 steps on, and --steps has at most {most}: give more, or leave it out"),
+        (has("reward_gradient") and has("updates") > 1,
+         "--reward-gradient has no importance ratio, so nothing would hold a second update: give --updates 1"),
+        (has("offload") and has("parallel") != "fsdp", "--offload keeps sharded weights on the processor: it goes with "
+         "--parallel fsdp"),
+        (has("lora") is None and (has("lora_alpha") or has("lora_targets")),
+         "lora_alpha and lora_targets are about an adapter: give its rank by --lora"),
+    ]  # fmt: skip
 
 
 def check_numbers(settings: Mapping[str, Any]) -> None:
     """ValueError for a number that is out of its range, naming the option."""
     for name, value in settings.items():
-        option = name.replace("_", "-")
         if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{option} must be a finite number, got {value}")
-        if name in ("clip_range", "clip_grad", "eps", "tune_rate", "pace_lr") and value <= 0:
-            raise ValueError(f"{option} must be positive, got {value}")
-        positive = ("kl_weight", "temperature", "quality_clip", "warmup", "early_credit", "kl_falloff")
-        if name in positive and value is not None and value < 0:
-            raise ValueError(f"{option} must not be negative, got {value}")
-    check_share(settings["revise"])
+            raise ValueError(f"{option(name)} must be a finite number, got {value}")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if name in POSITIVE and value <= 0:
+            raise ValueError(f"{option(name)} must be above 0, got {value:g}")
+        if name in NOT_NEGATIVE and value < 0:
+            raise ValueError(f"{option(name)} must not be negative, got {value:g}")
+        if name in AT_LEAST_ONE and value < 1:
+            raise ValueError(f"{option(name)} must be at least 1, got {value}")
     if not -(2**63) <= settings["seed"] < 2**63:
-        raise ValueError(f"seed must fit in 64 bits, got {settings['seed']}")
-    if settings["groups"] * settings["group_size"] >= 2**31:
-        raise ValueError(f"groups {settings['groups']} times group-size {settings['group_size']} are too many pictures")
+        raise ValueError(f"--seed must fit in 64 bits, got {settings['seed']}")
+
+
+def check_sampler(settings: Mapping[str, Any], *, most: int, length: int) -> None:
+    """ValueError for what cannot be sampled or scored; `settings` with the model's own order and so on filled in.
+
+    The exact likelihood does not exist where positions are chosen by confidence without noise.
+    """
+    if most > length:
+        raise ValueError(f"--steps {most} is more than the {length} tokens of an image")
+    deterministic = settings["order"] == "confidence" and settings["temperature"] == 0 and most > 1
+    if settings["likelihood"] == "exact" and deterministic:
+        raise ValueError(
+            "--likelihood exact does not exist at --temperature 0, where the reveal order is deterministic: give a "
+            "--temperature above 0, --order random, or --likelihood token"
+        )
+    if settings["quality"] == "none" and settings["guidance"] == settings["reference_guidance"]:
+        raise ValueError(
+            "--quality none trains by the divergence from the reference alone, which is 0 at equal guidance: give "
+            "another --reference-guidance or --guidance"
+        )

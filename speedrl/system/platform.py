@@ -137,6 +137,20 @@ def check_device(device: torch.device | str) -> None:
         raise ValueError(f"the device {device} cannot be used: {one_line(error)}") from error
 
 
+def pick_device(device: str) -> str:
+    """The device of a name; of "auto" the first of cuda, mps and cpu that works. Several with commas stay as they are."""
+    if device != "auto":
+        return device
+    for name, there in (("cuda", torch.cuda.is_available), ("mps", torch.backends.mps.is_available)):
+        if there():
+            try:
+                torch.ones(2, device=name).sum().item()
+                return name
+            except RuntimeError:
+                continue
+    return "cpu"
+
+
 def can_compile(device: torch.device | str) -> bool:
     """Whether torch.compile can make code for a device, with a warning where it cannot: on CPU it needs a C++ compiler,
     which it looks for by this name."""

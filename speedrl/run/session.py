@@ -1,0 +1,148 @@
+"""What surrounds a training loop: the run's folder, checkpoints, signals, trackers and the display."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from speedrl.run import distributed
+from speedrl.run.checkpoints import append_row, changed, drop_metrics, random_states, restore, save, start, tensors
+from speedrl.run.display import Display
+from speedrl.run.trackers import open_trackers
+from speedrl.system.errors import Stopped, interruptible, one_line
+
+FLAT = 5  # iterations without any spread of the reward that end a training
+
+
+class Run:
+    """A training run in a folder. Made by `open_run`; every rank has one, and rank 0 writes and speaks."""
+
+    def __init__(self, out: Path, settings: Mapping[str, Any], *, iterations: int, stopped: Callable[[], int]):
+        self.out, self.settings, self.iterations_wanted, self.stopped = out, settings, iterations, stopped
+        self.first, self.saved, self.inside = 0, 0, False
+        self.skipped, self.skipped_total, self.flat = 0, 0, 0
+        self.unwritten: list[str] = []
+        self.checkpoint: Path | None
+        self.display: Display
+        self.track: Callable[[Mapping[str, Any]], list[str]]
+
+    def restore(
+        self,
+        learned: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        average: Mapping[str, Tensor],
+        random: torch.Generator,
+        device: str,
+    ) -> dict[str, Any]:
+        """Loads the newest whole checkpoint into place, if the run has one; its record, {} for a new run."""
+        self.held = (learned, optimizer, average)
+        self.random, self.device = random, device
+        record = restore(self.checkpoint, learned, optimizer, average, random, device) if self.checkpoint else {}
+        self.first = self.saved = record.get("iteration", 0)
+        self.skipped, self.skipped_total, self.flat = (
+            record.get(name, 0) for name in ("skipped", "skipped_total", "flat")
+        )
+        for line in changed(record.get("settings", {}), self.settings):
+            self.warn(f"the run goes on with other settings: {line}")
+        if distributed.is_main() and self.settings["resume"]:
+            drop_metrics(self.out, self.first)
+        self.display.begin(self.first)
+        return record
+
+    def iterations(self) -> Iterator[int]:
+        """The iterations that are left."""
+        self.inside = True
+        yield from range(self.first, self.iterations_wanted)
+
+    def stage(self, text: str) -> None:
+        """Says what takes time before the next iteration is done."""
+        self.display.stage(text)
+
+    def warn(self, text: str) -> None:
+        """Says something once."""
+        self.display.warn(text)
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """An iteration's metrics: to the display, metrics.jsonl and the trackers."""
+        self.display.show(dict(row))
+        for problem in (append_row(self.out, row, self.unwritten), *self.track(row)) if distributed.is_main() else ():
+            if problem:
+                self.warn(problem)
+
+    def update_was_finite(self, finite: bool, *, iteration: int) -> bool:
+        """Counts updates that are skipped as their gradient is not finite. ValueError after `max_skipped` in a row."""
+        self.skipped = 0 if finite else self.skipped + 1
+        self.skipped_total += not finite
+        if not finite:
+            self.warn(f"iteration {iteration + 1}: the gradient is not finite; its update is skipped")
+        if self.skipped >= self.settings["max_skipped"]:
+            raise ValueError(f"{self.skipped} updates in a row had a gradient that is not finite: lower --lr, or raise "
+                             "--kl-weight")  # fmt: skip
+        return finite
+
+    def check(self, *, spread: bool, falling: Sequence[str]) -> None:
+        """Warns where no group of an iteration has samples of different quality, as of a constant reward, and where
+        qualities fall while the reward rises. ValueError after FLAT iterations in a row without spread."""
+        self.flat = 0 if spread else self.flat + 1
+        advice = "give another --quality, or --quality none to train by the divergence alone"
+        if not spread:
+            self.warn(f"the reward is constant within every group, so there is nothing to learn: {advice}")
+        if self.flat >= FLAT:
+            raise ValueError(f"{FLAT} iterations had a reward that is constant within every group: {advice}")
+        if falling:
+            self.warn(f"the reward rises while {' and '.join(falling)} falls: it may be gamed")
+
+    def save(self, done: int, record: dict[str, Any]) -> None:
+        """Writes a checkpoint where one is due: every `save_every` iterations, at the end, and after a signal.
+
+        `record` is what the checkpoint holds beside tensors. `Stopped` after SIGINT or SIGTERM.
+        """
+        stop = int(distributed.total(torch.tensor(self.stopped()), largest=True))
+        if done % self.settings["save_every"] == 0 or done == self.iterations_wanted or stop:
+            held = record | {"settings": self.settings, "skipped": self.skipped, "flat": self.flat,
+                             "skipped_total": self.skipped_total}  # fmt: skip
+            try:
+                save(self.out, done, tensors(*self.held), random_states(self.random, self.device), held,
+                     keep=self.settings["keep_checkpoints"], sharded=self.settings["parallel"] == "fsdp")  # fmt: skip
+                self.saved = done
+            except OSError as error:
+                self.warn(f"{error}; training goes on, and the checkpoints before it stand")
+        if stop:
+            what = f"stopped after iteration {done}" + ("" if self.saved == done else f", of which {self.saved} saved")
+            raise Stopped(f"{what}; go on with the same command and --resume", stop)
+
+    def standing(self) -> str:
+        """What of the run is saved, for an error's message."""
+        if self.saved:
+            return f"the checkpoint of iteration {self.saved} stands: go on from it with --resume"
+        return "nothing was saved yet"
+
+
+@contextmanager
+def open_run(out: Path, settings: Mapping[str, Any], *, trackers: Sequence[str] = ()) -> Iterator[Run]:
+    """A run's folder and all that surrounds its loop.
+
+    `settings` as of `to_jsonable`; of these it reads resume, iterations, save_every, keep_checkpoints, max_skipped and
+    parallel. ValueError where the folder holds a run that is not resumed; OSError where it cannot be written. An error
+    inside the loop that a user can mend says what is saved.
+    """
+    checkpoint, complaints = start(out, resume=settings["resume"])
+    console = Console(quiet=not distributed.is_main())
+    with Display(total=settings["iterations"], console=console) as display, interruptible() as stopped:
+        run = Run(out, settings, iterations=settings["iterations"], stopped=stopped)
+        run.display, run.checkpoint = display, checkpoint
+        main = distributed.is_main()
+        run.track = open_trackers(trackers if main else (), out, settings, resume=settings["resume"])
+        for line in complaints:
+            run.warn(line)
+        try:
+            with distributed.lost_contact():
+                yield run
+        except (ValueError, OSError) as error:
+            if not run.inside:
+                raise
+            raise type(error)(f"{one_line(error)}; {run.standing()}") from error
