@@ -15,7 +15,7 @@ PARTS = [
     Section(
         title="a <b> & c",
         words=['it says "less" <than>'],
-        pictures=[("figure one.png", "a figure")],
+        images=[("figure one.png", "a figure")],
         tables=[(["name", "R@1"], [["x", "0.5 ±0.1"], ["y", "–"], ["z", "0.25"]])],
         commands=["speedrl train --out 'a b'"],
         files=["a.json"],
@@ -56,7 +56,7 @@ def test_the_page_parses_and_says_what_it_was_given():
 
 def test_the_page_needs_no_network_and_no_file_but_those_beside_it(tmp_path):
     write_page(tmp_path / "index.html", "title", PARTS)
-    text = (tmp_path / "index.html").read_text()
+    text = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert not re.search(r"https?:|//[a-z]|@import|url\(", text)
     sources = [value for _, found in Reader(text).tags for key, value in found.items() if key in ("src", "href")]
     assert set(sources) == {"figure one.png", "a.json", "data:,"}
@@ -98,7 +98,7 @@ console.log(JSON.stringify(seen));
 """
 
 
-def test_a_click_on_a_heading_sorts_and_one_on_a_picture_enlarges(tmp_path):
+def test_a_click_on_a_heading_sorts_and_one_on_an_image_enlarges(tmp_path):
     node = shutil.which("node")
     if node is None:
         pytest.skip("needs node")
