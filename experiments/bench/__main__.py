@@ -37,7 +37,7 @@ def report(out: Path) -> str:
     lines = []
     for path in (out / f"{name}.json" for name in ("ceilings", *PARTS)):
         if path.exists():
-            found = json.loads(path.read_text())
+            found = json.loads(path.read_text(encoding="utf-8"))
             what = ", ".join(f"{value} {name}" if name == "threads" else str(value)
                              for name, value in found["machine"].items())  # fmt: skip
             lines += [f"## {path.stem}\n", found["says"], f"\n*{what}*\n", table(found["rows"])]
@@ -73,7 +73,7 @@ def main(
         rows = PARTS[name](best, device=device, small=small, out=out)
         write_json(path, {"machine": on, "ceilings": best, "says": inspect.getdoc(PARTS[name]), "rows": rows})
         console.print(table(rows), highlight=False, soft_wrap=True)
-    write_atomically(out / "bench.md", lambda partial: partial.write_text(report(out)))
+    write_atomically(out / "bench.md", lambda partial: partial.write_text(report(out), encoding="utf-8"))
     console.print(f"wrote {out / 'bench.md'}")
 
 

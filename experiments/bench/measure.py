@@ -65,7 +65,7 @@ def machine(device: str) -> dict:
     """What was measured on."""
     name = platform.machine()
     if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
     if torch.device(device).type == "cuda":
         name = torch.cuda.get_device_name(device)

@@ -23,6 +23,8 @@ from speedrl.system.errors import one_line
 from speedrl.system.files import write_atomically, write_json
 from speedrl.training import train
 
+DEFAULTS = train.__kwdefaults__
+
 
 def run_folder(out: Path, own: dict, seed: int) -> Path:
     """OUT/runs/OPTIONS/seed-N, named after the options in which a variant differs from the default."""
@@ -64,7 +66,7 @@ def one_run(folder: Path, options: dict, evaluation: dict, *, device: str) -> li
 
 def with_auto(evaluation: dict, options: dict) -> dict:
     """The options of `evaluate` for a run of `train`: where it learned its number of steps, at "auto" steps too."""
-    least, most = parse_steps(options.get("steps", train.__kwdefaults__["steps"]))
+    least, most = parse_steps(options.get("steps", DEFAULTS["steps"]))
     return evaluation | {"steps": (*evaluation["steps"], *["auto"] * (least < most))}
 
 
@@ -95,7 +97,7 @@ def side_by_side(
     """As `run_all`, `jobs` processes at a time: one that dies takes no other with it."""
     waiting, outcome, threads = list(runs), {}, max(1, (os.cpu_count() or 1) // jobs)
     running: dict[int, tuple[Path, subprocess.Popen]] = {}  # by place, which decides the device
-    length = {folder: options.get("iterations", train.__kwdefaults__["iterations"]) for folder, options in runs.items()}
+    length = {folder: options.get("iterations", DEFAULTS["iterations"]) for folder, options in runs.items()}
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
     with Progress(TextColumn("{task.description}"), *columns, console=console) as progress:
         task = progress.add_task("iterations", total=sum(length.values()), completed=sum(map(iterations_of, runs)))
