@@ -1,7 +1,7 @@
 """What a model of the released size takes here: `python -m experiments.released` draws with random weights.
 
 Makes a checkpoint in Meissonic's layout at the released configuration (1,006,946,304 parameters in the transformer,
-CLIP ViT-H's text half, aMUSEd's VQ) with random weights, draws one picture from it with the `speedrl` command, and
+CLIP ViT-H's text half, aMUSEd's VQ) with random weights, draws one image from it with the `speedrl` command, and
 prints the time and the most memory that took. `--blocks 2` keeps that many double and single blocks, `--train` adds a
 training step.
 """
@@ -67,12 +67,12 @@ def measured(command: list[str], *, cwd: Path) -> dict[str, float]:
 
 def main(
     *,
-    out: Annotated[Path, Option(help="Where the checkpoint and the picture go.")] = Path("runs/released"),
+    out: Annotated[Path, Option(help="Where the checkpoint and the image go.")] = Path("runs/released"),
     size: Annotated[str, Option(help="Height and width in pixels.")] = "1024x1024",
     steps: Annotated[int, Option(help="Sampling steps.")] = 1,
     blocks: Annotated[int | None, Option(help="Double and single blocks each. [default: 14 and 28]")] = None,
     precision: Annotated[str, Option(help="fp32, bf16 or fp16.")] = "fp32",
-    train: Annotated[bool, Option(help="Also train for one iteration of two pictures.")] = False,
+    train: Annotated[bool, Option(help="Also train for one iteration of two images.")] = False,
     device: Annotated[str, Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
     """Draw, and train, at the released size with random weights."""
@@ -81,14 +81,15 @@ def main(
         with Console().status("random weights"):
             build(model, double=blocks or 14, single=blocks or 28)
     shared = ["--model", str(model), "--steps", str(steps), "--size", size, "--device", device]
-    picture = str(out / "picture.png")
-    found = {"sample": measured(["sample", "an owl", *shared, "--precision", precision, "--out", picture], cwd=out)}
+    image = str(out / "image.png")
+    found = {"sample": measured(["sample", "an owl", *shared, "--precision", precision, "--out", image], cwd=out)}
     if train:
         (out / "brightness.py").write_text(REWARD, encoding="utf-8")
         (out / "prompts.txt").write_text("an owl\n", encoding="utf-8")
         run = out / f"train-{int(time.time())}"
-        small = "--iterations 1 --groups 1 --group-size 2 --micro-batch 1 --quality brightness:score --no-compare"
-        command = ["train", *shared, *small.split(), "--prompts", str(out / "prompts.txt"), "--out", str(run)]
+        small = "--iterations 1 --groups 1 --group-size 2 --micro-batch 1 --search 0 --no-compare"
+        own = ["--quality", "brightness:score", "--prompts", str(out / "prompts.txt"), "--out", str(run)]
+        command = ["train", *shared, *small.split(), *own]
         found["train"] = measured(command, cwd=out)
     print(json.dumps(found))
 

@@ -1,8 +1,8 @@
 """Our scores against the packages' own calls, speed and memory: `python -m experiments.scorers`.
 
 In the environment of `just parity`, with random weights at the real size. Every measurement is a process of its own, so
-that its peak of memory is its own; the packages score through their public functions on PIL pictures of one prompt,
-ours a tensor of the same pictures. CLIP's package is open_clip, as its own documentation calls it.
+that its peak of memory is its own; the packages score through their public functions on PIL images of one prompt,
+ours a tensor of the same images. CLIP's package is open_clip, as its own documentation calls it.
 """
 
 import json
@@ -40,9 +40,9 @@ def weights(name: str, folder: Path) -> Path:
 
 
 def scorer(name: str, whose: str, path: Path):
-    """A function of PIL pictures, as the packages are called; ours takes their tensors, in float32 or as it comes."""
+    """A function of PIL images, as the packages are called; ours takes their tensors, in float32 or as it comes."""
     if whose != "package":
-        from speedrl.models import scorers
+        from speedrl.rewards import scorers
 
         load = partial(scorers.clip_score, reference.CLIP) if name == "clip" else getattr(scorers, f"{name}_score")
         score = load(weights=str(path), bf16=False if whose == "ours in fp32" else None)
@@ -65,7 +65,7 @@ def scorer(name: str, whose: str, path: Path):
 
 @torch.no_grad()
 def measure(name: str, whose: str, path: Path, *, batch: int, repeats: int) -> dict:
-    """Median pictures a second after a first call, and the process's peak of memory."""
+    """Median images a second after a first call, and the process's peak of memory."""
     score, images = scorer(name, whose, path), (pictures(224, 224) * batch)[:batch]
     score(images[:1])
     seconds = []
@@ -81,7 +81,7 @@ def main(
     *,
     cache: Annotated[Path, Option(help="Where the random weights stay.")] = Path("runs/scorers"),
     out: Annotated[Path, Option(help="The results, JSON.")] = Path("runs/scorers/scorers.json"),
-    batch: Annotated[int, Option(help="Pictures of one call.")] = 8,
+    batch: Annotated[int, Option(help="Images of one call.")] = 8,
     repeats: Annotated[int, Option(help="Calls, of which the median counts.")] = 3,
     one: Annotated[str | None, Option(hidden=True)] = None,
 ) -> None:

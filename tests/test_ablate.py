@@ -1,7 +1,9 @@
 """The machinery of ablations, with training and evaluation replaced by records of their calls, and once for real."""
 
+import ast
 import inspect
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -10,9 +12,11 @@ import pytest
 import speedrl.studies.ablations
 import speedrl.studies.runs
 from speedrl.evaluation.measuring import METRICS
-from speedrl.studies.ablations import ablate, ablations, compared, difference, in_words, over_runs, variants
+from speedrl.studies.ablations import AGAIN, OFFSET, ablate, ablations, compared, difference, in_words, over_runs
 from speedrl.studies.runs import command, commands_of, run_folder, side_by_side
 from speedrl.training import train
+
+SCORE = "def score(images, prompts):\n    return images.mean((1, 2, 3))\n"
 
 
 @pytest.fixture
@@ -25,18 +29,19 @@ def calls(monkeypatch):
         if options.get("likelihood") == "sequence" and options.get("lr") == 0.5:
             raise RuntimeError("it fell over\nbadly")
         (out / "model").mkdir(parents=True)
-        reward = len(options.get("likelihood", "token")) + options["seed"]
+        reward = len(options.get("likelihood", "exact")) + options["seed"] % OFFSET
         (out / "model" / "reward").write_text(str(reward), encoding="utf-8")
-        lines = [{"iteration": i + 1, "quality": reward + i, "kl": 0.1} for i in range(3)]
+        lines = [{"iteration": i + 1, "quality": reward + i, "kl": 0.1, "steps": 8} for i in range(3)]
         (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         return out / "model"
 
     def evaluate(models, *, out, **options):
         (model,) = models
-        reward = float((Path(model) / "reward").read_text(encoding="utf-8")) if model != "embedded" else -1.0
-        row = {"model": model, "prompts": "seen", "steps": options["steps"][0], "guidance": 1.0, "temperature": 1.0,
-               "network_calls": 1, "seconds_per_image": 0.5, "weights": "w", "settings": "s"}  # fmt: skip
-        return [row | dict.fromkeys(METRICS) | {"reward": reward}]
+        reward = float((Path(model) / "reward").read_text()) if model != "embedded" else -1.0
+        row = {"model": model, "prompts": "training", "guidance": 1.0, "temperature": 1.0, "schedule": "cosine",
+               "order": "random", "remask": 0.5, "seconds_per_image": 0.5, "weights": "w", "settings": "s"}  # fmt: skip
+        row |= dict.fromkeys(METRICS) | {"reward": reward, "steps_mean": reward, "steps_mode": 4}
+        return [row | {"steps": s, "network_evaluations": reward if s == "auto" else s} for s in options["steps"]]
 
     for module in (speedrl.studies.ablations, speedrl.studies.runs):
         monkeypatch.setattr(module, "evaluate", evaluate)
@@ -46,15 +51,23 @@ def calls(monkeypatch):
 
 def test_one_report_of_all_variants(calls, tmp_path, capsys):
     rows = ablate("likelihood", out=tmp_path, seeds=(0, 1), iterations=3, eval_steps=(2,))
-    assert [row["model"] for row in rows] == ["start", "token", "sequence", "exact", "token, credit of a rollout"]
-    assert [row["reward"] for row in rows] == [-1.0, 5.5, 8.5, 5.5, 5.5] and all(row["steps"] == 2 for row in rows)
+    names = ["exact", AGAIN, "token", "token, random order", "sequence"]
+    assert [(row["model"], row["steps"]) for row in rows] == [
+        ("start", 2), *((name, steps) for name in names for steps in (2, "auto"))
+    ]  # fmt: skip
+    assert [row["reward"] for row in rows[1::2]] == [5.5, 5.5, 5.5, 5.5, 8.5] and rows[0]["reward"] == -1
     assert rows[0]["reward_spread"] is None and rows[1]["reward_spread"] == pytest.approx(0.5**0.5)
     assert rows[1]["reward_interval"] == pytest.approx(12.706 * 0.5, rel=1e-4)  # t of one degree of freedom
-    assert len(calls) == 8 and all(options["iterations"] == 3 for _, _, options in calls)
+    assert len(calls) == 10 and all(options["iterations"] == 3 for _, _, options in calls)
     written = json.loads((tmp_path / "report-likelihood/likelihood.json").read_text(encoding="utf-8"))
     assert [row["model"] for row in written["rows"]] == [row["model"] for row in rows]
-    found = {d["variant"]: d for d in written["differences"]}
-    assert found["sequence"]["difference"] == 3 and found["sequence"]["outside"] and found["exact"]["difference"] == 0
+    seeds = sorted(options["seed"] for _, _, options in calls if "likelihood" not in options)
+    assert seeds == [0, 1, OFFSET, OFFSET + 1], "the baseline's pair"
+    found = {(d["variant"], d["steps"], d["metric"]): d for d in written["differences"]}
+    longer = found["sequence", 2, "reward"]
+    assert longer["difference"] == 3 and longer["outside"] and found["token", 2, "reward"]["difference"] == 0
+    assert found["sequence", "auto", "network_evaluations"]["difference"] == 3
+    assert ("sequence", 2, "network_evaluations") not in found
     assert "reward is 3.000 ± 0.000 higher, outside the noise" in " ".join(written["words"])
     text = (tmp_path / "report-likelihood/likelihood.md").read_text(encoding="utf-8")
     assert "| sequence |" in text and "speedrl train --out" in text and "--likelihood sequence" in text
@@ -64,16 +77,12 @@ def test_one_report_of_all_variants(calls, tmp_path, capsys):
 
 
 def test_ablations_share_the_runs_that_they_have_in_common(calls, tmp_path):
-    (tmp_path / "start").mkdir()
-    (tmp_path / "start/levels.json").write_text('{"median": 0.25, "lower quartile": 0.125}', encoding="utf-8")
     rows = ablate(out=tmp_path, seeds=(0,))
     assert {row["ablation"] for row in rows} == set(ablations())
-    folders = [out.parent.parent.name for out, _, _ in calls]
-    assert folders.count("default") == 1 and len(set(folders)) == len(folders)
+    folders = [f"{out.parent.parent.name}/{out.parent.name}" for out, _, _ in calls]
+    assert {"default/seed-0", f"default/seed-{OFFSET}"} <= set(folders) and len(set(folders)) == len(folders)
     ablate("kl", out=tmp_path, seeds=(0,))
     assert len(calls) == len(folders), "a run is the same whichever ablation asks for it"
-    gates = [options["quality_gate"] for _, _, options in calls if options.get("quality_gate") is not None]
-    assert gates == [0.25], "named levels become numbers"
     page = (tmp_path / "report/index.html").read_text(encoding="utf-8")
     assert all(f"<h2>{name}</h2>" in page for name in ablations())
 
@@ -81,38 +90,48 @@ def test_ablations_share_the_runs_that_they_have_in_common(calls, tmp_path):
 def test_every_variant_sets_options_that_train_has_and_the_first_is_the_default():
     known = inspect.signature(train).parameters
     for name, variants_of in ablations().items():
-        assert len(variants_of) >= 2
+        (_, first), (second, again), *others = variants_of.items()
+        assert second == AGAIN and again == first and others
         assert all(own.keys() <= known.keys() and own for own in variants_of.values())
-        if name not in ("speed-reward", "shared-steps", "any-count"):  # which compare within a range of steps
-            assert difference(next(iter(variants_of.values())), {}) == {}, name
+        assert difference(first, {}) == {}, name
     assert difference({"lr": 1e-4, "kl": "ce"}, {"lr": 1e-4}) == {}
-    assert run_folder(Path("x"), {"kl_weight": 0.1, "steps": "2-16"}, 3) == Path(
-        "x/runs/kl-weight-0.1_steps-2-16/seed-3"
-    )
+    assert run_folder(Path("x"), {"kl_weight": 0.1, "steps": "1-8"}, 3) == Path("x/runs/kl-weight-0.1_steps-1-8/seed-3")
 
 
-def test_a_training_for_every_count_has_the_network_calls_of_those_that_it_replaces(calls, tmp_path):
-    ablate("any-count", out=tmp_path, seeds=(0,), iterations=3)
-    given = {options.get("steps", "4"): options["iterations"] for _, _, options in calls}
-    assert given == {"1-16": 18} | dict.fromkeys(("1", "2", "4", "8", "16"), 3)
+def test_every_variant_is_a_setting_that_training_accepts():
+    from speedrl.method.schedules import parse_steps
+    from speedrl.run.settings import check
+
+    for name, variants_of in ablations().items():
+        for own in variants_of.values():
+            settings = train.__kwdefaults__ | own
+            check(settings, *parse_steps(settings["steps"]))
+            assert settings["groups"] * settings["group_size"] == 128, name
+
+
+def test_the_help_of_the_command_names_every_ablation():
+    source = (Path(speedrl.studies.ablations.__file__).parents[1] / "cli.py").read_text(encoding="utf-8")
+    (node,) = (n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == "ablate")
+    (words,) = (n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and "speed-reward" in str(n.value))
+    assert set(re.findall(r"[\w-]+", words)) - {"or"} == {*ablations(), "all"}
 
 
 def test_finished_runs_are_kept_interrupted_ones_go_on_and_others_are_refused(calls, tmp_path):
     ablate("likelihood", out=tmp_path, seeds=(0,), iterations=3)
-    folder = tmp_path / "runs/likelihood-exact/seed-0"
+    folder = tmp_path / "runs/likelihood-sequence/seed-0"
     (folder / "done").unlink()
     (folder / "run/model/reward").unlink()
     (folder / "run/model").rmdir()
     (folder / "run/checkpoints/000002").mkdir(parents=True)
     ablate("likelihood", out=tmp_path, seeds=(0,), iterations=3)
-    assert [(out, resume) for out, resume, _ in calls[4:]] == [(folder / "run", True)]
-    with pytest.raises(ValueError, match="other options"):
+    assert [(out, resume) for out, resume, _ in calls[5:]] == [(folder / "run", True)]
+    with pytest.raises(ValueError, match=r"other options \(--iterations 3, now 4\)"):
         ablate("likelihood", out=tmp_path, seeds=(0,), iterations=4)
 
 
 def test_a_failing_variant_stops_no_other(calls, tmp_path, capsys):
     rows = ablate("likelihood", out=tmp_path, seeds=(0,), lr=0.5)
-    assert [row["model"] for row in rows] == ["start", "token", "exact", "token, credit of a rollout"]
+    assert {row["model"] for row in rows} == {"start", "exact", AGAIN, "token", "token, random order"}
     written = json.loads((tmp_path / "report-likelihood/likelihood.json").read_text(encoding="utf-8"))
     assert written["failed"] == {"sequence, seed 0": "it fell over badly"}
     assert "it fell over badly" in capsys.readouterr().out
@@ -124,34 +143,34 @@ def test_a_failing_variant_stops_no_other(calls, tmp_path, capsys):
 def test_bad_input(calls, tmp_path):
     with pytest.raises(ValueError, match="unknown ablation 'nothing': choose speed-reward"):
         ablate("nothing", out=tmp_path)
-    with pytest.raises(ValueError, match="sets likelihood itself"):
+    with pytest.raises(ValueError, match="sets --likelihood itself"):
         ablate("likelihood", out=tmp_path, likelihood="exact")
     with pytest.raises(ValueError, match="no seed"):
         ablate("kl", out=tmp_path, seeds=())
-    with pytest.raises(ValueError, match="jobs"):
+    with pytest.raises(ValueError, match="--jobs"):
         ablate("kl", out=tmp_path, jobs=0)
     assert not calls and not any(tmp_path.iterdir())
 
 
 def test_differences_are_paired_by_seed_at_equal_settings():
-    def row(steps, calls, value):
-        return {"prompts": "seen", "steps": steps, "network_calls": calls, "judge_r1": value}
+    def row(steps, nfe, value):
+        return {"prompts": "training", "steps": steps, "network_evaluations": nfe, "judge_r1": value}
 
     measured = {
         "a": {0: [row(4, 4, 0.5)], 1: [row(4, 4, 0.7)], 2: [row(4, 4, 0.9)]},
         "b": {0: [row(4, 8, 9.0), row(4, 4, 0.6)], 1: [row(4, 8, 9.0), row(4, 4, 0.79)]},
     }
     (found,) = compared("b", "a", measured)
-    assert found["seeds"] == 2 and found["difference"] == pytest.approx(0.095) and found["network_calls"] == 4
+    assert found["seeds"] == 2 and found["difference"] == pytest.approx(0.095) and found["network_evaluations"] == 4
     assert found["interval"] == pytest.approx(12.706 * 0.005, rel=1e-4) and found["outside"]
     words = in_words([found], baseline="a")
-    says = "b, against a. Seen prompts, 4 steps (4 calls): R@1 is 0.095 ± 0.064 higher, outside the noise."
+    says = "b, against a. Training prompts, 4 steps (4 NFE): R@1 is 0.095 ± 0.064 higher, outside the noise."
     assert words[0] == says and words[1].startswith("1 of 1 differences are outside the noise; 0.1 would be by chance")
 
 
 def test_a_metric_that_no_run_has_has_no_interval():
-    row = {"model": "m", "prompts": "given", "steps": 1, "guidance": 1.0, "temperature": 1.0, "network_calls": 1,
-           "seconds_per_image": 1.0, "reward": 0.5, "judge_r1": None}  # fmt: skip
+    row = {"model": "m", "prompts": "given", "steps": 1, "guidance": 1.0, "temperature": 1.0,
+           "network_evaluations": 1, "seconds_per_image": 1.0, "reward": 0.5, "judge_r1": None}  # fmt: skip
     (found,) = over_runs("v", [[row], [row | {"reward": 0.7}]])
     assert found["reward"] == pytest.approx(0.6) and found["runs"] == 2 and "judge_r1_interval" not in found
 
@@ -161,8 +180,9 @@ def test_the_command_of_a_run_is_one_that_the_command_line_takes():
 
     from speedrl.cli import app
 
-    options = {"kl": "k3", "trained": None, "compile": False, "model": "embedded", "seed": 2, "lr": 1e-4}
-    lines = commands_of(Path("runs/a b"), options, {"steps": (4, 8), "count": 2, "seeds": 1, "pictures": 0})
+    options = {"kl": "k3", "train_steps": None, "compile": False, "model": "embedded", "seed": 2, "lr": 1e-4}
+    lines = commands_of(Path("runs/a b"), options, {"steps": (4, 8), "count": 2, "seeds": 1, "images": 0})
+    assert "--steps 4,8,auto" in lines[1]
     assert lines[0].startswith("speedrl train --out 'runs/a b/run' --kl k3 --no-compile")
     import shlex
 
@@ -179,25 +199,24 @@ def test_the_command_of_a_run_is_one_that_the_command_line_takes():
 def tiny(tiny_generator_folder, tmp_path, monkeypatch):
     """Options of a real training of the tiny generator, its own reward and no judge."""
     (tmp_path / "prompts.txt").write_text("a b\nc d\n", encoding="utf-8")
-    (tmp_path / "brightness.py").write_text(
-        "def score(images, prompts):\n    return images.mean((1, 2, 3))\n", encoding="utf-8"
-    )
+    (tmp_path / "brightness.py").write_text(SCORE, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     return {"model": str(tiny_generator_folder), "prompts": str(tmp_path / "prompts.txt"), "iterations": 1, "groups": 1,
-            "group_size": 2, "steps": "2", "quality": "brightness:score", "compile": False, "seed": 0}  # fmt: skip
+            "group_size": 2, "steps": "2", "quality": "brightness:score", "compile": False, "seed": 0,
+            "steps_reward": 0.0, "search": 0}  # fmt: skip
 
 
 def test_processes_side_by_side_do_their_runs_and_one_that_fails_stops_no_other(tiny, tmp_path):
     from rich.console import Console
 
     runs = {tmp_path / "good/seed-0": tiny, tmp_path / "bad/seed-0": tiny | {"lr": -1.0}}
-    evaluation = {"steps": (1,), "count": 1, "seeds": 1, "pictures": 0, "guidance": (1.0,), "prompts": tiny["prompts"],
+    evaluation = {"steps": (1,), "count": 1, "seeds": 1, "images": 0, "guidance": (1.0,), "prompts": tiny["prompts"],
                   "quality": tiny["quality"]}  # fmt: skip
     found = side_by_side(runs, evaluation=evaluation, devices=["cpu"], jobs=2, console=Console())
     (row,) = found[tmp_path / "good/seed-0"]
     assert row["steps"] == 1 and row["reward"] > 0
-    assert found[tmp_path / "bad/seed-0"] == "lr must be positive, got -1.0"
+    assert found[tmp_path / "bad/seed-0"] == "--lr must be above 0, got -1"
     assert "Traceback" in (tmp_path / "bad/seed-0/log.txt").read_text(encoding="utf-8")
     assert (tmp_path / "good/seed-0/run/model/transformer").exists()
 
@@ -208,7 +227,3 @@ def test_a_process_that_dies_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     found = side_by_side({tmp_path / "x/seed-0": {}}, evaluation={}, devices=["cpu"], jobs=2, console=Console())
     assert "ended with status 1" in found[tmp_path / "x/seed-0"]
-
-
-def test_variants_are_named():
-    assert variants("kl")["k3, weight 0.2"] == {"kl": "k3", "kl_weight": 0.2}

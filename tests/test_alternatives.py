@@ -8,15 +8,12 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from experiments.alternatives.distil import auxiliary_loss, distil, divergence_gradient, mask_again, student_loss
-from experiments.alternatives.finetune import finetune, finetune_loss, forced_reveals
-from experiments.alternatives.shared import kept
+from experiments.alternatives.distil import auxiliary_loss, distil, divergence_gradient, student_loss
+from experiments.alternatives.finetune import finetune, finetune_loss
+from experiments.alternatives.shared import kept, mask_again
 from speedrl.cli import in_one_line
-from speedrl.method.sampling import draw_noise, rollout
-from speedrl.method.schedules import masked_counts
 from speedrl.models.checkpoint import load_generator
 from speedrl.studies.runs import command
-from tests.test_rollout import CODES, LENGTH, policy
 
 
 def random_logits(*shape, seed):
@@ -35,7 +32,7 @@ def test_divergence_gradient_is_that_of_autograd(beta):
     assert divergence_gradient(teacher, teacher, beta=beta).abs().max() < 1e-6
 
 
-def test_student_loss_has_the_given_gradient_at_masked_places_only():
+def test_student_loss_has_the_given_gradient_at_masked_positions_only():
     logits, gradient = random_logits(2, 3, 4, seed=0).requires_grad_(), random_logits(2, 3, 4, seed=1)
     masked = torch.tensor([[True, False, True], [False, False, True]])
     (found,) = torch.autograd.grad(student_loss(logits, gradient, masked), logits)
@@ -49,51 +46,35 @@ def test_auxiliary_loss_is_the_expected_cross_entropy_of_the_drawn_tokens():
     torch.testing.assert_close(auxiliary_loss(logits, student, masked), expected)
 
 
-def test_pictures_are_masked_again_as_the_teachers_steps_would():
+def test_images_are_masked_again_as_the_teachers_steps_would():
     tokens = torch.arange(64).expand(500, -1)
     state, masked, timestep = mask_again(tokens, 8, torch.Generator().manual_seed(0), mask_id=99)
     assert torch.equal(state == 99, masked) and torch.equal(state[~masked], tokens[~masked])
     assert masked.sum(1).min() >= 1 and masked.float().mean() == pytest.approx(2 / torch.pi, abs=0.03)
     assert set(timestep.tolist()) == set(range(8))
     first = masked[timestep == 7].float().mean()
-    assert first > 0.97 and masked[timestep == 0].float().mean() < 0.25, "the countdown is high where much is masked"
+    assert first > 0.97 and masked[timestep == 0].float().mean() < 0.25, "the timestep is high where much is masked"
 
 
-def test_forced_reveals_of_what_a_rollout_drew_last_are_those_of_the_rollout():
-    """Where every step would draw the same tokens, the forced order is the rollout's own."""
-    sure = torch.full((LENGTH, CODES), -30.0)
-    sure[torch.arange(LENGTH), torch.tensor([0, 1, 2, 3, 0, 1])] = torch.linspace(0, 1, LENGTH)
-
-    def certain(tokens, timestep):
-        return sure.expand(len(tokens), -1, -1)
-
-    steps, noise = torch.tensor([2, 3, 6, 4]), draw_noise(4, 6, LENGTH, seed=0)
-    done = rollout(certain, steps, noise, length=LENGTH, mask_id=CODES)
-    found = forced_reveals(certain, done.tokens, steps, noise, mask_id=CODES, temperature=2.0)
-    assert torch.equal(found, done.reveal_step)
+def test_states_are_masked_for_the_steps_of_each_sample():
+    tokens, steps = torch.zeros(400, 16, dtype=torch.int64), torch.arange(1, 5).repeat(100)
+    state, _, timestep = mask_again(tokens, steps, torch.Generator().manual_seed(0), mask_id=9)
+    assert (timestep >= 0).all() and (timestep < steps).all()
+    assert all(set(timestep[steps == n].tolist()) == set(range(n)) for n in range(1, 5))
+    assert (state[(steps == 4) & (timestep == 3)] == 9).float().mean() > 0.95
 
 
-def test_forced_reveals_follow_the_schedule_for_any_targets():
-    steps, noise = torch.tensor([1, 2, 3, 6]), draw_noise(4, 6, LENGTH, seed=0)
-    targets = torch.randint(CODES, (4, LENGTH), generator=torch.Generator().manual_seed(0))
-    found = forced_reveals(policy, targets, steps, noise, mask_id=CODES, temperature=1.0)
-    left = torch.stack([(found > s).sum(1) for s in range(6)], 1)
-    assert torch.equal(left, masked_counts(steps, length=LENGTH))
-
-
-def test_finetune_loss_is_the_cross_entropy_at_what_is_still_masked():
-    targets, reveal_step = torch.tensor([[0, 1, 2, 3, 0, 1]]), torch.tensor([[0, 0, 1, 1, 2, 2]])
-    found = finetune_loss(policy, targets, reveal_step, torch.tensor([1]), torch.tensor([3]), mask_id=CODES)
-    seen = torch.tensor([[0, 1, CODES, CODES, CODES, CODES]])
-    logits = policy(seen, torch.tensor([1]))[0, 2:]
-    torch.testing.assert_close(found, torch.nn.functional.cross_entropy(logits, targets[0, 2:]))
+def test_finetune_loss_is_the_cross_entropy_at_what_is_masked():
+    logits, targets = random_logits(1, 3, 4, seed=0), torch.tensor([[0, 1, 3]])
+    found = finetune_loss(logits, targets, torch.tensor([[False, True, True]]))
+    torch.testing.assert_close(found, torch.nn.functional.cross_entropy(logits[0, 1:], targets[0, 1:]))
 
 
 @pytest.fixture
 def options(tiny_generator_folder, tmp_path):
     (tmp_path / "prompts.txt").write_text("a b\nc d\n", encoding="utf-8")
     return dict(
-        model=str(tiny_generator_folder), prompts=str(tmp_path / "prompts.txt"), pictures=8, lr=3e-3, compile=False
+        model=str(tiny_generator_folder), prompts=str(tmp_path / "prompts.txt"), images=8, lr=3e-3, compile=False
     )
 
 
@@ -101,22 +82,22 @@ def rows(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def test_fine_tuning_learns_the_teachers_pictures_and_saves_a_model_of_few_steps(options, tmp_path):
+def test_fine_tuning_learns_the_teachers_images_and_saves_a_model_of_few_steps(options, tmp_path):
     model = finetune(out=tmp_path / "a", steps="2-3", iterations=12, **options)
     losses = [row["loss"] for row in rows(tmp_path / "a")]
     assert len(losses) == 12 and sum(losses[-4:]) < sum(losses[:4])
     found = load_generator(model)
     assert (found.steps, found.guidance) == (3, 1.0)
     budget = json.loads((tmp_path / "a/budget.json").read_text(encoding="utf-8"))
-    assert budget["pictures_seen"] == 96 and budget["network_calls"] >= 96 * (12 + 2 + 1)
+    assert budget["images"] == 96 and budget["network_evaluations"] == 96 * (12 + 1)
 
 
-def test_fine_tuning_on_kept_pictures_is_that_on_the_same_pictures_drawn_anew(options, tmp_path, monkeypatch):
+def test_fine_tuning_on_kept_images_is_that_on_the_same_images_drawn_anew(options, tmp_path, monkeypatch):
     settings = options | {"steps": "2-3", "iterations": 2}
     alone = finetune(out=tmp_path / "a", **settings)
-    first = finetune(out=tmp_path / "b", data=tmp_path / "pictures", **settings)
-    monkeypatch.setattr("experiments.alternatives.finetune.generate", None)
-    again = finetune(out=tmp_path / "c", data=tmp_path / "pictures", **settings)
+    first = finetune(out=tmp_path / "b", data=tmp_path / "images", **settings)
+    monkeypatch.setattr("experiments.alternatives.finetune.draw", None)
+    again = finetune(out=tmp_path / "c", data=tmp_path / "images", **settings)
     weights = [load_generator(model).transformer.state_dict() for model in (alone, first, again)]
     assert all(torch.equal(value, other[name]) for other in weights[1:] for name, value in weights[0].items())
 
@@ -133,7 +114,7 @@ def test_the_command_that_a_report_prints_trains_and_tells_errors_in_one_line(tr
     assert wrong.exit_code == 2 and wrong.stderr.startswith("error: nowhere.txt") and wrong.stderr.count("\n") == 1
 
 
-def test_pictures_are_kept_by_all_that_they_depend_on(tmp_path):
+def test_images_are_kept_by_all_that_they_depend_on(tmp_path):
     def of(value):
         return lambda: torch.full((2,), value)
 
@@ -149,7 +130,7 @@ def test_distillation_saves_a_model_of_one_step_that_follows_its_teacher(options
     found = load_generator(model)
     assert (found.steps, found.guidance, found.random_share) == (1, 1.0, 0.4)
     assert all(torch.isfinite(torch.tensor(list(row.values()))).all() for row in rows(tmp_path / "a"))
-    assert json.loads((tmp_path / "a/budget.json").read_text(encoding="utf-8"))["pictures_seen"] == 120
+    assert json.loads((tmp_path / "a/budget.json").read_text(encoding="utf-8"))["images"] == 120
 
 
 @pytest.mark.parametrize("beta", [0.0, -0.2])

@@ -11,12 +11,13 @@ from speedrl.evaluation.judging import Judge
 from speedrl.evaluation.measuring import (
     columns_of,
     evaluate,
+    evaluations,
+    has_step_policy,
     markdown,
     measure,
-    network_calls,
     plot,
     prompt_sets,
-    sampler_of,
+    table,
 )
 
 PROMPTS = ["a dog", "a cat", "nothing of note"]
@@ -29,10 +30,11 @@ def redness(images, prompts):
 
 @pytest.fixture
 def judge(monkeypatch):
-    """A judge whose features are the picture's mean colour, of three concepts: red, green and blue."""
+    """A judge whose features are the image's mean colour, of three concepts: red, green and blue."""
     made = Judge(
         torch.nn.Identity(), ["dog", "cat", "bird"], frozenset({"bird"}), torch.full((3,), 0.5), torch.eye(3),
-        torch.eye(3)[:, :2], {"seen": torch.zeros(2)}, {"seen": torch.eye(2)}, {"seen": {"judge_r1": 0.6}},
+        torch.eye(3)[:, :2], {"training": torch.zeros(2)}, {"training": torch.eye(2)},
+        {"training": {"judge_r1": 0.6}},
     )  # fmt: skip
     monkeypatch.setattr(speedrl.evaluation.measuring, "features", lambda judge, images: images.mean((2, 3)))
     monkeypatch.setattr(speedrl.evaluation.measuring, "load_judge", lambda device: made)
@@ -40,6 +42,10 @@ def judge(monkeypatch):
         speedrl.evaluation.measuring, "load_qualities", lambda text, **_: ({"redness": redness}, {"redness": 1.0})
     )
     return made
+
+
+def kept(folder):
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
 
 def flat(*colours):
@@ -51,6 +57,7 @@ def test_measure(judge):
     images = torch.stack([torch.cat([red, red]), torch.cat([green, red]), torch.cat([red, green])])
     found = measure(judge, {"redness": redness}, images, PROMPTS)
     assert found["judge_r1"] == 0.75  # the third prompt names nothing
+    assert found["judge_margin"] > 0
     assert found["judge_r5"] == 1 and found["reward"] == pytest.approx(4 / 6)
     assert found["pixel_diversity"] == pytest.approx((2 / 3) ** 0.5 * 2 / 3)
     assert found["frechet"] > 0 and found["diversity"] > 0
@@ -64,16 +71,16 @@ def test_measure(judge):
 
 
 def test_rows_and_files(judge, tiny_generator_folder, tmp_path, capsys):
-    options = dict(out=tmp_path, prompts=PROMPTS, held_out=["a bird"], count=2, seeds=2, pictures=2, batch=4)
+    options = dict(out=tmp_path, prompts=PROMPTS, held_out=["a bird"], count=2, seeds=2, images=2, batch=4)
     rows = evaluate([tiny_generator_folder], steps=(1, 2), **options)
     assert len(rows) == 2 * 2 * 2  # steps, guidance 3 and 1, prompts
     assert {row["prompts"] for row in rows} == {"given", "given held-out"}
     for row in rows:
-        assert row["network_calls"] == row["steps"] * (2 if row["guidance"] == 3 else 1)
+        assert row["network_evaluations"] == row["steps"] * (2 if row["guidance"] == 3 else 1)
         assert row["temperature"] == 1.5 and row["seconds_per_image"] > 0
         assert row["reward"] is not None and row["reward_spread"] is not None
-    assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == rows
-    for name in ("pictures.png", "quality_against_calls.png"):
+    assert kept(tmp_path) == rows
+    for name in ("images.png", "quality_against_nfe.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert "R@1" in capsys.readouterr().out
     assert len(columns_of(rows)[1]) == markdown(rows).count("\n") - 2 == 8
@@ -81,7 +88,7 @@ def test_rows_and_files(judge, tiny_generator_folder, tmp_path, capsys):
 
 def test_what_is_there_is_kept_and_the_rest_computed(judge, tiny_generator_folder, tmp_path, monkeypatch):
     folder = shutil.copytree(tiny_generator_folder, tmp_path / "model")
-    options = dict(out=tmp_path / "out", prompts=PROMPTS, count=2, seeds=1, pictures=0, guidance=(1.0,))
+    options = dict(out=tmp_path / "out", prompts=PROMPTS, count=2, seeds=1, images=0, guidance=(1.0,))
     one, measured = speedrl.evaluation.measuring.one_cell, []
 
     def counted(*args, **kwargs):
@@ -94,54 +101,50 @@ def test_what_is_there_is_kept_and_the_rest_computed(judge, tiny_generator_folde
     assert measured == [(1, 1.5), (2, 1.5), (3, 1.5)] and again[:2] == first
     evaluate([folder], steps=(1,), temperature=(0.5, 1.5), **options)
     assert measured[3:] == [(1, 0.5)]
-    assert (
-        len(json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))) == 4
-    )  # nothing computed is lost
+    assert len(kept(tmp_path / "out")) == 4, "nothing computed is lost"
     evaluate([folder], steps=(1,), **options | {"count": 3})
     assert measured[4:] == [(1, 1.5)]
     config = folder / "scheduler" / "scheduler_config.json"
-    config.write_text(config.read_text(encoding="utf-8") + " ", encoding="utf-8")  # another model under the same name
+    config.write_text(config.read_text(encoding="utf-8") + " ")  # another model under the same name
     evaluate([folder], steps=(2,), **options)
-    assert (
-        measured[5:] == [(2, 1.5)]
-        and len(json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))) == 1
-    )
+    assert measured[5:] == [(2, 1.5)] and len(kept(tmp_path / "out")) == 1
 
 
-def test_what_is_revised_and_what_is_not_are_rows_of_their_own(judge, tiny_generator_folder, tmp_path, capsys):
-    options = dict(out=tmp_path, steps=(4, 8), prompts=PROMPTS, count=1, seeds=1, pictures=2, guidance=(1.0,))
-    rows = evaluate([tiny_generator_folder], revise=(0.0, 0.5), **options)
-    assert [(row["revise"], row["steps"], row["network_calls"]) for row in rows] == [
+def test_shares_to_remask_are_rows_of_their_own(judge, tiny_generator_folder, tmp_path, capsys):
+    options = dict(out=tmp_path, steps=(4, 8), prompts=PROMPTS, count=1, seeds=1, images=2, guidance=(1.0,))
+    rows = evaluate([tiny_generator_folder], remask=(0.0, 0.5), **options)
+    assert [(row["remask"], row["steps"], row["network_evaluations"]) for row in rows] == [
         (0.0, 4, 4), (0.0, 8, 8), (0.5, 4, 4), (0.5, 8, 8)
     ]  # fmt: skip
     assert rows[0]["reward"] == rows[2]["reward"] and rows[1]["reward"] != rows[3]["reward"]
     header, lines = columns_of(rows)
-    assert "schedule" not in header and [line[header.index("revise")] for line in lines] == ["0.0", "0.0", "0.5", "0.5"]
-    assert "revise" not in columns_of(rows[:2])[0]
+    assert "schedule" not in header and [line[header.index("remask")] for line in lines] == ["0", "0", "0.5", "0.5"]
 
 
 def test_orders_and_schedules_are_rows_of_their_own(judge, tiny_generator_folder, tmp_path, capsys):
-    options = dict(out=tmp_path, steps=(3,), prompts=PROMPTS, count=1, seeds=1, pictures=0, guidance=(1.0,))
+    options = dict(out=tmp_path, steps=(3,), prompts=PROMPTS, count=1, seeds=1, images=0, guidance=(1.0,))
     rows = evaluate([tiny_generator_folder], schedule=("cosine", "square"), order=("random", "halton"), **options)
-    assert [sampler_of(row) for row in rows] == [
-        ("cosine", "random", 0.0), ("cosine", "halton", 0.0), ("square", "random", 0.0), ("square", "halton", 0.0)
+    assert [(row["schedule"], row["order"]) for row in rows] == [
+        ("cosine", "random"), ("cosine", "halton"), ("square", "random"), ("square", "halton")
     ]  # fmt: skip
     assert len({row["reward"] for row in rows}) == 4
     (own,) = evaluate([tiny_generator_folder], **options)
-    assert sampler_of(own) == ("cosine", "confidence", 0.0)
-    assert len(json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))) == 5
+    assert (own["schedule"], own["order"], own["remask"]) == ("cosine", "confidence", 0.0)
+    assert len(kept(tmp_path)) == 5
     assert "| halton |" in markdown(rows) and "| confidence |" not in markdown([own])
     for wrong, says in (
         ({"order": ("best",)}, "'best'"),
         ({"schedule": ("cubic",)}, "'cubic'"),
-        ({"revise": (2.0,)}, "2.0"),
+        ({"remask": (2.0,)}, "2.0"),
+        ({"guidance": (0.5,)}, "--guidance"),
+        ({"temperature": (-1.0,)}, "--temperature"),
     ):
         with pytest.raises(ValueError, match=says):
-            evaluate([tiny_generator_folder], **options, **wrong)
+            evaluate([tiny_generator_folder], **options | wrong)
 
 
 def test_same_seed_same_row(judge, tiny_generator_folder, tmp_path):
-    options = dict(steps=(2,), prompts=PROMPTS, count=2, seeds=2, pictures=0, guidance=(1.0,))
+    options = dict(steps=(2,), prompts=PROMPTS, count=2, seeds=2, images=0, guidance=(1.0,))
     (first,) = evaluate([tiny_generator_folder], out=tmp_path / "a", **options)
     (second,) = evaluate([tiny_generator_folder], out=tmp_path / "b", batch=5, **options)
     for metric in ("reward", "judge_r1", "pixel_diversity"):
@@ -151,16 +154,16 @@ def test_same_seed_same_row(judge, tiny_generator_folder, tmp_path):
 def test_bad_input(judge, tiny_generator_folder, tmp_path):
     with pytest.raises(ValueError, match="no model"):
         evaluate([], out=tmp_path)
-    with pytest.raises(ValueError, match="step counts"):
+    with pytest.raises(ValueError, match="--steps"):
         evaluate([tiny_generator_folder], out=tmp_path, steps=(4, 0))
-    with pytest.raises(ValueError, match="list of prompts is empty"):
+    with pytest.raises(ValueError, match="no prompt"):
         evaluate([tiny_generator_folder], out=tmp_path, prompts=[" "])
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match="--count must be at least 1"):
         evaluate([tiny_generator_folder], out=tmp_path, prompts=PROMPTS, count=0)
     with pytest.raises(FileNotFoundError):
         evaluate([tmp_path / "absent"], out=tmp_path, prompts=PROMPTS)
     (tmp_path / "results.json").write_text("text", encoding="utf-8")
-    with pytest.raises(ValueError, match="not an evaluation"):
+    with pytest.raises(ValueError, match="not a result of this version"):
         evaluate([tiny_generator_folder], out=tmp_path, prompts=PROMPTS)
 
 
@@ -168,16 +171,57 @@ def test_sets_and_calls(tmp_path):
     (tmp_path / "p.txt").write_text("a dog\n\na cat\n", encoding="utf-8")
     assert prompt_sets(tmp_path / "p.txt", None) == {"given": ["a dog", "a cat"]}
     assert list(prompt_sets(["x"], ["y"])) == ["given", "given held-out"]
-    assert network_calls(8, 1) == 8 and network_calls(8, 1.5) == 16
+    assert evaluations(8, 1) == 8 and evaluations(8, 1.5) == 16
 
 
 def test_plot_of_many_curves(tmp_path):
     rows = [
-        {"model": f"runs/{m}", "prompts": which, "steps": s, "guidance": 1.0, "temperature": t, "network_calls": s,
-         "seconds_per_image": 0.1, "reward": s / 9, "reward_spread": 0.01, "judge_r1": None}
-        for m in range(6) for which in ("seen", "held-out") for s in (1, 2, 4) for t in (0.5, 2.0)
+        {"model": f"runs/{m}", "prompts": which, "steps": s, "guidance": 1.0, "temperature": t,
+         "schedule": "cosine", "order": "random", "remask": 0.0, "network_evaluations": s, "seconds_per_image": 0.1,
+         "reward": s / 9, "reward_spread": 0.01, "judge_r1": None}
+        for m in range(6) for which in ("training", "held-out") for s in (1, 2, 4) for t in (0.5, 2.0)
     ]  # fmt: skip
-    plot(rows, tmp_path / "plot.png", real={"seen": {"reward": 0.4}})
+    assert plot(rows, tmp_path / "plot.png", real={"training": {"reward": 0.4}})
     assert (tmp_path / "plot.png").stat().st_size > 10_000
-    plot([row | {"reward": None} for row in rows], tmp_path / "none.png")
+    assert not plot([row | {"reward": None} for row in rows], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+@pytest.fixture
+def with_steps(tiny_generator_folder, tmp_path):
+    """The tiny generator with a step policy that takes 4 steps for whatever the prompt."""
+    from safetensors.torch import save_file
+
+    folder = shutil.copytree(tiny_generator_folder, tmp_path / "with-steps")
+    tensors = {"steps.choices": torch.tensor([1, 2, 4]), "steps.bias": torch.tensor([0.0, 0.0, 9.0]),
+               "steps.weight": torch.zeros(3, 32)}  # fmt: skip
+    save_file(tensors, folder / "scheduler/sampler.safetensors")
+    return folder
+
+
+def test_auto_steps_are_those_of_the_step_policy(judge, with_steps, tiny_generator_folder, tmp_path, capsys):
+    assert has_step_policy(with_steps) and not has_step_policy(tiny_generator_folder)
+    options = dict(out=tmp_path, prompts=PROMPTS, count=1, seeds=1, images=2)
+    auto, fixed = evaluate([with_steps], steps=("auto", 4), guidance=(3.0,), **options)
+    assert (auto["network_evaluations"], auto["steps_mean"], auto["steps_mode"]) == (8, 4, 4)
+    assert auto["reward"] == fixed["reward"] and "auto: 4 (4.0)" in markdown([auto])
+    again, _ = evaluate([with_steps], steps=("auto", 4), guidance=(3.0,), **options)
+    assert again == auto
+    with pytest.raises(ValueError, match="--steps auto is for models that were trained with a range"):
+        evaluate([with_steps, tiny_generator_folder], steps=("auto",), **options)
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 140, 200])
+def test_a_table_fits_its_width_and_keeps_what_matters(width):
+    from rich.console import Console
+
+    row = {"model": "runs/a-name-that-is-rather-long/model", "prompts": "held-out", "steps": 16, "guidance": 1.0,
+           "temperature": 2.0, "schedule": "cosine", "order": "confidence", "remask": 0.5, "network_evaluations": 16,
+           "seconds_per_image": 0.123} | {name: 0.5 for name in speedrl.evaluation.measuring.METRICS}  # fmt: skip
+    rows = [row | {"reward_spread": 0.01}, row | {"order": "halton"}]
+    console = Console(width=width, record=True)
+    console.print(table(rows, width=width))
+    lines = console.export_text().splitlines()
+    assert len(lines) == 3 and all(len(line) <= width for line in lines), "no cell is broken into lines"
+    assert all(title in lines[0] for title in ("steps", "NFE", "reward", "R@1"))
+    assert ("pixel diversity" in lines[0]) == (width == 200)

@@ -13,6 +13,7 @@ from speedrl.evaluation.judging import (
     frechet,
     gaussian_frechet,
     load_judge,
+    margins,
     pixel_diversity,
     recall,
 )
@@ -30,11 +31,11 @@ def shipped():
 
 @pytest.fixture
 def small():
-    """Eight concepts along the first eight of 1280 axes, real pictures standard normal along all 32 directions."""
+    """Eight concepts along the first eight of 1280 axes, real images standard normal along all 32 directions."""
     axes = torch.eye(1280)
     return Judge(
         torch.nn.Identity(), [f"thing {i}" for i in range(8)], frozenset(), torch.ones(1280), axes[:8], axes[:, :32],
-        {"seen": torch.zeros(32)}, {"seen": torch.eye(32)}, {},
+        {"training": torch.zeros(32)}, {"training": torch.eye(32)}, {},
     )  # fmt: skip
 
 
@@ -63,7 +64,7 @@ def test_frechet_distance_of_known_gaussians():
     assert there == pytest.approx(back) and there > 0
 
 
-def test_frechet_distance_to_real_pictures(small):
+def test_frechet_distance_to_real_images(small):
     generator = torch.Generator().manual_seed(0)
     values = small.mean + torch.randn(4000, 1280, generator=generator)
     assert frechet(small, values) < 0.5
@@ -71,7 +72,7 @@ def test_frechet_distance_to_real_pictures(small):
     shift[3] = 10  # along an axis
     shift[500] = 10  # along none
     assert frechet(small, values + shift) == pytest.approx(100, rel=0.03)
-    with pytest.raises(ValueError, match="2 pictures"):
+    with pytest.raises(ValueError, match="2 images"):
         frechet(small, values[:1])
 
 
@@ -86,11 +87,26 @@ def test_recall_takes_any_concept_of_the_prompt(small):
     ranks = [tuple(bool(hit) for hit in recall(small, mixed, [name])) for name in own[:6]]
     assert ranks == [(True, True), (False, True), (False, True), (False, True), (False, True), (False, False)]
     assert not recall(small, values[:1], [()])[1].any()
-    with pytest.raises(ValueError, match="8 pictures"):
+    with pytest.raises(ValueError, match="8 images"):
         recall(small, values, own[:3])
 
 
-def test_diversity_is_0_for_equal_pictures_and_1_for_unrelated_ones(small):
+def test_the_margin_is_the_cosine_of_the_nearest_own_concept_less_that_of_the_nearest_other(small):
+    values = small.mean + torch.tensor([[3.0, 4.0, 0, 0, 0, 0, 0, 0]]) @ small.prototypes  # cosines .6 and .8
+    names = small.names
+    asked = [(names[0],), (names[1],), (names[0], names[1]), (names[5],)]
+    found = margins(small, values.expand(4, -1), asked)
+    torch.testing.assert_close(found, torch.tensor([-0.2, 0.2, 0.8, -0.8]))
+    first, _ = recall(small, values.expand(4, -1), asked)
+    assert torch.equal(first, found > 0)
+    torch.testing.assert_close(margins(small, 7 * (values - small.mean) + small.mean, asked[:1]), found[:1])
+
+
+def test_the_sets_of_the_shipped_judge_are_those_of_evaluation(shipped):
+    assert set(shipped.real_mean) == {"training", "held-out"} < set(shipped.real)
+
+
+def test_diversity_is_0_for_equal_images_and_1_for_unrelated_ones(small):
     same = (small.mean + torch.randn(3, 1, 1280)).expand(3, 4, 1280)
     assert diversity(small, same) == pytest.approx(0, abs=1e-5)
     apart = (small.mean + 5 * torch.eye(1280)[:4]).expand(2, 4, 1280)
@@ -126,7 +142,7 @@ def test_shipped_judge_knows_its_own_prototypes(shipped):
     assert max(reached["r1"] for reached in shipped.real["by_vendor"].values()) > 0.5
 
 
-def test_features_depend_on_the_picture_alone(shipped):
+def test_features_depend_on_the_image_alone(shipped):
     state = torch.get_rng_state()
     load_judge()
     assert torch.equal(torch.get_rng_state(), state)

@@ -15,7 +15,7 @@ PARTS = [
     Section(
         title="a <b> & c",
         words=['it says "less" <than>'],
-        pictures=[("figure one.png", "a figure")],
+        images=[("figure one.png", "a figure")],
         tables=[(["name", "R@1"], [["x", "0.5 ±0.1"], ["y", "–"], ["z", "0.25"]])],
         commands=["speedrl train --out 'a b'"],
         files=["a.json"],
@@ -98,7 +98,7 @@ console.log(JSON.stringify(seen));
 """
 
 
-def test_a_click_on_a_heading_sorts_and_one_on_a_picture_enlarges(tmp_path):
+def test_a_click_on_a_heading_sorts_and_one_on_an_image_enlarges(tmp_path):
     node = shutil.which("node")
     if node is None:
         pytest.skip("needs node")

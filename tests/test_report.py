@@ -1,8 +1,15 @@
-"""Figures of runs and studies: what is averaged, and that files are whole, alike and free of the network."""
+"""The comparison that ends a training; figures of studies: what is averaged, and that files are whole and alike."""
+
+import json
+import shutil
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from speedrl.evaluation.reports import look, over_iterations, over_stretches, plot_curves, plot_pareto
+import speedrl.evaluation.reports
+from speedrl.evaluation.reports import report
+from speedrl.studies.plots import look, over_iterations, over_stretches, plot_curves, plot_pareto
 
 
 def run(*values, metric="quality", first=1):
@@ -37,8 +44,10 @@ def test_no_two_lines_look_alike_without_colour():
 
 def test_figures_are_written_as_png_and_svg_and_the_same_twice(tmp_path):
     variants = {"token": {0: run(0.1, 0.2), 1: run(0.2, 0.3)}, "sequence, one run": {0: run(0.1, 0.15)}, "none": {}}
-    row = {"network_calls": 4, "seconds_per_image": 0.1, "judge_r1": 0.5, "diversity": 0.4, "judge_r1_interval": 0.05}
-    methods = {"base": [row, row | {"network_calls": 8, "judge_r1": 0.6}], "one step": [row | {"diversity": None}]}
+    row = {"network_evaluations": 4, "steps": 4, "seconds_per_image": 0.1, "judge_r1": 0.5, "diversity": 0.4,
+           "judge_r1_interval": 0.05}  # fmt: skip
+    more = row | {"network_evaluations": 8, "judge_r1": 0.6}
+    methods = {"base": [row, more], "one step": [row | {"diversity": None}]}
     for folder in ("a", "b"):
         plot_curves(variants, tmp_path / folder / "curves", metrics={"quality": "quality", "kl": "KL"}, title="kl")
         plot_pareto(methods, tmp_path / folder / "pareto", real={"judge_r1": 0.62})
@@ -47,3 +56,54 @@ def test_figures_are_written_as_png_and_svg_and_the_same_twice(tmp_path):
         svg = (tmp_path / f"a/{name}.svg").read_text(encoding="utf-8")
         assert svg == (tmp_path / f"b/{name}.svg").read_text(encoding="utf-8") and "</svg>" in svg
     assert not [path for path in (tmp_path / "a").iterdir() if "partial" in path.name]
+
+
+@pytest.fixture
+def trained(tiny_generator_folder, tmp_path, monkeypatch):
+    """The tiny generator with other weights, without guidance, with searched scalars and a step policy for 2 steps."""
+    monkeypatch.setattr(speedrl.evaluation.reports, "judge_if_there", lambda device, console: None)
+    monkeypatch.setattr(
+        speedrl.evaluation.reports, "load_qualities",
+        lambda text, **_: ({"redness": lambda images, prompts: images[:, 0].mean((1, 2))}, {"redness": 1.0}),
+    )  # fmt: skip
+    folder = shutil.copytree(tiny_generator_folder, tmp_path / "trained")
+    path = folder / "transformer/diffusion_pytorch_model.safetensors"
+    from safetensors.torch import load_file
+
+    save_file({name: 1.1 * value for name, value in load_file(path).items()}, path)
+    tensors = {"search": torch.full((7, 4), 0.1), "steps.choices": torch.tensor([1, 2]),
+               "steps.bias": torch.tensor([0.0, 9.0]), "steps.weight": torch.zeros(2, 32)}  # fmt: skip
+    save_file(tensors, folder / "scheduler/sampler.safetensors")
+    config = folder / "scheduler/scheduler_config.json"
+    settings = json.loads(config.read_text(encoding="utf-8")) | {"guidance_scale": 1.0, "remask_share": 0.5}
+    config.write_text(json.dumps(settings), encoding="utf-8")
+    return folder
+
+
+def test_the_report_compares_like_with_like(trained, tiny_generator_folder, tmp_path, capsys):
+    options = dict(out=tmp_path / "out", prompts=["a b", "c d"], some=2, images=2)
+    rows = report(str(tiny_generator_folder), trained, **options)
+    found = [(row["model"], row["steps"], row["network_evaluations"]) for row in rows]
+    searched, after = "base, its sampler searched", "trained"
+    assert found == [
+        (searched, "auto", 2), (after, "auto", 2), (searched, 4, 4), (after, 4, 4), (searched, 8, 8), (after, 8, 8),
+        ("base", 6, 12), (searched, 16, 16), (after, 16, 16),
+    ]  # fmt: skip
+    base, others = rows[6], rows[:6] + rows[7:]
+    assert base["guidance"] == 3.0 and base["remask"] == 0.0
+    assert all(row["guidance"] == 1.0 and row["remask"] == 0.5 for row in others)
+    assert all(rows[i]["reward"] != rows[i + 1]["reward"] for i in (0, 2, 4))
+    assert json.loads((tmp_path / "out/comparison.json").read_text(encoding="utf-8")) == rows
+    assert (tmp_path / "out/before_after.png").stat().st_size > 1000
+    assert "auto: 2 (2.0)" in capsys.readouterr().out
+
+
+def test_a_count_that_all_prompts_take_is_compared_once(trained, tiny_generator_folder, tmp_path, capsys):
+    path = trained / "scheduler/sampler.safetensors"
+    save_file({"search": torch.zeros(7, 4), "steps.choices": torch.tensor([1, 4]),
+               "steps.bias": torch.tensor([0.0, 9.0]), "steps.weight": torch.zeros(2, 32)}, path)  # fmt: skip
+    options = dict(out=tmp_path / "out", prompts=["a b"], some=1, images=1)
+    assert [row["steps"] for row in report(str(tiny_generator_folder), trained, **options)].count(4) == 0
+    path.unlink()  # trained with one number of steps, 6 by its scheduler
+    steps = [row["steps"] for row in report(str(tiny_generator_folder), trained, **options)]
+    assert steps == [4, 4, 6, 6, 8, 8, 6, 16, 16]

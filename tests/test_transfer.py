@@ -15,7 +15,7 @@ CONCEPTS = [{"name": name, "tags": []} for name in NAMES]
 def test_compositions_are_new_and_over_the_given_things():
     training = ["an apple and a bee", "a cat left of a bee on a red background", "a dog"]
     lists = transfer.compositions(CONCEPTS, [0, 1, 2, 4], training, np.random.default_rng(0), count=12)
-    pairs, pictures = lists["two things, unseen together"]
+    pairs, pictures = lists["two things, never trained together"]
     assert len(set(pairs)) == len(pictures) == 12
     for prompt, picture in zip(pairs, pictures, strict=True):
         both = frozenset(concepts_in(prompt, NAMES))
@@ -42,19 +42,19 @@ def test_a_patchwork_of_backgrounds_is_not_one():
     assert transfer.one_background(torch.stack([whole, patched])) == pytest.approx((1 + share) / 2)
 
 
-def test_words_compare_the_runs_of_a_seed_at_equal_calls_and_at_the_bases_own():
-    def row(model, calls, *rewards):
+def test_words_compare_the_runs_of_a_seed_at_equal_evaluations_and_at_the_bases_own():
+    def row(model, cost, *rewards):
         runs = [{"reward": reward, "judge_r1": None} for reward in rewards]
-        return {"prompts": "seen", "model": model, "network_calls": calls, "runs": runs}
+        return {"prompts": "training", "model": model, "network_evaluations": cost, "runs": runs}
 
     rows = [row("base", 4, 0.1, 0.3), row("base", 64, 0.6, 0.8), row("trained", 4, 0.5, 0.7), row("trained", 8, 0, 0)]
-    rows.append({"prompts": "seen", "model": "real pictures", "network_calls": None, "runs": [{"reward": 1.0}]})
-    words = transfer.in_words(rows, base="base", trained="trained", calls={4, 8})
-    assert words[0].startswith("seen, 4 calls against the base's 4: reward is 0.400 ± 0.000 higher, outside")
-    assert words[1].startswith("seen, 4 calls against the base's 64: reward is 0.100 ± 0.000 lower, outside")
-    assert words[2].startswith("seen, 8 calls against the base's 64") and len(words) == 4  # no base at 8
+    rows.append({"prompts": "training", "model": "real images", "network_evaluations": None, "runs": [{"reward": 1.0}]})
+    words = transfer.in_words(rows, base="base", trained="trained", costs={4, 8})
+    assert words[0].startswith("training, 4 NFE against the base's 4: reward is 0.400 ± 0.000 higher, outside")
+    assert words[1].startswith("training, 4 NFE against the base's 64: reward is 0.100 ± 0.000 lower, outside")
+    assert words[2].startswith("training, 8 NFE against the base's 64") and len(words) == 4  # no base at 8
     header, lines = transfer.table(rows)
-    assert lines[0][:4] == ["seen", "base", "4", "0.200 ±1.271"] and lines[-1][2:4] == ["–", "1.000"]
+    assert lines[0][:4] == ["training", "base", "4", "0.200 ±1.271"] and lines[-1][2:4] == ["–", "1.000"]
     assert len(header) == len(lines[0])
 
 

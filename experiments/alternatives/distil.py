@@ -1,12 +1,12 @@
 """One-step distillation in the manner of Di[M]O (Zhu et al., arXiv 2503.15457).
 
-The student draws a whole picture in one call, from a start in which a share of the tokens is random. Its picture is
-masked again; at the masked places the guided teacher and an auxiliary model, which is trained to predict the student's
-own pictures, say what they expect there. Where they differ, the student's logits are pushed along the difference.
+The student draws a whole image in one network evaluation, from a start in which a share of the tokens is random. Its
+image is masked again; at the masked positions the guided teacher and an auxiliary model, which is trained to predict
+the student's own images, say what they expect there. Where they differ, the student's logits are pushed along the
+difference.
 """
 
 import copy
-import math
 from pathlib import Path
 from typing import Annotated
 
@@ -16,14 +16,15 @@ from rich.progress import track
 from torch import Tensor
 from typer import Option
 
-from experiments.alternatives.shared import Student, compiled, log, optimiser, save, start
+from experiments.alternatives.shared import Student, compiled, log, logits_of, mask_again, optimiser, save, start
 from speedrl.cli import in_one_line
-from speedrl.generation import from_random, guided_policy
+from speedrl.evaluation.measuring import evaluations
 from speedrl.method.likelihoods import sample_tokens
 from speedrl.method.sampling import Noise, draw_noise
 from speedrl.models.checkpoint import Prompts, take
+from speedrl.policies import from_random
 from speedrl.system.platform import bf16_autocast
-from speedrl.updates import descend
+from speedrl.updates import optimizer_step
 
 
 def divergence_gradient(teacher_logits: Tensor, auxiliary_logits: Tensor, *, beta: float = -0.2) -> Tensor:
@@ -40,7 +41,7 @@ def divergence_gradient(teacher_logits: Tensor, auxiliary_logits: Tensor, *, bet
 
 
 def student_loss(logits: Tensor, gradient: Tensor, masked: Tensor) -> Tensor:
-    """A scalar whose gradient in `logits` [B, L, V] is `gradient` at the masked places, a masked token on average."""
+    """A scalar whose gradient in `logits` [B, L, V] is `gradient` at masked positions, a masked token on average."""
     return (logits.float() * gradient.detach() * masked[..., None]).sum() / masked.sum()
 
 
@@ -53,27 +54,18 @@ def auxiliary_loss(logits: Tensor, student_logits: Tensor, masked: Tensor) -> Te
     return -((target * logits.float().log_softmax(-1)).sum(-1) * masked).sum() / masked.sum()
 
 
-def mask_again(tokens: Tensor, steps: int, random: torch.Generator, *, mask_id: int) -> tuple[Tensor, Tensor, Tensor]:
-    """States that a teacher of `steps` steps sees: int64 [B, L] -> (masked tokens, masked bool [B, L], timestep [B]).
+def one_step(student: Student, prompts: Prompts, noise: Noise, *, random_share: float) -> tuple[Tensor, Tensor]:
+    """The student's logits [B, L, V] from a start of random tokens and masks, and the tokens int64 [B, L] it draws.
 
-    A cosine-distributed share is masked, at random places, with the countdown of the step that has such a share.
+    `noise` of 2 steps: the first draws the tokens, the second the start.
     """
-    batch, length = tokens.shape
-    progress = torch.rand(batch, generator=random)
-    count = (torch.cos(progress * math.pi / 2) * length).ceil().clamp(1, length)
-    masked = torch.rand(batch, length, generator=random).argsort(-1).argsort(-1) < count[:, None]
-    timestep = (steps - 1 - (progress * steps).floor()).long()
-    masked, timestep = masked.to(tokens.device), timestep.to(tokens.device)
-    return torch.where(masked, mask_id, tokens), masked, timestep
-
-
-def one_step(student: Student, part: Prompts, noise: Noise, beginning: Noise, *, random_share: float) -> tuple:
-    """The student's logits [B, L, V] from its random start, and the tokens int64 [B, L] that it draws."""
-    teacher, size = student.teacher, len(part.text)
-    policy = guided_policy(student.transformer, part, student.empty, guidance=1, grid=teacher.grid)
-    policy = from_random(policy, beginning, share=random_share, mask_id=teacher.mask_id, codes=teacher.codes)
-    nothing = torch.full((size, student.length), teacher.mask_id, device=part.text.device)
-    logits = policy(nothing, torch.zeros(size, device=nothing.device))
+    teacher, size = student.teacher, len(prompts.text)
+    policy = from_random(
+        student.policy(prompts), Noise(noise.uniform[:, 1], noise.gumbel[:, 1]), share=random_share,
+        mask_id=teacher.mask_id, codes=teacher.codes,
+    )  # fmt: skip
+    nothing = torch.full((size, student.length), teacher.mask_id, device=prompts.text.device)
+    logits = logits_of(policy, nothing, torch.zeros(size, dtype=torch.int64, device=nothing.device))
     tokens, _ = sample_tokens(logits.detach(), noise.uniform[:, 0])
     return logits, tokens
 
@@ -87,7 +79,7 @@ def distil(
     guidance: float | None = None,
     beta: float = -0.2,
     iterations: int = 30,
-    pictures: int = 64,
+    images: int = 128,
     micro_batch: int = 16,
     lr: float = 3e-5,
     clip_grad: float = 1.0,
@@ -97,8 +89,8 @@ def distil(
 ) -> Path:
     """Distils `model` into a generator of one step.
 
-    Each iteration the student draws `pictures` and makes one update, and so does the auxiliary model on the same
-    pictures, masked anew. `guidance` is the teacher's, by default its own. `random_share` of the tokens of a start are
+    Each iteration the student draws `images` and makes one update, and so does the auxiliary model on the same
+    images, masked anew. `guidance` is the teacher's, by default its own. `random_share` of the tokens of a start are
     random, the others masked. -> OUT/model, which is sampled in one step without guidance. Products are in bf16 where
     that is fast, as in `speedrl.training`.
     """
@@ -110,27 +102,25 @@ def distil(
     optimizer, own = optimiser(student.transformer, lr=lr), optimiser(auxiliary, lr=lr)
     guidance = teacher.guidance if guidance is None else guidance
     random = torch.Generator().manual_seed(seed)
-    calls, autocast = 0, bf16_autocast(device)
+    autocast = bf16_autocast(device)
     (out / "metrics.jsonl").unlink(missing_ok=True)
     for iteration in track(range(iterations), f"distilling, seed {seed}, lr {lr:g}"):
-        encoded, _ = student.draw(pictures, random)
-        first = 1_000_000 + iteration * pictures  # past the noise that evaluation draws
-        noise = draw_noise(pictures, 2, student.length, seed=seed, first=first, device=device)
+        encoded, _ = student.draw(images, random)
+        first = 1_000_000 + iteration * images  # past the noise that evaluation draws
+        noise = draw_noise(images, 2, student.length, seed=seed, first=first, device=device)
         totals = {"gradient": 0.0, "auxiliary_loss": 0.0}
-        for index in torch.arange(pictures, device=device).split(micro_batch):
-            part, share = take(encoded, index), len(index) / pictures
-            beginning = Noise(noise.uniform[index, 1], noise.gumbel[index, 1])
+        for index in torch.arange(images, device=device).split(micro_batch):
+            part, share = take(encoded, index), len(index) / images
             now = Noise(noise.uniform[index], noise.gumbel[index])
             with autocast:
-                logits, tokens = one_step(student, part, now, beginning, random_share=random_share)
+                logits, tokens = one_step(student, part, now, random_share=random_share)
 
             # the student follows the teacher away from what the auxiliary model knows of it
             state, masked, timestep = mask_again(tokens, teacher.steps, random, mask_id=teacher.mask_id)
             with torch.no_grad(), autocast:
-                wanted = guided_policy(
-                    teacher.transformer, part, student.empty, guidance=guidance, grid=teacher.grid
-                )(state, timestep)  # fmt: skip
-                known = guided_policy(auxiliary, part, student.empty, guidance=1, grid=teacher.grid)(state, timestep)
+                guided = student.policy(part, of=teacher.transformer, guidance=guidance)
+                wanted = logits_of(guided, state, timestep)
+                known = logits_of(student.policy(part, of=auxiliary), state, timestep)
             away = divergence_gradient(wanted, known, beta=beta)
             (student_loss(logits, away, masked) * share).backward()
             totals["gradient"] += (away.norm(dim=-1) * masked).sum().item() / masked.sum().item() * share
@@ -138,15 +128,15 @@ def distil(
             # the auxiliary model follows the student
             state, masked, timestep = mask_again(tokens, teacher.steps, random, mask_id=teacher.mask_id)
             with autocast:
-                found = guided_policy(auxiliary, part, student.empty, guidance=1, grid=teacher.grid)(state, timestep)
+                found = logits_of(student.policy(part, of=auxiliary), state, timestep)
             loss = auxiliary_loss(found, logits, masked) * share
             loss.backward()
             totals["auxiliary_loss"] += loss.item()
-        calls += pictures * (3 + (1 if guidance == 1 else 2))
-        norm = descend(optimizer, clip_grad=clip_grad).item()
-        descend(own, clip_grad=clip_grad)
+        norm = optimizer_step(optimizer, clip_grad=clip_grad).item()
+        optimizer_step(own, clip_grad=clip_grad)
         log(out, {"iteration": iteration + 1, "grad_norm": norm} | totals)
-    budget = {"pictures_seen": iterations * pictures, "network_calls": calls}
+    seen = iterations * images
+    budget = {"images": seen, "network_evaluations": seen * (3 + evaluations(1, guidance))}
     return save(student, out, settings=settings, budget=budget, num_inference_steps=1, random_share=random_share)
 
 

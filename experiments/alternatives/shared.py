@@ -1,8 +1,9 @@
-"""What fine-tuning and distillation share: the student, its prompts, and how it is saved."""
+"""What fine-tuning and distillation share: the student, its prompts and states, its update, and how it is saved."""
 
 import copy
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -11,10 +12,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from speedrl.learner import draw_prompts, training_prompts
 from speedrl.models.checkpoint import Generator, Prompts, encode_prompts, load_generator, save_generator, take
-from speedrl.run.checkpoints import plain
+from speedrl.policies import Policy
+from speedrl.run.checkpoints import to_jsonable
 from speedrl.system.files import append_lines, write_atomically, write_json
-from speedrl.training import draw_prompts, training_prompts
 
 
 class Student(NamedTuple):
@@ -33,7 +35,36 @@ class Student(NamedTuple):
     def draw(self, count: int, random: torch.Generator) -> tuple[Prompts, list[str]]:
         """`count` prompts at random, no two the same where there are as many: encoded, and their texts."""
         chosen = draw_prompts(len(self.texts), count, random)
-        return take(self.prompts, chosen.to(self.prompts.text.device)), [self.texts[i] for i in chosen]
+        index = torch.tensor(chosen, device=self.prompts.text.device)
+        return take(self.prompts, index), [self.texts[i] for i in chosen]
+
+    def policy(self, prompts: Prompts, *, of: nn.Module | None = None, guidance: float = 1.0) -> Policy:
+        """The policy of the student's transformer, or of another network, for encoded prompts."""
+        return Policy(self.transformer if of is None else of, prompts, self.empty, guidance, self.teacher.grid)
+
+
+def logits_of(policy: Callable[..., Tensor], tokens: Tensor, timestep: Tensor) -> Tensor:
+    """Logits at every position of states int64 [B, L] at timesteps int64 [B]: [B, L, V]."""
+    batch, length = tokens.shape
+    everywhere = torch.arange(length, device=tokens.device).expand(batch, -1)
+    return policy(tokens, timestep, torch.arange(batch, device=tokens.device), everywhere)
+
+
+def mask_again(
+    tokens: Tensor, steps: Tensor | int, random: torch.Generator, *, mask_id: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """States that samplers of so many steps see: int64 [B, L], steps int64 [B] or one number for all -> (masked tokens,
+    masked bool [B, L], timestep int64 [B]).
+
+    A cosine-distributed share is masked, at random positions, with the timestep of the step that has such a share.
+    """
+    batch, length = tokens.shape
+    progress = torch.rand(batch, generator=random)
+    count = (torch.cos(progress * math.pi / 2) * length).ceil().clamp(1, length)
+    masked = torch.rand(batch, length, generator=random).argsort(-1).argsort(-1) < count[:, None]
+    timestep = (steps - 1 - (progress * steps).floor()).long()
+    masked, timestep = masked.to(tokens.device), timestep.to(tokens.device)
+    return torch.where(masked, mask_id, tokens), masked, timestep
 
 
 def start(model: str, prompts: str | Path | None, *, device: str) -> Student:
@@ -82,6 +113,6 @@ def log(out: Path, row: dict) -> None:
 def save(student: Student, out: Path, *, settings: dict, budget: dict, **how: float | int) -> Path:
     """Writes OUT/model, sampled without guidance and as `how` says, and OUT/budget.json: what it was trained with."""
     scheduler = student.teacher.scheduler | {"guidance_scale": 1.0} | how
-    write_json(out / "budget.json", plain(settings) | budget)
+    write_json(out / "budget.json", to_jsonable(settings) | budget)
     save_generator(student.teacher._replace(transformer=student.transformer, scheduler=scheduler), out / "model")
     return out / "model"

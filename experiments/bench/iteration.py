@@ -5,6 +5,7 @@ and the reward, is left out.
 """
 
 import copy
+import dataclasses
 import json
 from collections.abc import Callable
 from typing import Annotated, NamedTuple
@@ -18,13 +19,12 @@ from experiments.bench.measure import peak_gb, seconds_of
 from experiments.bench.plain import plain_rollout, plain_update
 from experiments.bench.scaling import picture_flops
 from speedrl.cli import in_one_line
-from speedrl.generation import guided_policy
-from speedrl.method.losses import normalise
-from speedrl.method.sampling import Rollout, Step, compiled_step, draw_noise, rollout, step
+from speedrl.method.sampling import Step, Trajectory, compiled_step, draw_noise, rollout, step
 from speedrl.models.checkpoint import Prompts, load_generator, repeat, take
 from speedrl.models.meissonic import MeissonicTransformer
+from speedrl.policies import Policy, score_logits
 from speedrl.system.platform import bf16_autocast, bf16_is_fast, quiet_allocator
-from speedrl.updates import micro_batch_loss, rows, token_weights, trained_steps
+from speedrl.updates import gradients, trained_steps
 
 KINDS = ("ours", "plain", "plain-each-step")
 
@@ -38,10 +38,12 @@ class Sizes(NamedTuple):
     text: int
     guidance: float
     micro_batch: int
-    trained: int | None
+    train_steps: int | None
+    likelihood: str
     kl_weight: float
     mask_id: int
     step: Callable[..., Step]
+    score: Callable[..., tuple[Tensor, Tensor]]
 
 
 def build(*, width: int, head: int, double: int, single: int, codes: int, device: str) -> MeissonicTransformer:
@@ -62,33 +64,26 @@ def random_prompts(count: int, model: MeissonicTransformer, *, text: int, device
     return Prompts(words.to(device), whole.to(device), torch.ones(count, 5, device=device))
 
 
-def sample(model: nn.Module, prompts: Prompts, empty: Prompts, sizes: Sizes) -> Rollout:
-    policy = guided_policy(model, prompts, empty, guidance=sizes.guidance, grid=sizes.grid)
-    device, length = prompts.text.device, sizes.grid[0] * sizes.grid[1]
+def sample(policy: Policy, sizes: Sizes) -> Trajectory:
+    device, length = policy.empty.text.device, sizes.grid[0] * sizes.grid[1]
     counts = torch.full((sizes.batch,), sizes.steps, device=device)
     noise = draw_noise(sizes.batch, sizes.steps, length, seed=0, device=device)
-    return rollout(policy, counts, noise, length=length, mask_id=sizes.mask_id, sparse=True, step=sizes.step)
+    return rollout(policy, counts, noise, grid=sizes.grid, mask_id=sizes.mask_id, step=sizes.step)
 
 
 def update(
-    model: nn.Module, reference: nn.Module | None, optimizer: torch.optim.Optimizer, batch: Rollout, prompts: Prompts,
-    empty: Prompts, advantages: Tensor, autocast: torch.autocast, sizes: Sizes,
+    policy: Policy, reference: nn.Module | None, optimizer: torch.optim.Optimizer, batch: Trajectory,
+    advantages: Tensor, autocast: torch.autocast, sizes: Sizes,
 ) -> None:  # fmt: skip
     """As the training loop does it."""
-    device, length = advantages.device, batch.tokens.shape[1]
-    which = trained_steps(batch.steps, sizes.trained, torch.Generator().manual_seed(0))
-    weights = token_weights(batch, which, torch.ones(sizes.batch, device=device))
-    for index in torch.arange(sizes.batch, device=device).split(sizes.micro_batch):
-        part = Rollout(*(None if field is None else field[index] for field in batch))
-        states = rows(part, which[index], mask_id=sizes.mask_id)
-        with autocast:
-            loss, _ = micro_batch_loss(
-                model, reference, part, states, take(prompts, index[states.sample]),
-                repeat(empty, len(states.sample)), advantages[index, None].expand(-1, sizes.steps), weights[index],
-                grid=sizes.grid, guidance=sizes.guidance, reference_guidance=sizes.guidance, order="confidence",
-                likelihood="token", clip_range=0.2, kl="ce", kl_weight=sizes.kl_weight,
-            )  # fmt: skip
-        normalise(loss, torch.tensor(float(sizes.batch * length), device=device)).backward()
+    trained = trained_steps(batch.steps, sizes.train_steps, torch.Generator().manual_seed(0))
+    keep = torch.ones_like(advantages)
+    before = None if reference is None else dataclasses.replace(policy, transformer=reference)
+    gradients(
+        policy, before, batch, trained, advantages, keep,
+        keep.sum() * batch.tokens.shape[1], sizes.micro_batch, autocast=autocast, mask_id=sizes.mask_id,
+        likelihood=sizes.likelihood, kl_weight=sizes.kl_weight, score=sizes.score,
+    )  # fmt: skip
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -96,7 +91,7 @@ def update(
 def operations(model: MeissonicTransformer, sizes: Sizes) -> tuple[float, float]:
     """FLOPs of our rollout and of our update."""
     each = picture_flops(
-        model, grid=sizes.grid, text=sizes.text, steps=sizes.steps, trained=sizes.trained, guidance=sizes.guidance,
+        model, grid=sizes.grid, text=sizes.text, steps=sizes.steps, trained=sizes.train_steps, guidance=sizes.guidance,
         reference=bool(sizes.kl_weight),
     )  # fmt: skip
     return sizes.batch * each[0], sizes.batch * each[1]
@@ -113,10 +108,11 @@ def main(
     codes: Annotated[int, Option(help="Codes of the codebook.")] = 8192,
     grid: Annotated[int, Option(help="Tokens of a side.")] = 64,
     text: Annotated[int, Option(help="Words of a prompt.")] = 77,
-    batch: Annotated[int, Option(help="Pictures of an iteration.")] = 2,
-    micro_batch: Annotated[int, Option(help="Pictures of a backward pass, 0 for all.")] = 0,
+    batch: Annotated[int, Option(help="Images of an iteration.")] = 2,
+    micro_batch: Annotated[int, Option(help="Images of a backward pass, 0 for all.")] = 0,
     steps: Annotated[int, Option(help="Sampling steps.")] = 4,
-    trained: Annotated[int, Option(help="Steps that train, 0 for all.")] = 0,
+    train_steps: Annotated[int, Option(help="Steps that enter the loss, 0 for all.")] = 0,
+    likelihood: Annotated[str, Option(help="token, exact or sequence.")] = "token",
     guidance: Annotated[float, Option(help="1 is none.")] = 1.0,
     kl_weight: Annotated[float, Option(help="0 leaves the reference out.")] = 0.02,
     precision: Annotated[str, Option(help="auto, fp32 or bf16.")] = "auto",
@@ -138,8 +134,11 @@ def main(
         generator = load_generator(model, device=device)
         transformer, side, mask_id = generator.transformer, generator.grid, generator.mask_id
         text = generator.tokenizer.model_max_length
-    decide = compiled_step(device) if compile else step
-    sizes = Sizes(batch, steps, side, text, guidance, micro_batch or batch, trained or None, kl_weight, mask_id, decide)
+    decide, score = step, score_logits
+    if compile:
+        decide, score = compiled_step(), torch.compile(score_logits, dynamic=True)
+    sizes = Sizes(batch, steps, side, text, guidance, micro_batch or batch, train_steps or None, likelihood, kl_weight,
+                  mask_id, decide, score)  # fmt: skip
     reference = copy.deepcopy(transformer).requires_grad_(False) if kl_weight else None
     transformer.gradient_checkpointing = checkpointing
     prompts = random_prompts(batch, transformer, text=text, device=device)
@@ -153,13 +152,14 @@ def main(
         if compile:
             for network in filter(None, (transformer, reference)):
                 network.compile_blocks()
+        policy = Policy(transformer, prompts, empty, guidance, side)
 
         def sampling() -> None:
             with autocast:
-                held[:] = [sample(transformer, prompts, empty, sizes)]
+                held[:] = [sample(policy, sizes)]
 
         def training() -> None:
-            update(transformer, reference, optimizer, held[0], prompts, empty, advantages, autocast, sizes)
+            update(policy, reference, optimizer, held[0], advantages, autocast, sizes)
     else:
         how = {"steps": steps, "guidance": guidance, "grid": side}
         everyone = repeat(empty, batch)

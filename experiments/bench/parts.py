@@ -24,7 +24,7 @@ def utilisation(ceilings: dict[str, float], *, device: str, small: bool, out: Pa
     if small:
         settings["embedded model"] |= {"batch": 2, "micro-batch": 2, "steps": 2, "repeats": 1}
     elif gpu:
-        full = {"double": 14, "single": 28, "batch": 4, "micro-batch": 1, "steps": 8, "trained": 4}
+        full = {"double": 14, "single": 28, "batch": 4, "micro-batch": 1, "steps": 8, "train-steps": 4}
         settings["Meissonic, 14 + 28 blocks, 1024 px"] = full
     else:
         settings["Meissonic, 1 + 2 blocks, 1024 px"] = {"double": 1, "single": 2, "batch": 2, "steps": 4}
@@ -42,11 +42,13 @@ def utilisation(ceilings: dict[str, float], *, device: str, small: bool, out: Pa
 def against_plain(ceilings: dict[str, float], *, device: str, small: bool, out: Path) -> list[dict]:
     """An iteration without decoder and reward against the plain one (dense logits and log-softmax of every position and
     step kept for autograd, reference in full, eager), at 4096 tokens and 8192 codes, in the same precision: as it is,
-    with our setting of the allocator, and with a backward pass after each step; ours also picture by picture."""
+    with our setting of the allocator, and with a backward pass after each step; ours also image by image, and with the
+    exact likelihood, which scores all that was drawn, in place of the token surrogate."""
     setting = {"double": 1, "single": 2, "batch": 4, "steps": 4, "device": device} | (TINY if small else {})
     kinds = {"plain": ("plain",), "plain, our allocator": ("plain", "--quiet"),
              "plain, backward each step": ("plain-each-step",), "ours": ("ours", "--micro-batch", 2),
-             "ours, micro-batch 1": ("ours", "--micro-batch", 1)}  # fmt: skip
+             "ours, micro-batch 1": ("ours", "--micro-batch", 1),
+             "ours, exact likelihood": ("ours", "--micro-batch", 2, "--likelihood", "exact")}  # fmt: skip
     rows = []
     for name, kind in kinds.items():
         found = in_a_process("experiments.bench.iteration", *kind, *options(setting))
@@ -63,14 +65,14 @@ def trained_steps(ceilings: dict[str, float], *, device: str, small: bool, out: 
     setting |= {"repeats": 1} if small else {}
     rows = []
     for count in (8, 2) if small else (8, 4, 2, 1):
-        found = in_a_process("experiments.bench.iteration", "ours", *options(setting | {"trained": count}))
-        rows.append({"steps that train": count, "training s": found["training s"], "peak GB": found["peak GB"]})
+        found = in_a_process("experiments.bench.iteration", "ours", *options(setting | {"train-steps": count}))
+        rows.append({"train-steps": count, "training s": found["training s"], "peak GB": found["peak GB"]})
     return [row | {"times as fast": rows[0]["training s"] / row["training s"]} for row in rows]
 
 
 def command(ceilings: dict[str, float], *, device: str, small: bool, out: Path) -> list[dict]:
-    """Seconds of the command as one feels them, in processes of their own (median of 3), and where the seconds of a
-    picture go once all is loaded: text encoder, network calls, decoder, PNG."""
+    """Seconds of the command as one feels them, in processes of their own (median of 3), and where the seconds of
+    an image go once all is loaded: text encoder, network evaluations, decoder, PNG."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
 
     def felt(*arguments: object) -> float:
@@ -82,12 +84,12 @@ def command(ceilings: dict[str, float], *, device: str, small: bool, out: Path) 
             times.append(time.perf_counter() - began)
         return sorted(times)[len(times) // 2]
 
-    picture = out / "owl.png"
+    image = out / "owl.png"
     rows = [{"what": "speedrl --help", "seconds": felt("--help")}]
     for steps in (32, 8, 4):
-        how = ("sample", "an owl", "--steps", steps, "--device", device, "--out", picture)
+        how = ("sample", "an owl", "--steps", steps, "--device", device, "--out", image)
         rows.append({"what": f"speedrl sample, {steps} steps", "seconds": felt(*how)})
-    picture.unlink()
+    image.unlink()
     base, trained = "with guidance", "without, as trained models are sampled"
     for how, guidance, steps in (
         (base, None, 32),
@@ -99,5 +101,5 @@ def command(ceilings: dict[str, float], *, device: str, small: bool, out: Path) 
         for count in (1,) if small else (1, 64):
             given = {"steps": steps, "count": count, "device": device} | ({"guidance": guidance} if guidance else {})
             found = in_a_process("experiments.bench.shares", *options(given))
-            rows.append({"what": f"{steps} steps {how}, {count} at a time, a picture"} | found)
+            rows.append({"what": f"{steps} steps {how}, {count} at a time, an image"} | found)
     return rows

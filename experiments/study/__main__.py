@@ -1,9 +1,9 @@
 """Reinforcement learning beside its alternatives: `python -m experiments.study`.
 
-Every method starts from the same model, sees the same number of pictures of the same prompts, and has its learning rate
-chosen from the same grid; every choice (learning rates, the base's temperature and guidance) is made by the reward on
-prompts of training, never by the judge or on the prompts that are measured. All are measured by `speedrl.evaluation.measuring`.
-What is finished is kept: run it again after an interruption. OUT/report/index.html has the results.
+Every method starts from the same model, the base with its searched sampler, sees the same number of images of the same
+prompts, and has its learning rate chosen from the same grid; every choice is made by the reward on training prompts,
+never by the judge or on the prompts that are measured. All are measured by `evaluate`, with the same guidance and
+remasking. What is finished is kept: run it again after an interruption. OUT/report/index.html has the results.
 """
 
 import itertools
@@ -22,25 +22,29 @@ from typer import Option
 from experiments.alternatives.distil import distil
 from experiments.alternatives.finetune import finetune
 from speedrl.cli import in_one_line, loading
+from speedrl.evaluation.figures import contact_sheet, save_image
 from speedrl.evaluation.judging import load_judge
-from speedrl.evaluation.measuring import METRICS, columns_of, evaluate, markdown, prompt_sets
+from speedrl.evaluation.measuring import METRICS, columns_of, evaluate, evaluations, markdown, prompt_sets
 from speedrl.evaluation.pages import Section, write_page
-from speedrl.evaluation.reports import plot_pareto
-from speedrl.generation import contact_sheet, sample, save_png
-from speedrl.models.checkpoint import load_generator
+from speedrl.generation import sample
+from speedrl.learner import SamplerSettings, sampler_of, training_prompts
+from speedrl.method.schedules import parse_steps
+from speedrl.method.steps import step_choices
+from speedrl.models.checkpoint import load_generator, save_generator
+from speedrl.rewards.loading import load_quality
+from speedrl.stages import search_sampler
 from speedrl.studies.ablations import over_runs
 from speedrl.studies.intervals import caution, half_width, say, welch
+from speedrl.studies.plots import plot_pareto
 from speedrl.studies.runs import command, trained_once
 from speedrl.system.errors import one_line
 from speedrl.system.files import write_atomically, write_json
 from speedrl.system.platform import quiet_allocator
-from speedrl.training import training_prompts
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-TEMPERATURES = (0.0, 0.5, 1.0, 2.0, 4.0)
-SCHEDULES = ("linear", "arccos", "square")  # beside cosine, which is the base's
+OWN = "base, own settings"
 Train = Callable[..., Path]
 
 
@@ -59,16 +63,18 @@ class Trainer(NamedTuple):
     train: Train
     command: Callable[..., str]  # what does the same by hand, of the same options
     steps: int | None = None  # what it is sampled with, where it has no choice
+    guided: bool = False  # whether it is sampled as the base is, or without guidance
 
 
 def trainers(
-    base: str, *, steps: str, prompts: str | None, pictures: int, quality: str, device: str, compile: bool
+    base: str, *, steps: str, prompts: str | None, images: int, quality: str, device: str, compile: bool
 ) -> dict[str, Trainer]:
-    """The methods that train, by name: the same pictures an iteration, of the same prompts."""
+    """The methods that train, by name: the same images an iteration, of the same prompts."""
     shared = {"model": base, "prompts": prompts}
-    groups = max(1, pictures // 8)
-    own = {"steps": steps, "groups": groups, "group_size": pictures // groups, "quality": quality, "compile": compile}
-    one = shared | {"pictures": pictures, "compile": compile, "device": device}
+    group_size = min(16, images)
+    own = {"steps": steps, "groups": images // group_size, "group_size": group_size, "quality": quality, "search": 0,
+           "compile": compile}  # fmt: skip
+    one = shared | {"images": images, "compile": compile, "device": device}
     few = one | {"steps": steps}
 
     def module(name: str, options: dict) -> str:
@@ -78,10 +84,11 @@ def trainers(
         "reinforcement learning": Trainer(
             lambda out, **options: trained_once(out, shared | own | options, device=device),
             lambda out, **o: command("train", {"out": out / "run"} | shared | own | o | {"device": device}),
+            guided=True,
         ),
         "fine-tuning": Trainer(
-            # the pictures of a seed are the same for every learning rate
-            lambda out, **options: finetune(out=out, data=out.parent.parent / "pictures", **few, **options),
+            # the images of a seed are the same for every learning rate
+            lambda out, **options: finetune(out=out, data=out.parent.parent / "images", **few, **options),
             lambda out, **options: module("finetune", {"out": out} | few | options),
         ),
         "one-step distillation": Trainer(
@@ -90,6 +97,27 @@ def trainers(
             steps=1,
         ),
     }
+
+
+def at(costs: Sequence[int], *, guidance: float, remask: float) -> dict[str, tuple]:
+    """Options of `evaluate` for images of so many network evaluations."""
+    each = evaluations(1, guidance)
+    steps = tuple(cost // each for cost in costs if cost % each == 0)
+    return {"steps": steps, "guidance": (guidance,), "remask": (remask,)}
+
+
+def search_base(
+    base: str, out: Path, prompts: Sequence[str], how: SamplerSettings, *, most: int, quality: str, device: str,
+    rounds: int,
+) -> Path:  # fmt: skip
+    """The base with its searched sampler, kept in OUT: what every method starts from."""
+    if not (out / "transformer").exists():
+        generator = load_generator(base, device=device)
+        score, sampler = load_quality(quality, device=device), how._asdict()
+        del sampler["reference_guidance"]
+        table = search_sampler(generator, prompts, score, step_choices(1, most), rounds=rounds, quiet=False, **sampler)
+        save_generator(generator._replace(sampler={"search": table}), out)
+    return out
 
 
 def evaluated(models: Sequence[str], *, precision: str = "fp32", **options) -> list[dict]:
@@ -117,33 +145,15 @@ def trained(method: Trainer, folder: Path, *, lr: float, seed: int, iterations: 
 
 
 def chosen_lr(
-    method: Trainer, folder: Path, lrs: Sequence[float], *, iterations: int, selection: dict, steps: int
+    method: Trainer, folder: Path, lrs: Sequence[float], *, iterations: int, selection: dict, settings: dict
 ) -> tuple[float, dict[str, float]]:
     """The learning rate of the grid with the best reward on the selection prompts, and the rewards of all."""
     rewards = {}
     for lr in lrs:
         model = trained(method, folder, lr=lr, seed=0, iterations=iterations)
-        (row,) = evaluated([str(model)], out=folder / "selection", steps=(steps,), guidance=(1.0,), **selection)
+        (row,) = evaluated([str(model)], out=folder / "selection", **settings, **selection)
         rewards[lr] = row["reward"]
     return max(rewards, key=rewards.get), {f"{lr:g}": reward for lr, reward in rewards.items()}
-
-
-def best_settings(
-    base: str, folder: Path, budgets: Sequence[int], *, guidances: Sequence[float], selection: dict
-) -> tuple[dict, ...]:
-    """The base's temperature and guidance with the best reward on the selection prompts, for each budget of calls."""
-    rows = []
-    for guidance in guidances:
-        steps = [budget if guidance == 1 else budget // 2 for budget in budgets]
-        steps = tuple(s for s in steps if s >= 1)
-        if steps:
-            rows += evaluated([base], out=folder, steps=steps, guidance=(guidance,), temperature=TEMPERATURES,
-                              **selection)  # fmt: skip
-    best = []
-    for budget in budgets:
-        row = max((row for row in rows if row["network_calls"] == budget), key=lambda row: row["reward"])
-        best.append({"steps": (row["steps"],), "guidance": (row["guidance"],), "temperature": (row["temperature"],)})
-    return tuple(best)
 
 
 def measured(name: str, method: Method, *, out: Path, measuring: dict, seeds: int) -> list[dict]:
@@ -169,7 +179,7 @@ def commands_of(method: Method, *, out: Path, measuring: dict, seeds: int) -> li
 
 
 def against(name: str, rows: Mapping[str, list[dict]], *, seeds: int) -> list[str]:
-    """How a method differs from every other at equal network calls, in words: Welch's intervals.
+    """How a method differs from every other at equal network evaluations, in words: Welch's intervals.
 
     Those of a method that trains are over its trainings, of another over sampling seeds.
     """
@@ -181,37 +191,33 @@ def against(name: str, rows: Mapping[str, list[dict]], *, seeds: int) -> list[st
     for other, theirs in rows.items():
         said = []
         for row, one in itertools.product(rows[name], theirs if other != name else ()):
-            if any(row[key] != one[key] for key in ("prompts", "network_calls")):
+            if any(row[key] != one[key] for key in ("prompts", "network_evaluations")):
                 continue
-            for metric in ("judge_r1", "reward", "diversity"):
+            for metric in ("judge_r1", "judge_margin", "reward", "diversity"):
                 if row.get(metric) is not None and one.get(metric) is not None:
                     every.append(welch(*sample_of(row, metric), other=sample_of(one, metric)))
-                    calls = row["network_calls"]
-                    where = f"{row['prompts']} prompts, {calls} call{'s' * (calls != 1)}"
+                    where = f"{row['prompts']} prompts, {row['network_evaluations']:g} NFE"
                     said.append(f"{where}: {say(METRICS[metric], every[-1])}")
         if said:
             words.append(f"{name}, against {other}. {'. '.join(line[0].upper() + line[1:] for line in said)}.")
     return [*words, caution(every, kind="Welch's t-intervals")] if every else []
 
 
-def equal_calls(methods: Mapping[str, Method], calls: int, prompts: list[str], *, base: str, device: str) -> "Image":
-    """A contact sheet: the base in its own steps, then a row for each method, at no more than `calls` network calls."""
-    generator = load_generator(base, device=device)
-    own = f"base, {generator.steps} steps, guidance {generator.guidance:g}"
-    rows, labels = [sample(generator, prompts).cpu()], [own]
+def equal_evaluations(methods: Mapping[str, Method], budget: int, prompts: list[str], *, device: str) -> "Image":
+    """A contact sheet: a row for each method, in the most network evaluations up to `budget`; OWN in its own."""
+    rows, labels = [], []
     for name, method in methods.items():
-        fitting = [
-            (steps * (1 if settings["guidance"][0] == 1 else 2), steps, settings)
+        costs = [
+            (evaluations(steps, settings["guidance"][0]), steps, settings)
             for settings in method.settings for steps in settings["steps"]
         ]  # fmt: skip
-        fitting = [cost for cost in fitting if cost[0] <= calls]
-        if not fitting:
-            continue
-        cost, steps, settings = max(fitting, key=lambda found: found[0])
-        options = {key: settings[key][0] for key in ("guidance", "temperature", "schedule", "order") if key in settings}
-        generator = load_generator(method.models[0], device=device)
-        rows.append(sample(generator, prompts, steps=steps, revise=0.0, **options).cpu())
-        labels.append(f"{name}, {cost} call{'s' * (cost > 1)}")
+        fitting = [cost for cost in costs if cost[0] <= budget or name == OWN]
+        if fitting:
+            cost, steps, settings = max(fitting, key=lambda found: found[0])
+            generator = load_generator(method.models[0], device=device)
+            how = {"guidance": settings["guidance"][0], "remask": settings["remask"][0]}
+            rows.append(sample(generator, prompts, steps=steps, **how).cpu())
+            labels.append(f"{name}: {cost} network evaluation{'s' * (cost > 1)}")
     return contact_sheet(rows, labels=labels, titles=prompts, scale=max(1, 96 // rows[0].shape[-1]))
 
 
@@ -223,17 +229,17 @@ def main(
     ),
     seeds: Annotated[int, Option(help="Trainings of each method, and repetitions of each measurement.")] = 3,
     iterations: Annotated[int, Option(help="Iterations of each training.")] = 100,
-    pictures: Annotated[int, Option(help="Pictures of an iteration.")] = 64,
-    steps: Annotated[str, Option(help="Steps that training draws from.")] = "2-16",
+    images: Annotated[int, Option(help="Images of an iteration.")] = 128,
+    steps: Annotated[str, Option(help="Step counts that training draws from.")] = "1-16",
     lrs: Annotated[str, Option(help="Learning rates to choose from.")] = "1e-5,3e-5,1e-4,3e-4",
-    budgets: Annotated[str, Option(help="Network calls of a picture to measure at.")] = "1,2,4,8,16,32",
-    calls: Annotated[int, Option(help="Network calls of the contact sheet.")] = 4,
-    count: Annotated[int, Option(help="Pictures of each prompt and seed.")] = 4,
+    budgets: Annotated[str, Option(help="Network evaluations of an image to measure at.")] = "1,2,4,8,16",
+    budget: Annotated[int, Option(help="Network evaluations of the contact sheet and of the choice of rates.")] = 4,
+    count: Annotated[int, Option(help="Images of each prompt and seed.")] = 4,
     prompts: Annotated[str | None, Option(help="Prompts to train on. [default: the embedded model's]")] = None,
     eval_prompts: Annotated[
         str | None, Option(help="Prompts to measure. [default: the embedded model's two sets]")
     ] = None,
-    quality: Annotated[str, Option(help="The reward, as of speedrl train.")] = "embedded",
+    quality: Annotated[str, Option(help="The reward, one quality as of speedrl train.")] = "embedded",
     precision: Annotated[str, Option(help="Of what is measured, as of speedrl eval.")] = "fp32",
     quick: Annotated[bool, Option(help="Only show that everything runs.")] = False,
     device: Annotated[str, Option(help="cpu, cuda, ...")] = "cpu",
@@ -241,46 +247,45 @@ def main(
     """Compare reinforcement learning with what else makes few steps good."""
     quiet_allocator()
     began, console = time.time(), Console()
-    grid, costs = [float(lr) for lr in lrs.split(",")], sorted({int(budget) for budget in budgets.split(",")})
+    grid = [float(lr) for lr in lrs.split(",")]
+    costs = sorted({int(cost) for cost in budgets.split(",")})
     if quick:
-        seeds, iterations, pictures, grid, costs, count, calls = 2, 1, 8, grid[:2], [1, 4], 2, 4
+        seeds, iterations, images, grid, costs, count, budget = 2, 1, 8, grid[:2], [1, 4], 2, 4
     training = list(training_prompts(base, prompts))
     texts = {"selection": training[-4 if quick else -48 :]}
     for name, lines in prompt_sets(eval_prompts, None).items():
         texts[name] = lines[:4] if quick else lines
     for name, lines in texts.items():
-        write_atomically(
-            out / f"{name}.txt", lambda to, lines=lines: to.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        )
-    shared = {"quality": quality, "device": device, "pictures": 0, "figure": False, "precision": precision}
-    shared["revise"] = (0.0,)  # which any of the models could do
+        text = "\n".join(lines) + "\n"
+        write_atomically(out / f"{name}.txt", lambda to, text=text: to.write_text(text, encoding="utf-8"))
+    shared = {"quality": quality, "device": device, "images": 0, "figure": False, "precision": precision}
     # the embedded model's own two sets keep their names, which the judge knows
     own = {} if eval_prompts is None and not quick else {"prompts": str(out / f"{[*texts][1]}.txt")}
     measuring = shared | own | {"count": count, "compile": not quick}
     selection = shared | {"prompts": str(out / "selection.txt"), "count": 2, "seeds": 1}
 
-    methods: dict[str, Method] = {}
-    start = load_generator(base)
-    guided = sorted({1.0, start.guidance, 3.0})
-    plain = {"steps": tuple(costs), "guidance": (1.0,)}
-    methods["base"] = Method((base,), (plain,))
-    own_steps = {"steps": (start.steps,), "guidance": (start.guidance,)}
-    methods["base, own settings"] = Method((base,), (own_steps,), note=f"{start.steps} steps, as it comes")
-    best = best_settings(base, out / "base-selection", costs, guidances=guided, selection=selection)
-    methods["base, best settings"] = Method((base,), best, note="temperature and guidance chosen for each budget")
-    for order in ("random", "halton"):
-        methods[f"base, {order}"] = Method((base,), (plain | {"order": (order,)},))
-    for schedule in SCHEDULES:
-        methods[f"base, {schedule}"] = Method((base,), (plain | {"schedule": (schedule,)},))
+    start, most = load_generator(base), parse_steps(steps)[1]
+    how = sampler_of(start, dict.fromkeys(SamplerSettings._fields), most=most)
+    plain = at(costs, guidance=how.guidance, remask=how.remask)
+    own_cost = evaluations(start.steps, start.guidance)
+    own_settings = at([own_cost], guidance=start.guidance, remask=start.remask)
+    searched = str(search_base(base, out / "base-searched", training, how, most=most, quality=quality, device=device,
+                               rounds=1 if quick else 16))  # fmt: skip
+    methods = {
+        OWN: Method((base,), (own_settings,), note=f"{start.steps} steps, as it comes"),
+        "base": Method((base,), (plain,)),
+        "base, searched sampler": Method((searched,), (plain,), note="what every training starts from"),
+    }
     failed, picked = {}, {}
-    makers = trainers(base, steps=steps, prompts=prompts, pictures=pictures, quality=quality, device=device,
+    makers = trainers(searched, steps=steps, prompts=prompts, images=images, quality=quality, device=device,
                       compile=not quick)  # fmt: skip
     for name, method in makers.items():
         folder = out / name.replace(" ", "-")
         console.rule(name)
+        guidance = how.guidance if method.guided else 1.0
         try:
-            lr, rewards = chosen_lr(method, folder, grid, iterations=iterations, selection=selection,
-                                    steps=method.steps or calls)  # fmt: skip
+            one = at([method.steps or budget], guidance=guidance, remask=how.remask)
+            lr, rewards = chosen_lr(method, folder, grid, iterations=iterations, selection=selection, settings=one)
             console.print(f"learning rate {lr:g} of {rewards}", highlight=False)
             models = [trained(method, folder, lr=lr, seed=seed, iterations=iterations) for seed in range(seeds)]
         except KeyboardInterrupt:
@@ -294,7 +299,7 @@ def main(
             method.command(run_folder(folder, lr=lr, seed=seed), lr=lr, seed=seed, iterations=iterations)
             for seed in range(seeds)
         ]
-        settings = plain | ({"steps": (method.steps,)} if method.steps else {})
+        settings = at([method.steps] if method.steps else costs, guidance=guidance, remask=how.remask)
         methods[name] = Method(tuple(map(str, models)), (settings,), tuple(made), f"learning rate {lr:g}")
 
     console.rule("measuring")
@@ -311,10 +316,11 @@ def main(
         measuring=measuring,
         seeds=seeds,
         minutes=(time.time() - began) / 60,
-        settings={"iterations": iterations, "pictures": pictures, "steps": steps},
+        settings={"iterations": iterations, "images": images, "steps": steps},
     )
     shown = next(lines for name, lines in texts.items() if name != "selection")[:10]
-    save_png(equal_calls(methods, calls, shown, base=base, device=device), out / "report" / "equal_calls.png")
+    sheet = equal_evaluations(methods, budget, shown, device=device)
+    save_image(sheet, out / "report" / "equal_evaluations.png")
     console.print(f"wrote {out / 'report' / 'index.html'}", soft_wrap=True, highlight=False)
 
 
@@ -336,23 +342,23 @@ def conclude(
         real = load_judge().real
     except FileNotFoundError:
         real = {}
-    pictures = []
+    figures = []
     for which in dict.fromkeys(row["prompts"] for row in every):
         of = {name: [row for row in found if row["prompts"] == which] for name, found in rows.items()}
         name = f"pareto-{which.replace(' ', '-')}"
         quality = "judge_r1" if any(row.get("judge_r1") is not None for row in every) else "reward"
         plot_pareto(of, report / name, quality=quality, real=real.get(which))
-        pictures.append((f"{name}.png", f"{which} prompts: quality and diversity against network calls and seconds"))
+        figures.append((f"{name}.png", f"{which} prompts: quality and diversity against NFE and seconds"))
     budgets = {
         name: json.loads((Path(method.models[0]).parent / "budget.json").read_text(encoding="utf-8"))
         for name, method in methods.items()
         if (Path(method.models[0]).parent / "budget.json").exists()
     }
     about = [
-        f"Trained: {settings['iterations']} iterations of {settings['pictures']} pictures, {settings['steps']} steps, "
-        f"{seeds} seeds, the learning rate of each method chosen on prompts of training.",
+        f"Trained: {settings['iterations']} iterations of {settings['images']} images, {settings['steps']} steps, "
+        f"{seeds} seeds, the learning rate of each method chosen on training prompts.",
         *(
-            f"{name}: {found['network_calls']} network calls for its training data and losses."
+            f"{name}: {found['network_evaluations']} network evaluations for its training data and losses."
             for name, found in budgets.items()
         ),
         *(f"{name}: {method.note}." for name, method in methods.items() if method.note),
@@ -369,9 +375,9 @@ def conclude(
     text += f"\n\n{markdown(every, error='interval')}\n    {again}\n"
     write_atomically(report / "study.md", lambda partial: partial.write_text(text, encoding="utf-8"))
     sections = [
-        Section("Results", about, pictures, [columns_of(every, error="interval")], files=["study.json", "study.md"]),
+        Section("Results", about, figures, [columns_of(every, error="interval")], files=["study.json", "study.md"]),
         Section("In words", words),
-        Section("At equal network calls", pictures=[("equal_calls.png", "one row a method, same prompts and seeds")]),
+        Section("At equal cost", images=[("equal_evaluations.png", "one row a method, same prompts and seeds")]),
         *(Section(name, commands=lines) for name, lines in commands.items()),
         Section("All of it", commands=[again]),
     ]

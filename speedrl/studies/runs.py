@@ -17,10 +17,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from speedrl.evaluation.measuring import evaluate
-from speedrl.run.checkpoints import checkpoints, plain
+from speedrl.method.schedules import parse_steps
+from speedrl.run.checkpoints import checkpoints, to_jsonable
 from speedrl.system.errors import one_line
 from speedrl.system.files import write_atomically, write_json
 from speedrl.training import train
+
+DEFAULTS = train.__kwdefaults__
 
 
 def run_folder(out: Path, own: dict, seed: int) -> Path:
@@ -30,16 +33,22 @@ def run_folder(out: Path, own: dict, seed: int) -> Path:
 
 
 def refuse_other(folder: Path, options: dict) -> None:
-    """ValueError where a folder holds a run of other options."""
+    """ValueError where a folder holds a run of other options, with those that differ."""
     path = folder / "variant.json"
-    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != plain(options):
-        raise ValueError(f"{folder} holds a run of other options: give another folder, or the same options")
+    if not path.exists():
+        return
+    before, now = json.loads(path.read_text(encoding="utf-8")), to_jsonable(options)
+    differing = [f"--{name.replace('_', '-')} {before.get(name, 'not given')}, now {now.get(name, 'not given')}"
+                 for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]  # fmt: skip
+    if differing:
+        raise ValueError(f"{folder} holds a run of other options ({'; '.join(differing)}): give another --out, or the "
+                         "same options")  # fmt: skip
 
 
 def trained_once(folder: Path, options: dict, *, device: str) -> Path:
     """The model that `train` made in this folder of these options; trained now, or to the end, if it is not there."""
     if not (folder / "done").exists():
-        write_json(folder / "variant.json", plain(options))
+        write_json(folder / "variant.json", to_jsonable(options))
         begun = bool(checkpoints(folder / "run"))
         if not begun:
             (folder / "run" / "metrics.jsonl").unlink(missing_ok=True)  # of a run stopped before its first checkpoint
@@ -49,10 +58,16 @@ def trained_once(folder: Path, options: dict, *, device: str) -> Path:
 
 
 def one_run(folder: Path, options: dict, evaluation: dict, *, device: str) -> list[dict]:
-    """Trains and evaluates what a folder is for: the rows of `evaluate`."""
+    """Trains and evaluates what a folder is for: the rows of `evaluate`, with a step policy at "auto" steps too."""
     torch.compiler.reset()  # after the networks of a few runs the compiler would give up, and run this one eagerly
     model = trained_once(folder, options, device=device)
-    return evaluate([str(model)], out=folder / "eval", device=device, **evaluation)
+    return evaluate([str(model)], out=folder / "eval", device=device, **with_auto(evaluation, options))
+
+
+def with_auto(evaluation: dict, options: dict) -> dict:
+    """The options of `evaluate` for a run of `train`: where it learned its number of steps, at "auto" steps too."""
+    least, most = parse_steps(options.get("steps", DEFAULTS["steps"]))
+    return evaluation | {"steps": (*evaluation["steps"], *["auto"] * (least < most))}
 
 
 def run_all(
@@ -80,9 +95,9 @@ def side_by_side(
     runs: Mapping[Path, dict], *, evaluation: dict, devices: Sequence[str], jobs: int, console: Console
 ) -> dict[Path, list[dict] | str]:
     """As `run_all`, `jobs` processes at a time: one that dies takes no other with it."""
-    waiting, outcome = list(runs), {}
+    waiting, outcome, threads = list(runs), {}, max(1, (os.cpu_count() or 1) // jobs)
     running: dict[int, tuple[Path, subprocess.Popen]] = {}  # by place, which decides the device
-    length = {folder: options.get("iterations", train.__kwdefaults__["iterations"]) for folder, options in runs.items()}
+    length = {folder: options.get("iterations", DEFAULTS["iterations"]) for folder, options in runs.items()}
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
     with Progress(TextColumn("{task.description}"), *columns, console=console) as progress:
         task = progress.add_task("iterations", total=sum(length.values()), completed=sum(map(iterations_of, runs)))
@@ -91,23 +106,15 @@ def side_by_side(
                 for place in range(jobs):
                     if place not in running and waiting:
                         folder = waiting.pop(0)
-                        job = {
-                            "options": runs[folder],
-                            "evaluation": evaluation,
-                            "device": devices[place % len(devices)],
-                        }
-                        running[place] = (
-                            folder,
-                            start_process(folder, job, threads=max(1, (os.cpu_count() or 1) // jobs)),
-                        )
+                        device = devices[place % len(devices)]
+                        job = {"options": runs[folder], "evaluation": evaluation, "device": device}
+                        running[place] = folder, start_process(folder, job, threads=threads)
                 for place, (folder, process) in list(running.items()):
                     if process.poll() is not None:
                         outcome[folder] = outcome_of(folder, process.returncode)
                         del running[place]
-                        if isinstance(outcome[folder], str):
-                            progress.console.print(
-                                f"{folder} failed: {outcome[folder]}", soft_wrap=True, highlight=False
-                            )
+                        if isinstance(failed := outcome[folder], str):
+                            progress.console.print(f"{folder} failed: {failed}", soft_wrap=True, highlight=False)
                 progress.update(task, completed=sum(map(iterations_of, runs)),
                                 description=f"{len(outcome)} of {len(runs)} runs, iterations")  # fmt: skip
                 time.sleep(0.2)
@@ -128,7 +135,7 @@ def iterations_of(folder: Path) -> int:
 def start_process(folder: Path, job: dict, *, threads: int) -> subprocess.Popen:
     """A Python process that does `one_run` of a folder and leaves outcome.json and log.txt in it."""
     (folder / "outcome.json").unlink(missing_ok=True)
-    write_json(folder / "job.json", plain(job))
+    write_json(folder / "job.json", to_jsonable(job))
     paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(threads)}
     with (folder / "log.txt").open("a", encoding="utf-8") as log:
@@ -169,7 +176,8 @@ def metrics_file(folder: Path) -> list[dict]:
 def commands_of(folder: Path, options: dict, evaluation: dict) -> list[str]:
     """The two commands that do by hand what a run did."""
     trained = {"out": folder / "run"} | options | {"compare": False}
-    return [command("train", trained), command("eval", {"model": folder / "run", "out": folder / "eval"} | evaluation)]
+    measured = {"model": folder / "run", "out": folder / "eval"} | with_auto(evaluation, options)
+    return [command("train", trained), command("eval", measured)]
 
 
 def command(name: str, options: Mapping[str, Any]) -> str:
