@@ -110,7 +110,10 @@ def evaluate(
     kept = {key: row for key, row in kept.items() if weights.get(row["model"], row["weights"]) == row["weights"]}
     console = Console()
     judge = judge_if_there(device, console)
-    scores = {} if quality is None else load_qualities(quality, device=device, weights=reward_weights)[0]
+    scores = {}
+    if quality is not None:
+        tried = next(iter(sets.values()))
+        scores = load_qualities(quality, device=device, weights=reward_weights, prompts=tried)[0]
     judged_by = fingerprint(EMBEDDED.parent / "judge", *(EMBEDDED if n == "embedded" else Path(n) for n in scores))
     scored_by = [(line, *dated(Path(line.partition("=")[2]))) for line in reward_weights]
     protocol = [count, seeds, quality, scored_by, judged_by, device, sorted((loading or {}).items())]
