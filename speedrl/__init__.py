@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from speedrl.method.steps import step_loss as step_loss
     from speedrl.models.checkpoint import decode as decode
     from speedrl.models.checkpoint import encode_prompts as encode_prompts
-    from speedrl.models.checkpoint import load_generator as load_model
-    from speedrl.models.checkpoint import save_generator as save_model
     from speedrl.policies import make_policy as make_policy
     from speedrl.policies import token_log_probs as token_log_probs
     from speedrl.rewards.loading import load_quality as load_quality
@@ -54,7 +52,9 @@ _PLACES = {
     "stages": ("search_sampler",),
     "training": ("train",),
 }
-_NAMES = {name.partition("=")[0]: (module, name.rpartition("=")[2]) for module, names in _PLACES.items() for name in names}
+_NAMES = {
+    name.partition("=")[0]: (module, name.rpartition("=")[2]) for module, names in _PLACES.items() for name in names
+}
 __all__ = ["__version__", *sorted(_NAMES)]  # noqa: PLE0604
 
 

@@ -563,8 +563,8 @@ def ablate(
     name: Annotated[
         str,
         Argument(
-            help="speed-reward, likelihood, kl, percentile, low-quality, advantage-std, group-size, train-steps, updates, "
-            "guidance, remask, search, reward-gradient, no-reward, lr, order or all."
+            help="speed-reward, likelihood, kl, percentile, low-quality, advantage-std, group-size, train-steps, "
+            "updates, guidance, remask, search, reward-gradient, no-reward, lr, order or all."
         ),
     ],
     out: Annotated[Path, Option(help="Folder of the runs and the report; finished runs are kept.")],

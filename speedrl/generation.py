@@ -55,8 +55,8 @@ def draw(
     `steps` is their number, or None or "auto" for the number that the model's step policy finds most likely for each
     prompt (`step_counts`). Guidance, temperature, mask schedule, reveal order and the share to `remask` None are the
     generator's own, to which its searched scalars are applied; guidance leads away from its negative prompt. An
-    image depends on its prompt, the seed and its number among those of that prompt, not on the other prompts. ValueError for no prompts, a string in place of a list, and for what is out
-    of range.
+    image depends on its prompt, the seed and its number among those of that prompt, not on the other prompts.
+    ValueError for no prompts, a string in place of a list, and for what is out of range.
     """
     if isinstance(prompts, str):
         raise ValueError(f"prompts are a list of texts, like [{prompts[:40]!r}], not one text")

@@ -61,7 +61,7 @@ def training_prompts(model: str, prompts: str | Path | Sequence[str] | None = No
 
 
 def warn_of_prompts(
-    warn: Callable[[str], None], generator: Generator, prompts: Sequence[str], how: SamplerSettings, *, first: int = 1000
+    warn: Callable[[str], None], generator: Generator, prompts: Sequence[str], how: SamplerSettings, *, first: int = 999
 ) -> None:
     """Warns of prompts that the text encoder cuts, among the `first`, and of a negative prompt without effect."""
     looked = list(prompts[:first])

@@ -21,8 +21,8 @@ def kl(policy_logits: Tensor, reference_logits: Tensor, tokens: Tensor | None = 
     "k3"       r(x) / pi(x) - 1 + log pi(x) - log r(x): expected value KL(pi || r), never negative, but the expected
                gradient of KL(r || pi)
     "none"     0
-    k1 to k3 are Schulman's (joschu.net/blog/kl-approx.html). They need `tokens` that were drawn from the policy by these
-    logits: score every drawn token, as those that were kept are a selection. ValueError for another kind.
+    k1 to k3 are Schulman's (joschu.net/blog/kl-approx.html). They need `tokens` that were drawn by these policy logits:
+    score every drawn token, as those that were kept are a selection. ValueError for another kind.
 
     >>> kl(torch.zeros(1, 4), torch.zeros(1, 4)).item()
     0.0

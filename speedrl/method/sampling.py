@@ -95,7 +95,7 @@ def draw_noise(
 ) -> Noise:
     """Noise for samples first .. first + batch - 1 of a seed, or for those of `names`, each [steps, length], float32.
 
-    A sample's noise depends on `seed` and its index, or its name, alone, not on the batch around it or on the number of steps
+    A sample's noise depends on `seed` and its index, or its name, alone, not on the batch or on the number of steps
     drawn, and is the same on every device: it is drawn on the CPU, by a generator of its own.
     """
     uniform = torch.empty(batch, steps, 2, length)
@@ -239,9 +239,9 @@ def rollout(
     more, L], `grid` the rows and columns of the L tokens. `temperature` is that of the reveal order at the first step;
     it falls linearly to 0 at the last. Order "confidence" reveals the likeliest tokens first, "random" any, "halton"
     those of `halton_order`. One step draws every token at once. `remask` is the share of the tokens that the last
-    quarter of 6 steps or more draws again (`remasking_steps`), the least likely first, on one colour of the checkerboard
-    at a time. `scalars` are factors for each sample (`search`). `record` keeps what `Trajectory` says. `step` may be a
-    compiled `step`. The host waits for the device once, at the start. ValueError for shapes that do not fit and for
+    quarter of 6 steps or more draws again (`remasking_steps`), the least likely first, on one colour of the
+    checkerboard at a time. `scalars` are factors for each sample (`search`). `record` keeps what `Trajectory` says.
+    `step` may be a compiled `step`. The host waits for the device once, at the start. ValueError for shapes that do not fit and for
     another order.
 
     Under torch.inference_mode the results are inference tensors, which autograd refuses: clone them before training.

@@ -214,9 +214,8 @@ def start(out: Path, *, resume: bool) -> tuple[Path | None, list[str]]:
     if not resume and (checkpoints(out) or (out / "metrics.jsonl").exists()):
         finished = [name for name in ("model", "adapter") if (out / name).is_dir()]
         if finished:
-            raise ValueError(f"{out} holds a finished run: use it (`speedrl sample PROMPT --model {out}`, `speedrl eval "
-                             f"--model {out}`), train it further with --resume and more --iterations, or give another "
-                             "--out")  # fmt: skip
+            use, further = f"`speedrl sample PROMPT --model {out}`", "--resume and more --iterations"
+            raise ValueError(f"{out} holds a finished run: use it by {use}, go on with {further}, or give another --out")
         raise ValueError(f"{out} holds a run that has not finished: go on with --resume, or give another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)

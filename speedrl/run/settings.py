@@ -63,8 +63,8 @@ def idle(settings: Mapping[str, Any], least: int, most: int) -> list[tuple[bool,
          f"--steps-reward {has('steps_reward'):g} cannot act with --steps {most}, where every image costs the same: "
          f"give a range, like --steps 1-{max(2, most)}, or --steps-reward 0"),
         (has("groups") < 2 and least < most,
-         "--groups must be at least 2 with a range of --steps: tokens are compared with those of other prompts that took "
-         "as many steps"),
+         "--groups must be at least 2 with a range of --steps: tokens are compared with those of other prompts at "
+         "equal step count"),
         (has("quality_gate") is not None and not has("steps_reward"),
          "--quality-gate says which images earn the speed reward: give --steps-reward above 0 with it"),
         (without_reward and has("steps_reward"),

@@ -138,7 +138,7 @@ def check_device(device: torch.device | str) -> None:
 
 
 def pick_device(device: str) -> str:
-    """The device of a name; of "auto" the first of cuda, mps and cpu that works. Several with commas stay as they are."""
+    """The device of a name; "auto" is the first of cuda, mps and cpu that works. Several stay as they are."""
     if device != "auto":
         return device
     for name, there in (("cuda", torch.cuda.is_available), ("mps", torch.backends.mps.is_available)):
