@@ -39,7 +39,7 @@ class Toy:
         return features.squeeze(-2)
 
     def __call__(self, tokens: Tensor, timestep: Tensor, samples: Tensor, positions: Tensor) -> Tensor:
-        every = self.features(tokens, timestep, samples)[0]
+        every = self.logits(self.features(tokens, timestep, samples)[0].unsqueeze(-2))
         return every.gather(1, positions[..., None].expand(*positions.shape, self.codes))
 
     def __getitem__(self, index) -> "Toy":
