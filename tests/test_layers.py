@@ -156,7 +156,9 @@ def test_the_loop_is_at_most_60_lines_and_train_120():
     (train,) = (n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == "train")
     docstring = train.body[0]
     assert train.end_lineno - train.lineno + 1 - (docstring.end_lineno - docstring.lineno + 1) <= 120
-    loops = [node for node in ast.walk(train) if isinstance(node, ast.For) and "run.iterations" in ast.unparse(node.iter)]
+    loops = [
+        node for node in ast.walk(train) if isinstance(node, ast.For) and "run.iterations" in ast.unparse(node.iter)
+    ]
     assert len(loops) == 1 and loops[0].end_lineno - loops[0].lineno + 1 <= 60
 
 
@@ -167,7 +169,9 @@ def test_the_minimal_experiment_is_at_most_45_lines_and_trains_the_embedded_mode
     (main,) = (n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == "main")
     assert lines_of_code(main, source) <= 45
     tree = ast.parse(source)
-    assert {m for m in imports(Path(minimal.__file__)) if m.startswith("speedrl")} == {"speedrl"}, "the public API alone"
+    assert {m for m in imports(Path(minimal.__file__)) if m.startswith("speedrl")} == {"speedrl"}, (
+        "the public API alone"
+    )
     used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
             and node.value.id == "speedrl"}  # fmt: skip
     assert used <= set(speedrl.__all__)
