@@ -24,7 +24,7 @@ MAY_IMPORT = {  # each part, and the parts that it may import beside itself
     "run": ["models", "method", "system"],
 }
 BELOW = [*MAY_IMPORT]
-for place, name in enumerate(UPPER):
+for name in UPPER:
     before = {"policies": [], "generation": ["policies"], "updates": ["policies"]}
     MAY_IMPORT[name] = BELOW + before.get(name, [part for part in UPPER if part != name and part != "training"])
 MAY_IMPORT["evaluation"] = [*BELOW, "policies", "generation", "learner", "stages", "updates"]

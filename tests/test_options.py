@@ -32,8 +32,8 @@ class Case(NamedTuple):
     """How an option is changed: its flags, {folder} and {model} filled in, and what must come of it.
 
     `does` "differs": metrics or the saved model are others. "refused": exit 2 and one line. "same": metrics and the
-    saved model are the same, and `by` is another: what the option is for. `also` is given on both sides where the option
-    acts only beside another, and refused without it if `alone` is "refused".
+    saved model are the same, and `by` is another: what the option is for. `also` is given on both sides where the
+    option acts only beside another, and refused without it if `alone` is "refused".
     """
 
     flags: str
@@ -93,8 +93,10 @@ CASES = {
     "negative_prompt": Case("--negative-prompt bad"),
     "micro_conds": Case("--micro-conds 99,16,3,0,1"),
 }
-BASE = ("--model {model} --prompts {folder}/p.txt --quality tests.test_options:red --steps 6-8 --iterations 2 --groups 2 "
-        "--group-size 4 --lr 3e-3 --search 0 --no-compare --no-compile --no-bf16 --device cpu --out {folder}/run")  # fmt: skip
+BASE = (
+    "--model {model} --prompts {folder}/p.txt --quality tests.test_options:red --steps 6-8 --iterations 2 --groups 2 "
+    "--group-size 4 --lr 3e-3 --search 0 --no-compare --no-compile --no-bf16 --device cpu --out {folder}/run"
+)
 
 
 @pytest.fixture(scope="module")
@@ -140,8 +142,9 @@ def run_once(flags: str, place: Path, model: Path) -> dict[str, Any]:
         found["rows"] = [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows]
         saved = sorted(path for path in out.rglob("*") if path.is_file())
         found["files"] = sorted({str(path.relative_to(out).parent) for path in saved})
-        found["weights"] = {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in saved
-                            if path.relative_to(out).parts[0] in ("model", "adapter") and path.suffix == ".safetensors"}  # fmt: skip
+        kept = [path for path in saved if path.relative_to(out).parts[0] in ("model", "adapter")]
+        sums = {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in kept}
+        found["weights"] = {name: value for name, value in sums.items() if name.endswith(".safetensors")}
     elif result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     shutil.rmtree(out, ignore_errors=True)

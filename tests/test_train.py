@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-import speedrl.learner
 import speedrl.stages
 import speedrl.training
 import speedrl.updates
@@ -188,8 +187,10 @@ def test_the_learning_rate_of_the_policy_warms_up_and_that_of_the_step_policy_st
 
 def test_an_error_of_settings_names_them_with_dashes_and_nothing_is_written(options, tmp_path):
     for change, says in (
-        ({"steps": "0"}, "at least 1|--steps"), ({"steps": "99"}, "more than the 16"), ({"group_size": 1}, "--group-size"),
-        ({"lr": 0.0}, "--lr"), ({"kl": "k9"}, "--kl"), ({"iterations": 0}, "--iterations"), ({"order": "best"}, "--order"),
+        ({"steps": "0"}, "at least 1|--steps"), ({"steps": "99"}, "more than the 16"),
+        ({"group_size": 1}, "--group-size"),
+        ({"lr": 0.0}, "--lr"), ({"kl": "k9"}, "--kl"), ({"iterations": 0}, "--iterations"),
+        ({"order": "best"}, "--order"),
         ({"schedule": "cubic"}, "'cubic'"), ({"likelihood": "half"}, "--likelihood"), ({"ema": 1.0}, "--ema"),
         ({"train_steps": 3}, "--train-steps"), ({"quality_gate": 0.5}, "--steps-reward above 0"),
         ({"offload": True}, "--parallel fsdp"), ({"kl": "k1"}, "--kl k1"), ({"remask": 0.5}, "from 6 steps on"),
