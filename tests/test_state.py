@@ -16,13 +16,12 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import speedrl.run.checkpoints
-import speedrl.system.files
 import speedrl.training
 import speedrl.updates
 from speedrl.cli import app
 from speedrl.generation import sample
 from speedrl.models.checkpoint import load_generator
-from speedrl.run.checkpoints import changed, all_checkpoints, newest
+from speedrl.run.checkpoints import all_checkpoints, changed, newest
 from speedrl.run.exporting import export
 from speedrl.system.errors import Stopped
 from speedrl.system.files import append_lines, damage, seal
