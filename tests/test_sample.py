@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from speedrl.evaluation.figures import contact_sheet
 from speedrl.generation import draw, sample
 from speedrl.method.sampling import Noise
 from speedrl.models.checkpoint import decode, encode_prompts, load_generator
@@ -114,6 +115,15 @@ def test_every_number_of_steps_up_to_the_tokens_gives_finished_tokens(tiny_gener
 def test_other_numbers_of_steps_are_errors(tiny_generator, steps):
     with pytest.raises(ValueError, match="1 to 16"):
         sample(tiny_generator, PROMPTS, steps=steps)
+
+
+def test_sheets_hold_every_image_in_its_place():
+    red, blue = torch.zeros(3, 8, 8), torch.zeros(3, 8, 8)
+    red[0], blue[2] = 1, 1
+    sheet = contact_sheet([torch.stack([red, blue]), blue[None]], scale=2, gap=4)
+    assert sheet.size == (4 + 2 * 20, 4 + 2 * 20)
+    assert sheet.getpixel((10, 10)) == (255, 0, 0) and sheet.getpixel((30, 10)) == (0, 0, 255)
+    assert sheet.getpixel((10, 30)) == (0, 0, 255) and sheet.getpixel((30, 30)) == (255, 255, 255)
 
 
 def test_the_embedded_model_draws():
