@@ -65,8 +65,8 @@ def test_a_million_prompts_stay_in_their_file(tmp_path):
 def test_a_prompt_of_100000_characters_trains_and_is_drawn(tiny_generator_folder, tiny_generator, tmp_path):
     long = "a red apple 🦉 " * 7000
     (tmp_path / "p.txt").write_text(f"{long}\nb\n", encoding="utf-8")
-    train(out=tmp_path / "run", model=str(tiny_generator_folder), prompts=tmp_path / "p.txt", iterations=1, steps="1", search=0,
-          quality="tests.test_hostile:dark", groups=3, group_size=2, compile=False)  # fmt: skip
+    train(out=tmp_path / "run", model=str(tiny_generator_folder), prompts=tmp_path / "p.txt", iterations=1, steps="1",
+          search=0, quality="tests.test_hostile:dark", groups=3, group_size=2, compile=False)  # fmt: skip
     assert encode_prompts(tiny_generator, [long]).text.shape == (1, 8, 24)
     sheet = contact_sheet([torch.zeros(1, 3, 16, 16)], labels=[long], titles=[long])
     assert sheet.width < 2000
@@ -98,8 +98,8 @@ BAD = {  # each value of each option is bad whatever the others are
     "--search": NOT_NUMBERS | NOT_FINITE | st.just("1.5") | st.integers(max_value=-1).map(str),
     "--percentile": NOT_NUMBERS | NOT_FINITE | NEGATIVE | st.floats(min_value=100.01).map(repr),
     "--ema": NOT_NUMBERS | NOT_FINITE | NEGATIVE | st.floats(min_value=1).map(repr),
-    **dict.fromkeys(("--schedule", "--order", "--likelihood", "--advantage-std", "--kl", "--parallel", "--tracker", "--device",
-                     "--size", "--model", "--prompts", "--micro-conds"), WORDS),
+    **dict.fromkeys(("--schedule", "--order", "--likelihood", "--advantage-std", "--kl", "--parallel", "--tracker",
+                     "--device", "--size", "--model", "--prompts", "--micro-conds"), WORDS),
     "--quality": st.sampled_from(["", "=", "a=b", "embedded=nan", "embedded=0", "a,a", "nowhere:nothing"]),
     "--remask": NOT_NUMBERS | NOT_FINITE | NEGATIVE | st.floats(min_value=1.01).map(repr),
     "--reference-guidance": NOT_NUMBERS | NOT_FINITE,
@@ -246,8 +246,8 @@ def finished(tiny_generator_folder, tmp_path_factory):
     """A run of two iterations, and its options."""
     folder = tmp_path_factory.mktemp("finished")
     (folder / "p.txt").write_text("a b\nc d\n", encoding="utf-8")
-    train(out=folder / "run", model=str(tiny_generator_folder), prompts=folder / "p.txt", iterations=2, steps="2", search=0,
-          quality="tests.test_hostile:dark", groups=1, group_size=2, save_every=1, compile=False)  # fmt: skip
+    train(out=folder / "run", model=str(tiny_generator_folder), prompts=folder / "p.txt", iterations=2, steps="2",
+          search=0, quality="tests.test_hostile:dark", groups=1, group_size=2, save_every=1, compile=False)  # fmt: skip
     return folder
 
 
