@@ -126,9 +126,11 @@ def test_where_quality_grows_with_steps_and_speed_earns_nothing_they_become_many
             return plain(policy, steps, *arguments, **how)
 
         monkeypatch.setattr(module, "rollout", noting)
-    by_steps = lambda images: taken["steps"][: len(images)].float() / 8 if taken else 0.0  # noqa: E731
-    monkeypatch.setitem(globals(), "grows", lambda images, prompts: by_chance(images, prompts) / 8 + by_steps(images))
-    first, last = trained_counts(tmp_path / "run", options, quality="tests.test_train:grows")
+
+    def grows(images, prompts):
+        return by_chance(images, prompts) / 8 + (taken["steps"][: len(images)] / 8 if taken else 0)
+
+    first, last = trained_counts(tmp_path / "run", options, quality=grows)
     assert first < 5 and last > 6
 
 
@@ -263,9 +265,8 @@ def after(iterations, out):
 @pytest.mark.parametrize(
     ("iterations", "says"), [(0, "nothing was saved"), (2, "the checkpoint of iteration 2 stands")]
 )
-def test_a_reward_that_is_not_finite_says_what_is_saved(options, tmp_path, monkeypatch, iterations, says):
-    monkeypatch.setitem(globals(), "broken", after(iterations, tmp_path / "run"))
-    options |= {"quality": "tests.test_train:broken", "save_every": 1, "iterations": 5}
+def test_a_reward_that_is_not_finite_says_what_is_saved(options, tmp_path, iterations, says):
+    options |= {"quality": after(iterations, tmp_path / "run"), "save_every": 1, "iterations": 5}
     with pytest.raises((ValueError, OSError), match=says) as caught:
         train(out=tmp_path / "run", **options)
     assert "\n" not in str(caught.value) and "nan" in str(caught.value)
