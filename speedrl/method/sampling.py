@@ -241,8 +241,8 @@ def rollout(
     those of `halton_order`. One step draws every token at once. `remask` is the share of the tokens that the last
     quarter of 6 steps or more draws again (`remasking_steps`), the least likely first, on one colour of the
     checkerboard at a time. `scalars` are factors for each sample (`search`). `record` keeps what `Trajectory` says.
-    `step` may be a compiled `step`. The host waits for the device once, at the start. ValueError for shapes that do not fit and for
-    another order.
+    `step` may be a compiled `step`. The host waits for the device once, at the start. ValueError for shapes that do not
+    fit and for another order.
 
     Under torch.inference_mode the results are inference tensors, which autograd refuses: clone them before training.
     """

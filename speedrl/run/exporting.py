@@ -61,7 +61,8 @@ def export(
 
     It takes the weights' moving average where there is one, or with `raw` the weights. `checkpoint` is its folder, or a
     run's, for its newest that is whole; `model` the base that it was trained from, by default the one that it records.
-    With `merge` an adapter is merged into the base, and OUT/model is a whole model. Returns the folder of the model or adapter. ValueError for a damaged one, FileNotFoundError where the base is gone.
+    With `merge` an adapter is merged into the base, and OUT/model is a whole model. Returns the folder
+    of the model or adapter. ValueError for a damaged one, FileNotFoundError where the base is gone.
     """
     folder = Path(checkpoint)
     if (folder / "checkpoints").is_dir():
