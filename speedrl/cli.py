@@ -369,8 +369,8 @@ def train(
         float, Option(help="Groups under this percentile of the quality's deviation do not train.", rich_help_panel=RL)
     ],
     min_quality: Annotated[
-        float | None,
-        Option(help="Images this many deviations from the mean of their step count do not train.", rich_help_panel=RL),
+        float,
+        Option(help="Images under the mean of their step count by so many deviations do not train.", rich_help_panel=RL),
     ],
     advantage_std: Annotated[
         Scale,

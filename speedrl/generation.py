@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -67,13 +68,14 @@ def draw(
     batch, length = fitting_batch(generator) if batch is None else batch, generator.grid[0] * generator.grid[1]
     whole = make_policy(generator, prompts, guidance=guidance)
     counts, table = step_counts(generator, whole, steps), generator.sampler.get("search")
-    names, seen = [], Counter()
+    names, seen = [], Counter[str]()
     for prompt in prompts:
         names.append(f"{seen[prompt]},{prompt}")
         seen[prompt] += 1
     tokens = []
     for index in torch.arange(len(prompts), device=counts.device).split(batch):
-        policy, most = whole[index], int(counts[index].max())
+        policy: Callable[..., Tensor] = whole[index]
+        most = int(counts[index].max())
         noise = draw_noise(len(index), most + bool(generator.random_share), length, seed=seed, device=counts.device,
                            names=[names[i] for i in index.tolist()])  # fmt: skip
         if generator.random_share:
@@ -84,7 +86,7 @@ def draw(
             policy, counts[index], noise, grid=generator.grid, mask_id=generator.mask_id, temperature=temperature,
             schedule=schedule or generator.schedule, order=order or generator.order,
             remask=generator.remask if remask is None else remask, scalars=scalars_at(table, counts[index]),
-            record=False,
+           
         )  # fmt: skip
         tokens.append(drawn.tokens)
     return torch.cat(tokens), counts

@@ -42,7 +42,7 @@ def sampler_of(generator: Generator, settings: Mapping[str, Any], *, most: int) 
     guidance None is 1 where the model's own is weak, else its own: a model whose guidance is strong starts from poor
     images without it. remask None is 0.5 where remasking steps exist, from 6 steps on.
     """
-    own = {
+    own: dict[str, Any] = {
         "guidance": 1.0 if generator.guidance < WEAK_GUIDANCE else generator.guidance,
         "reference_guidance": generator.guidance, "temperature": generator.temperature,
         "schedule": generator.schedule, "order": generator.order, "remask": 0.5 if most >= 6 else 0.0,
@@ -120,7 +120,7 @@ def new_learner(
     if settings["kl_weight"] and settings["kl"] != "none":
         reference = copy.deepcopy(transformer).requires_grad_(False) if lora is None else WithoutLora(transformer)
     transformer.gradient_checkpointing = settings["checkpointing"]
-    for network in filter(None, (transformer, reference)):
+    for network in (transformer, reference) if reference is not None else (transformer,):
         if settings["compile"] and not sharded:  # compiled blocks that gather their weights are not verified yet
             network.compile_blocks()
         if sharded and isinstance(network, nn.Module):

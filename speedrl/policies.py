@@ -148,14 +148,16 @@ def score_rows(
             of_reference = gathered(reference)
     steep = None if slopes is None else slopes[sample, place]
 
-    def chunk(features, of_reference, tokens, scale, steep) -> tuple[Tensor, Tensor, Tensor]:
+    def chunk(
+        features: Tensor, of_reference: Tensor | None, tokens: Tensor, scale: Tensor, steep: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         logits, reference_logits = policy.logits(features), None
-        if reference is not None:
+        if reference is not None and of_reference is not None:
             with torch.no_grad():
                 reference_logits = reference.logits(of_reference)
         token, away = score(logits, reference_logits, tokens, scale, kl=kl)
         gain = torch.zeros_like(token)
-        if steep is not None:
+        if steep is not None and codes is not None:
             gain = expected_gain(logits.float() * scale[:, None], steep, codes)
         return token, away, gain
 
@@ -165,13 +167,14 @@ def score_rows(
         return chunk(*given)
     parts = zip(*(itertools.repeat(None) if x is None else x.split(size) for x in given), strict=False)
     found = [checkpoint(chunk, *each, use_reentrant=False, preserve_rng_state=False) for each in parts]
-    return tuple(torch.cat(each) for each in zip(*found, strict=True))
+    token, away, gain = (torch.cat(each) for each in zip(*found, strict=True))
+    return token, away, gain
 
 
 def token_log_probs(policy: Policy, trajectory: Trajectory, *, mask_id: int) -> Tensor:
     """Log-probabilities of the tokens that each step drew, with a gradient: float32 [B, S, L], 0 where none was drawn.
 
-    Before the first update they are `trajectory.log_probs`. The trajectory must have been recorded.
+    Before the first update they are `trajectory.log_probs`.
     """
     every = torch.arange(trajectory.states.shape[1], device=trajectory.steps.device) < trajectory.steps[:, None]
     part = rows(trajectory, every, mask_id=mask_id, all_drawn=True)

@@ -1,7 +1,6 @@
 """What happens once before training: the search of the sampler, and the base's quality gap."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -41,7 +40,7 @@ def draw_images(
     device = policy.empty.text.device
     noise = draw_noise(len(steps), int(steps.max()), length, seed=seed, first=first, device=device)
     drawn = rollout(
-        policy, steps.to(device), noise, grid=generator.grid, mask_id=generator.mask_id, scalars=scalars, record=False,
+        policy, steps.to(device), noise, grid=generator.grid, mask_id=generator.mask_id, scalars=scalars,
         temperature=generator.temperature if temperature is None else temperature,
         schedule=schedule or generator.schedule, order=order or generator.order,
         remask=generator.remask if remask is None else remask,
@@ -95,19 +94,20 @@ def quality_gap(
 ) -> float:
     """The generator's mean quality at its most steps less that at one, over `count` prompts and equal noise.
 
-    It is the unit of --steps-reward. Where quality does not rise with the steps it is the standard deviation of the
-    quality, and 1 where that is 0 too. `sampler` is what `draw_images` takes.
+    It is the unit of --steps-reward. Where quality does not rise with the steps by more than two standard errors it is
+    the standard deviation of the quality, and 1 where that is 0 too. `sampler` is what `draw_images` takes.
     """
     texts = (list(prompts[:count]) * count)[:count]
-    draw = partial(draw_images, generator, texts, seed=seed, **sampler)
 
     def at(steps: int) -> Tensor:
         counts = torch.full((count,), steps)
-        return quality(draw(counts, scalars=scalars_at(table, counts)), texts).float()
+        images = draw_images(generator, texts, counts, seed=seed, scalars=scalars_at(table, counts), **sampler)
+        return quality(images, texts).float()
 
     many, one = at(most), at(1)
-    gap = (many.mean() - one.mean()).item()
-    return gap if gap > 0 else many.std(correction=0).item() or 1.0
+    gains = many - one
+    rises = gains.mean() > 2 * gains.std() / count**0.5
+    return gains.mean().item() if rises else many.std(correction=0).item() or 1.0
 
 
 def prepare_sampler(

@@ -48,7 +48,7 @@ def train(
     device: str = "auto", seed: int = 0, resume: bool = False,
     # reinforcement learning
     likelihood: str = "exact", kl: str = "ce", clip_range: float = 0.2, updates: int = 1, percentile: float = 10.0,
-    min_quality: float | None = -2.0, advantage_std: str = "group", reward_gradient: float = 0.0,
+    min_quality: float = -2.0, advantage_std: str = "group", reward_gradient: float = 0.0,
     train_steps: int | None = None,
     # sampler
     guidance: float | None = None, reference_guidance: float | None = None, order: str | None = None,

@@ -159,6 +159,6 @@ def test_low_quality_samples_lose_their_weight_by_standard_deviations():
     assert low_quality(quality, threshold=-1.0).tolist() == [[0, 1], [1, 1]]
     assert low_quality(quality, threshold=-1.5).tolist() == [[1, 1], [1, 1]]
     assert low_quality(quality, threshold=0.5).tolist() == [[0, 0], [0, 1]]
-    assert low_quality(REWARDS, threshold=None).sum() == 12
+    assert low_quality(REWARDS, threshold=-torch.inf).sum() == 12
     other_units = low_quality(100 * quality - 7, threshold=-1.0)
     assert torch.equal(other_units, low_quality(quality, threshold=-1.0))

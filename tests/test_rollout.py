@@ -87,13 +87,6 @@ def test_indexing_selects_samples():
         assert len(part) == 2
         for name in vars(result):
             assert torch.equal(getattr(part, name), getattr(result, name)[index])
-    assert sample(record=False)[:1].states is None
-
-
-def test_a_rollout_that_is_not_recorded_has_the_same_tokens():
-    bare, recorded = sample(remask=0.5, record=False), sample(remask=0.5)
-    assert torch.equal(bare.tokens, recorded.tokens) and torch.equal(bare.steps, recorded.steps)
-    assert all(value is None for name, value in vars(bare).items() if name not in ("tokens", "steps"))
 
 
 def test_noise_belongs_to_seed_and_index_or_name():

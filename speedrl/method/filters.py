@@ -22,14 +22,14 @@ def std_percentile(quality: Tensor, *, percentile: float, keep: Tensor | None = 
     return (std >= torch.quantile(std, percentile / 100))[:, None].expand_as(quality).float()
 
 
-def low_quality(quality: Tensor, *, threshold: float | None) -> Tensor:
+def low_quality(quality: Tensor, *, threshold: float) -> Tensor:
     """Weight 0 for samples of low quality: quality [G, n] -> weights float32 [G, n], 0 or 1.
 
-    `threshold` is in standard deviations of the batch from its mean, like -2; None keeps all (Speed-RL, arXiv
+    `threshold` is in standard deviations of the batch from its mean, like -2; -inf keeps all (Speed-RL, arXiv
     2512.01094). Where step counts differ, pass the residuals of `count_residuals`: an absolute threshold would delete
     the samples of few steps. The advantages still count the samples left out.
     """
-    if threshold is None:
+    if threshold == -torch.inf:
         return torch.ones_like(quality, dtype=torch.float32)
     quality = quality.float()
     return (quality >= quality.mean() + threshold * quality.std(correction=0)).float()

@@ -30,20 +30,19 @@ class Trajectory:
     """Rollouts of B samples of L tokens in up to S steps. `trajectory[index]` selects samples.
 
     Every step is of one kind: the policy sees a state, a token is drawn at each masked position, and some of these are
-    kept. A remasking step first masks positions that were revealed before. All but `tokens` and `steps` are None where
-    the rollout was not recorded.
+    kept. A remasking step first masks positions that were revealed before.
     """
 
     tokens: Tensor  # int64 [B, L], the finished samples
     steps: Tensor  # int64 [B], the step count N of each sample
-    states: Tensor | None = None  # int64 [B, S, L], what the policy saw; past a sample's end its finished tokens
-    drawn: Tensor | None = None  # int64 [B, S, L], the token drawn at each masked position, elsewhere the state's
-    kept: Tensor | None = None  # bool [B, S, L], the positions that the step set
-    log_probs: Tensor | None = None  # float32 [B, S, L], of the drawn tokens, 0 where nothing was drawn
-    rank: Tensor | None = None  # int64 [B, S, L], place of each masked position in the reveal order, 0 for the first
-    timestep: Tensor | None = None  # int64 [B, S], what conditioned the network
-    temperature: Tensor | None = None  # float32 [B, S], of the reveal order
-    logit_scale: Tensor | None = None  # float32 [B, S], factor on the logits
+    states: Tensor  # int64 [B, S, L], what the policy saw; past a sample's end its finished tokens
+    drawn: Tensor  # int64 [B, S, L], the token drawn at each masked position, elsewhere the state's
+    kept: Tensor  # bool [B, S, L], the positions that the step set
+    log_probs: Tensor  # float32 [B, S, L], of the drawn tokens, 0 where nothing was drawn
+    rank: Tensor  # int64 [B, S, L], place of each masked position in the reveal order, 0 for the first
+    timestep: Tensor  # int64 [B, S], what conditioned the network
+    temperature: Tensor  # float32 [B, S], of the reveal order
+    logit_scale: Tensor  # float32 [B, S], factor on the logits
 
     def __getitem__(self, index: Tensor | slice) -> "Trajectory":
         """The samples at `index`, a slice or int64 [n] or bool [B]."""
@@ -228,7 +227,6 @@ def rollout(
     order: str = "confidence",
     remask: float = 0.0,
     scalars: Scalars | None = None,
-    record: bool = True,
     step: Callable[..., Step] = step,
 ) -> Trajectory:
     """Sample a batch, each sample in its own number of steps int64 [B], from all masked to none.
@@ -240,9 +238,9 @@ def rollout(
     it falls linearly to 0 at the last. Order "confidence" reveals the likeliest tokens first, "random" any, "halton"
     those of `halton_order`. One step draws every token at once. `remask` is the share of the tokens that the last
     quarter of 6 steps or more draws again (`remasking_steps`), the least likely first, on one colour of the
-    checkerboard at a time. `scalars` are factors for each sample (`search`). `record` keeps what `Trajectory` says.
-    `step` may be a compiled `step`. The host waits for the device once, at the start. ValueError for shapes that do not
-    fit and for another order.
+    checkerboard at a time. `scalars` are factors for each sample (`search`). `step` may be a compiled
+    `step`. The host waits for the device once, at the start. ValueError for shapes that do not fit and for another
+    order.
 
     Under torch.inference_mode the results are inference tensors, which autograd refuses: clone them before training.
     """
@@ -286,22 +284,19 @@ def rollout(
             order=order,
             turns=None if turns is None else turns[positions],
         )
-        if record:
-            masked = seen.gather(1, positions) == mask_id
-            seen_at.append(tokens)
-            drawn.append(tokens.clone())
-            drawn[-1].view(-1)[flat] = done.drawn
-            kept.append(torch.zeros_like(tokens, dtype=torch.bool))
-            kept[-1].view(-1)[flat] = done.kept
-            log_probs.append(torch.zeros(batch, length, device=device))
-            log_probs[-1].view(-1)[flat] = done.log_probs.masked_fill(~masked, 0)
-            rank.append(torch.zeros_like(tokens))
-            rank[-1].view(-1)[flat] = done.rank
+        masked = seen.gather(1, positions) == mask_id
+        seen_at.append(tokens)
+        drawn.append(tokens.clone())
+        drawn[-1].view(-1)[flat] = done.drawn
+        kept.append(torch.zeros_like(tokens, dtype=torch.bool))
+        kept[-1].view(-1)[flat] = done.kept
+        log_probs.append(torch.zeros(batch, length, device=device))
+        log_probs[-1].view(-1)[flat] = done.log_probs.masked_fill(~masked, 0)
+        rank.append(torch.zeros_like(tokens))
+        rank[-1].view(-1)[flat] = done.rank
         tokens = tokens.clone()
         tokens.view(-1)[flat] = done.tokens
         latest.view(-1)[flat] = torch.where(done.kept, done.log_probs, latest.view(-1)[flat])
-    if not record:
-        return Trajectory(tokens, steps)
     recorded = [torch.stack(x, 1) for x in (seen_at, drawn, kept, log_probs, rank)]
     recorded += [on.timestep, on.temperature, on.logit_scale]
     return Trajectory(tokens, steps, *recorded)

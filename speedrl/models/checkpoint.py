@@ -366,8 +366,8 @@ def cut_prompts(generator: Generator, prompts: Sequence[str], *, batch: int = 10
     return found
 
 
-def take(prompts: Prompts, index: Tensor) -> Prompts:
-    """Prompts at `index`, int64 [N], in that order and as often as they stand there."""
+def take(prompts: Prompts, index: Tensor | slice) -> Prompts:
+    """Prompts at `index`, int64 [N] or a slice, in that order and as often as they stand there."""
     return Prompts(*(part[index] for part in prompts))
 
 

@@ -39,7 +39,7 @@ def all_checkpoints(out: Path) -> list[Path]:
 
 def newest(out: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that is whole, and a line about each newer one that is not."""
-    complaints = []
+    complaints: list[str] = []
     for folder in all_checkpoints(out):
         wrong = "is a link or no folder" if folder.is_symlink() or not folder.is_dir() else damage(folder)
         if wrong is None:
@@ -146,6 +146,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     """What a checkpoint's state.json holds. ValueError, or another's error, where a part of it is of another kind."""
     record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     counts = [record["iteration"], record["ranks"], *(record.get(name, 0) for name in ("skipped", "skipped_total"))]
+    tables: list[tuple[Any, tuple[int, ...]]]
     tables = [(record["search"], (OCTAVES, len(SPREAD)))] if record.get("search") is not None else []
     tables += [(record["gap"], ())] if "gap" in record else []
     tables += [(moments, (3,)) for moments in record.get("moments", {}).values()]

@@ -1,7 +1,7 @@
 """What a training's settings must be, each by itself and beside the others. A setting that cannot act is refused."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -55,9 +55,9 @@ def check(settings: Mapping[str, Any], least: int, most: int) -> None:
             raise ValueError(why)
 
 
-def idle(settings: Mapping[str, Any], least: int, most: int) -> list[tuple[bool, str]]:
+def idle(settings: Mapping[str, Any], least: int, most: int) -> list[tuple[Any, str]]:
     """Whether a setting cannot act beside the others, and what to say of it."""
-    has = settings.get
+    has: Callable[[str], Any] = settings.get
     without_reward, held = has("quality") == "none", has("kl") != "none" and has("kl_weight")
     return [
         (has("steps_reward") and least == most,
@@ -95,7 +95,7 @@ def idle(settings: Mapping[str, Any], least: int, most: int) -> list[tuple[bool,
 def check_numbers(settings: Mapping[str, Any]) -> None:
     """ValueError for a number that is out of its range, naming the option."""
     for name, value in settings.items():
-        if isinstance(value, float) and not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value) and (name, value) != ("min_quality", -math.inf):
             raise ValueError(f"{option(name)} must be a finite number, got {value}")
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue

@@ -53,7 +53,8 @@ def open_trackers(
 
     A tracker that has failed is left alone from then on. `names` are out of TRACKERS; with `resume` the run goes on.
     """
-    waiting, opened = list(names), {}
+    waiting = list(names)
+    opened: dict[str, Track] = {}
 
     def track(row: Mapping[str, Any]) -> list[str]:
         problems = []

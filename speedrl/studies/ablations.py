@@ -53,7 +53,7 @@ def ablations() -> dict[str, dict[str, dict]]:
         | {"token, random order": {"likelihood": "token", "order": "random"}, "sequence": {"likelihood": "sequence"}},
         "kl": weights | kinds | {"none": {"kl": "none"}},
         "percentile": each("percentile", 10.0, 0.0, 25.0, 50.0, 75.0),
-        "low-quality": each("min_quality", -2.0, None, -1.0, 0.0),
+        "low-quality": each("min_quality", -2.0, float("-inf"), -1.0, 0.0),
         "advantage-std": each("advantage_std", "group", "batch", "none"),
         "group-size": {f"{128 // n} groups of {n}": {"groups": 128 // n, "group_size": n} for n in (16, 4, 8, 32)},
         "train-steps": {f"{n or 'all'} steps train": {"train_steps": n} for n in (None, 8, 4, 2, 1)},
