@@ -51,8 +51,8 @@ def check(settings: Mapping[str, Any], least: int, most: int) -> None:
     if settings["remask"] is not None and not 0 <= settings["remask"] <= 1:
         raise ValueError(f"--remask is a share of the tokens, 0 to 1, got {settings['remask']}")
     if settings["lora"] is not None and adapter_of(settings["model"]):
-        raise ValueError(f"{settings['model']} is an adapter already: make a model of it by speedrl export --merge, and "
-                         "train that")  # fmt: skip
+        raise ValueError(f"{settings['model']} is an adapter already: export it with --merge, and "
+                         "train that model")  # fmt: skip
     for wrong, why in idle(settings, least, most):
         if wrong:
             raise ValueError(why)
