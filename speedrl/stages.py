@@ -140,4 +140,5 @@ def prepare_sampler(
     gap = 1.0
     if reward.scores and len(choices) > 1:
         gap = quality_gap(generator, prompts, quality, int(choices.max()), table=table, seed=seed, **sampler)
+    reward.recent.clear()  # the qualities of these stages are of other samplers, no trend of the training
     return table, gap

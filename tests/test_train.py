@@ -292,7 +292,7 @@ def test_checkpointing_recomputes_blocks_and_does_not_change_the_update(options,
 
 def test_a_run_is_not_overwritten_and_a_damaged_checkpoint_is_named(options, tmp_path):
     train(out=tmp_path / "run", iterations=1, **options)
-    with pytest.raises(ValueError, match="holds a run already"):
+    with pytest.raises(ValueError, match="holds a finished run"):
         train(out=tmp_path / "run", iterations=1, **options)
     checkpoint = tmp_path / "run/checkpoints/000001/tensors.safetensors"
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
