@@ -45,8 +45,9 @@ def command_page(command: Any) -> list[str]:
         kind, about = typing.get_args(kinds[option])
         dashes = "--" + option.replace("_", "-")
         flags = (dashes, "--no-" + dashes[2:]) if kind is bool else (dashes,)
-        option_names = isinstance(about, typer.models.OptionInfo)
-        names = " ".join(about.param_decls or flags) if option_names else option.upper()
+        first = (about.default,) if isinstance(about.default, str) else ()  # typer's place for the first flag
+        is_option = isinstance(about, typer.models.OptionInfo)
+        names = " ".join([*first, *(about.param_decls or ())] or flags) if is_option else option.upper()
         default = (function.__kwdefaults__ or {}).get(option, parameter.default)
         row = f"| `{names}` | {values_of(kind)} | {default_of(default)} | {cell(about.help or '')} |"
         panels.setdefault(about.rich_help_panel or "Options", []).append(row)
