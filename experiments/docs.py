@@ -1,7 +1,9 @@
 """The generated pages of the documentation: `python -m experiments.docs` writes docs/cli.md and docs/api.md."""
 
 import enum
+import functools
 import inspect
+import re
 import typing
 from pathlib import Path
 from typing import Any
@@ -82,12 +84,13 @@ def api_page() -> str:
     lines += [" ".join(f"[`{name}`](#{name.lower()})" for name in names), ""]
     for name in names:
         thing = getattr(speedrl, name)
-        call = f"{name}{inspect.signature(thing)}"
+        call = re.sub(r"<function (\w+) at 0x\w+>", r"\1", f"{name}{inspect.signature(thing)}")
         lines += [f"## {name}", "", f"In `{thing.__module__}`.", "", "```python", call, "```", "",
                   "```text", inspect.cleandoc(thing.__doc__ or ""), "```", ""]  # fmt: skip
     return "\n".join(lines).rstrip() + "\n"
 
 
+@functools.cache
 def pages() -> dict[Path, str]:
     """The generated pages by path."""
     return {DOCS / "cli.md": cli_page(), DOCS / "api.md": api_page()}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.docs import pages
+from experiments.docs import cli_page, pages
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -64,6 +64,16 @@ def test_pages_are_in_plain_words(page):
     bare = re.findall(r"(?<![\w.)\]])\.\d+\b", prose(text) + "\n".join(re.findall(r"^\|.*", text, re.MULTILINE)))
     assert not bare, "a number without its leading zero"
     assert not re.search(r"pip install [\"']?speedrl(?!\[[a-z,]+\] @)", text), "that name is another project's"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_options_of_commands_exist(page):
+    sections = dict(re.findall(r"^## speedrl (\w+)\n(.*?)(?=^## |\Z)", cli_page(), re.DOTALL | re.MULTILINE))
+    blocks = re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
+        for command, rest in re.findall(r"(?:\.venv/bin/|-m |^)speedrl (\w+)([^#&]*)", line):
+            for option in re.findall(r"--[a-z0-9-]+", rest):
+                assert re.search(rf"{option}(?![\w-])", sections[command]), f"speedrl {command} has no {option}"
 
 
 def test_the_python_example_of_the_front_page_runs():
