@@ -30,10 +30,6 @@ ablate *options:
 study *options:
     .venv/bin/python -m experiments.study {{options}}
 
-# variance of the gradient under each KL estimator and each likelihood
-gradients *options:
-    .venv/bin/python -m experiments.study.gradients {{options}}
-
 # trained runs on unseen compositions, and by a judge of another architecture; `just transfer --model runs/train`
 transfer *options:
     .venv/bin/pip install -e ".[rebuild]"

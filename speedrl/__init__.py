@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from speedrl.method.steps import step_loss as step_loss
     from speedrl.models.checkpoint import decode as decode
     from speedrl.models.checkpoint import encode_prompts as encode_prompts
+    from speedrl.models.checkpoint import load_generator as load_model  # noqa: F401
+    from speedrl.models.checkpoint import save_generator as save_model  # noqa: F401
     from speedrl.policies import make_policy as make_policy
     from speedrl.policies import token_log_probs as token_log_probs
     from speedrl.rewards.loading import load_quality as load_quality

@@ -72,6 +72,9 @@ TextEncoder = Annotated[
 Size = Annotated[
     str | None, Option(help="Height and width in pixels, like 512x768. [default: the model's]", rich_help_panel=MODEL)
 ]
+Base = Annotated[
+    str | None, Option(help="The base of an adapter, if it is no longer where it was.", rich_help_panel=MODEL)
+]
 Negative = Annotated[
     str | None, Option(help="What guidance leads away from. [default: the model's]", rich_help_panel=MODEL)
 ]
@@ -190,8 +193,9 @@ def uncollected() -> Iterator[None]:
 
 def loading(options: dict[str, Any]) -> dict[str, Any]:
     """Takes what is for `load_generator` out of a command's options. ValueError for what cannot be read."""
-    taken = {name: options.pop(name, None) for name in ("text_encoder", "size", "negative_prompt", "micro_conds")}
-    found = {"text_encoder": taken["text_encoder"], "negative": taken["negative_prompt"]}
+    names = ("text_encoder", "size", "negative_prompt", "micro_conds", "base")
+    taken = {name: options.pop(name, None) for name in names}
+    found = {"text_encoder": taken["text_encoder"], "negative": taken["negative_prompt"], "base": taken["base"]}
     if taken["size"] is not None:
         try:
             height, width = (int(side) for side in taken["size"].lower().split("x"))
@@ -299,6 +303,7 @@ def sample(
     size: Size = None,
     negative_prompt: Negative = None,
     micro_conds: MicroConds = None,
+    base: Base = None,
     precision: Annotated[Precision, Option(help="Of transformer and text encoder.", rich_help_panel=MODEL)] = "fp32",
     device: Device = "auto",
 ) -> None:
@@ -536,6 +541,7 @@ def evaluate(
     size: Size = None,
     negative_prompt: Negative = None,
     micro_conds: MicroConds = None,
+    base: Base = None,
     precision: Annotated[Precision, Option(help="Of transformer and text encoder.", rich_help_panel=MODEL)] = "fp32",
     device: Device = "auto",
 ) -> None:

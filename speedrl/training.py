@@ -22,7 +22,7 @@ from speedrl.policies import Policy, score_logits
 from speedrl.rewards.mixing import check_gradient, open_reward
 from speedrl.run import distributed
 from speedrl.run.checkpoints import to_jsonable
-from speedrl.run.exporting import save_trained
+from speedrl.run.exporting import lasting_sources, save_trained
 from speedrl.run.session import open_run
 from speedrl.run.settings import check, check_sampler
 from speedrl.stages import prepare_sampler
@@ -100,10 +100,10 @@ def train(
     texts, generator = training_prompts(model, prompts), load_generator(model, device=device, **(loading or {}))
     how = sampler_of(generator, settings, most=most)
     check_sampler(settings | how._asdict(), most=most, length=generator.grid[0] * generator.grid[1])
-    settings |= how._asdict()
+    settings |= how._asdict() | to_jsonable(lasting_sources(model, loading))
     reward = open_reward(quality, generator, reward_weights, clip=quality_clip, bf16=bf16, device=device, prompts=texts)
     if reward_gradient:
-        check_gradient(reward)
+        check_gradient(reward, generator, texts)
     empty, choices = encode_prompts(generator, [generator.negative]), step_choices(least, most).to(device)
     learner = new_learner(generator, settings, choices, empty.pooled.shape[-1], device=device)
     random, autocast = torch.Generator().manual_seed(seed), bf16_autocast(device, enabled=bf16)

@@ -54,6 +54,12 @@ def log_ratios(
     return mean, torch.arange(len(trajectory), device=token.device), number
 
 
+def last_draws(trajectory: Trajectory) -> Tensor:
+    """Where the token that a step set is that of the finished sample: bool [B, S, L], one step for each position."""
+    kept = trajectory.kept
+    return kept & (kept.flip(1).cumsum(1).flip(1) == 1)
+
+
 def micro_batch_loss(
     policy: Policy,
     reference: Policy | None,
@@ -92,8 +98,8 @@ def micro_batch_loss(
     place = part.sample[part.row]
     kept = trajectory.kept[place, part.step[part.row], part.position].float()
     weights = kept * scale[place]
-    if slopes is not None:
-        loss = loss - (gain * weights).sum()
+    if slopes is not None:  # a token that a later step drew again is not in the image
+        loss = loss - (gain * weights * last_draws(trajectory)[place, part.step[part.row], part.position]).sum()
     if kl in SAMPLED:  # the mean over the drawn tokens counts for those that were kept
         number = torch.zeros(2, len(part.sample), device=token.device)
         number = number.index_add(1, part.row, torch.stack([kept, torch.ones_like(kept)]))

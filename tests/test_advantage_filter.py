@@ -1,40 +1,125 @@
 """Group advantages and the filters."""
 
+import itertools
+
 import pytest
 import torch
 
-from speedrl.method.advantages import early_advantages, group_advantages
+from speedrl.method.advantages import count_residuals, group_advantages, leave_one_out
 from speedrl.method.filters import low_quality, std_percentile
 
 REWARDS = torch.tensor([[0.1, 0.5, 0.3, 0.9], [2.0, 2.5, 1.0, 0.0], [0.3, 0.3, 0.3, 0.3]])
 
 
-@pytest.mark.parametrize("scale", [True, False])
-def test_advantages_sum_to_zero_and_ignore_a_shift(scale):
-    advantages = group_advantages(REWARDS, scale=scale)
+@pytest.mark.parametrize("std", ["group", "batch", "none"])
+def test_advantages_sum_to_zero_and_ignore_a_shift(std):
+    advantages = group_advantages(REWARDS, std=std)
     torch.testing.assert_close(advantages.sum(1), torch.zeros(3), atol=1e-6, rtol=0)
-    torch.testing.assert_close(group_advantages(REWARDS + 100, scale=scale), advantages, atol=5e-4, rtol=0)
+    torch.testing.assert_close(group_advantages(REWARDS + 100, std=std), advantages, atol=5e-4, rtol=0)
     assert torch.equal(advantages[0].argsort(), REWARDS[0].argsort())
 
 
-def test_scaled_advantages_have_unit_variance_whatever_the_scale_of_the_reward():
+def test_each_scale_by_hand():
+    rewards = torch.tensor([[1.0, 3.0], [0.0, 8.0]])  # deviations 1 and 4 from the means 2 and 4
+    assert group_advantages(rewards, std="none").tolist() == [[-1, 1], [-4, 4]]
+    torch.testing.assert_close(group_advantages(rewards, eps=0.0), torch.tensor([[-1.0, 1.0], [-1.0, 1.0]]))
+    whole = ((1 + 1 + 16 + 16) / 4) ** 0.5
+    torch.testing.assert_close(
+        group_advantages(rewards, std="batch", eps=0.0), torch.tensor([[-1.0, 1.0], [-4.0, 4.0]]) / whole
+    )
+    torch.testing.assert_close(group_advantages(rewards, eps=1.0), torch.tensor([[-0.5, 0.5], [-0.8, 0.8]]))
+    with pytest.raises(ValueError, match="'prompt'"):
+        group_advantages(rewards, std="prompt")
+
+
+def test_scaled_advantages_ignore_the_scale_of_the_reward():
     advantages = group_advantages(REWARDS[:2], eps=0.0)
     torch.testing.assert_close(advantages.std(1, correction=0), torch.ones(2))
     torch.testing.assert_close(group_advantages(REWARDS[:2] * 7, eps=0.0), advantages)
-    torch.testing.assert_close(group_advantages(REWARDS[:1], scale=False)[0], REWARDS[0] - 0.45)
 
 
+@pytest.mark.parametrize("std", ["group", "batch", "none"])
 @pytest.mark.parametrize("value", [0.0, 0.1, -3.3, 1e6])
-def test_equal_rewards_give_exactly_zero(value):
+def test_equal_rewards_give_exactly_zero(value, std):
     for n in (1, 3, 7):
-        assert torch.equal(group_advantages(torch.full((1, n), value), eps=1e-8), torch.zeros(1, n))
+        assert torch.equal(group_advantages(torch.full((2, n), value), std=std, eps=1e-8), torch.zeros(2, n))
 
 
-def test_early_advantages_are_of_the_steps_that_see_nearly_everything_masked():
-    reveal_step = torch.tensor([[0] + [1] * 2 + [2] * 7, [0] * 10, [0] + [1] + [2] * 8])  # 3, 1 and 3 steps
-    found = early_advantages(torch.tensor([2.0, -1.0, 0.5]), reveal_step, 3)
-    assert found.tolist() == [[2.0, 2.0, 0.0], [-1.0, 0.0, 0.0], [0.5, 0.5, 0.0]]  # 10, 9, 7; 10; 10, 9, 8 of 10 masked
-    assert early_advantages(torch.ones(3), reveal_step, 3, masked=0.8)[2].tolist() == [1.0, 1.0, 1.0]
+@pytest.mark.parametrize("std", ["group", "batch", "none"])
+def test_samples_left_out_count_for_nothing(std):
+    keep = torch.tensor([[True, True, False, True], [False, True, True, True], [False, False, False, False]])
+    found = group_advantages(REWARDS, std=std, keep=keep)
+    other = torch.where(keep, REWARDS, 1e3)  # whatever their rewards
+    torch.testing.assert_close(group_advantages(other, std=std, keep=keep), found, atol=1e-3, rtol=1e-3)
+    assert not found[~keep].any() and found.isfinite().all()
+    if std != "batch":
+        alone = group_advantages(REWARDS[:1, [0, 1, 3]], std=std)
+        torch.testing.assert_close(found[0, [0, 1, 3]], alone[0])
+
+
+def test_leave_one_out_subtracts_the_mean_of_the_others():
+    found = leave_one_out(torch.tensor([[1.0, 2.0, 6.0]]))
+    assert found[0].tolist() == pytest.approx([1 - 4, 2 - 3.5, 6 - 1.5])
+    with pytest.raises(ValueError, match="at least 2"):
+        leave_one_out(torch.ones(3, 1))
+
+
+QUALITY = torch.tensor([[0.1, 0.5, 0.3], [0.2, 0.9, 0.4], [0.7, 0.6, 0.0]])
+COUNTS = torch.tensor([[1, 4, 4], [1, 4, 8], [4, 1, 1]])
+
+
+def test_residuals_compare_with_the_same_count_of_other_prompts():
+    residuals, known = count_residuals(QUALITY, COUNTS)
+    # count 1: .1 | .2 | .6 .0; count 4: .5 .3 | .9 | .7; count 8: one sample alone
+    expected = [[0.1 - 0.8 / 3, 0.5 - 0.8, 0.3 - 0.8], [0.2 - 0.7 / 3, 0.9 - 1.5 / 3, 0.0],
+                [0.7 - 1.7 / 3, 0.6 - 0.15, 0.0 - 0.15]]  # fmt: skip
+    torch.testing.assert_close(residuals, torch.tensor(expected))
+    assert known.tolist() == [[True] * 3, [True, True, False], [True] * 3]
+
+
+def test_a_count_of_no_other_prompt_gives_no_advantage():
+    residuals, known = count_residuals(QUALITY, COUNTS)
+    advantages = group_advantages(residuals, keep=known)
+    assert advantages[1, 2] == 0 and (advantages[known] != 0).all()
+    alone, unknown = count_residuals(QUALITY[:1], torch.tensor([[1, 2, 2]]))
+    assert not alone.any() and not unknown.any() and not group_advantages(alone, keep=unknown).any()
+
+
+@pytest.mark.parametrize("std", ["group", "batch", "none"])
+def test_a_single_count_gives_the_advantages_of_the_quality(std):
+    for groups in (1, 3):
+        residuals, known = count_residuals(QUALITY[:groups], torch.full((groups, 3), 4))
+        assert known.all()
+        torch.testing.assert_close(
+            group_advantages(residuals, std=std, keep=known), group_advantages(QUALITY[:groups], std=std)
+        )
+
+
+def test_the_baseline_of_a_prompt_does_not_depend_on_its_own_samples():
+    before, _ = count_residuals(QUALITY, COUNTS)
+    changed = QUALITY.clone()
+    changed[0] += torch.tensor([5.0, -2.0, 1.0])
+    after, _ = count_residuals(changed, COUNTS)
+    torch.testing.assert_close(after[0] - before[0], changed[0] - QUALITY[0])
+
+
+def test_residuals_leave_the_expected_gradient_of_the_tokens_unchanged():
+    """Two prompts of two samples with counts 1 and 2, each a token of two: every outcome by enumeration."""
+    logits = torch.tensor([[0.3, -0.2], [0.9, -0.5]], requires_grad=True)  # of each count
+    counts = torch.tensor([[0, 1], [1, 0]])
+    log_p, worth = logits.log_softmax(-1), torch.tensor([[0.1, 0.7], [0.5, 0.6]])  # worth of count and token
+
+    def expected(subtract: bool) -> torch.Tensor:
+        total = torch.zeros(())
+        for outcome in itertools.product(range(2), repeat=4):
+            tokens = torch.tensor(outcome).view(2, 2)
+            score, quality = log_p[counts, tokens], worth[counts, tokens]
+            residuals = count_residuals(quality, counts + 1)[0] if subtract else quality
+            total = total + score.sum().exp().detach() * (residuals * score).sum()
+        return torch.autograd.grad(total, logits, retain_graph=True)[0]
+
+    torch.testing.assert_close(expected(True), expected(False), atol=1e-6, rtol=1e-5)
+    assert expected(False).abs().max() > 0.02
 
 
 def test_percentile_keeps_the_groups_that_differ_most():
@@ -60,6 +145,20 @@ def test_percentile_out_of_range_is_named(percentile):
         std_percentile(REWARDS, percentile=percentile)
 
 
-def test_low_quality_samples_lose_their_weight():
-    assert low_quality(REWARDS, threshold=0.5).tolist() == [[0, 1, 0, 1], [1, 1, 1, 0], [0, 0, 0, 0]]
+def test_percentile_leaves_samples_out_of_the_deviations():
+    quality = torch.tensor([[0.0, 0.0, 9.0], [0.0, 1.0, 0.5], [0.0, 2.0, 1.0]])
+    keep = torch.tensor([[True, True, False], [True, True, True], [True, True, True]])
+    assert std_percentile(quality, percentile=100)[:, 0].tolist() == [1, 0, 0]
+    assert std_percentile(quality, percentile=100, keep=keep)[:, 0].tolist() == [0, 0, 1]
+    assert std_percentile(quality, percentile=50, keep=keep)[:, 0].tolist() == [0, 1, 1]
+    assert std_percentile(quality, percentile=50, keep=torch.zeros(3, 3)).isfinite().all()
+
+
+def test_low_quality_samples_lose_their_weight_by_standard_deviations():
+    quality = torch.tensor([[0.0, 2.0], [2.0, 4.0]])  # mean 2, standard deviation sqrt(2)
+    assert low_quality(quality, threshold=-1.0).tolist() == [[0, 1], [1, 1]]
+    assert low_quality(quality, threshold=-1.5).tolist() == [[1, 1], [1, 1]]
+    assert low_quality(quality, threshold=0.5).tolist() == [[0, 0], [0, 1]]
     assert low_quality(REWARDS, threshold=None).sum() == 12
+    other_units = low_quality(100 * quality - 7, threshold=-1.0)
+    assert torch.equal(other_units, low_quality(quality, threshold=-1.0))

@@ -207,7 +207,7 @@ def edit(path, change):
         (lambda f: (f / WEIGHTS).write_bytes(b""), ValueError, "half written"),
         (lambda f: (f / "transformer/config.json").write_text("{", encoding="utf-8"), ValueError, "not json"),
         (lambda f: (f / "transformer/config.json").write_text("[]", encoding="utf-8"), ValueError, "object"),
-        (lambda f: (f / "text_encoder/config.json").write_bytes(b'{"hidden_size": "wide"}'), ValueError, "no such model"),
+        (lambda f: (f / "text_encoder/config.json").write_bytes(b'{"hidden_size": "a"}'), ValueError, "no such model"),
         (lambda f: (f / "tokenizer/merges.txt").write_text("an owl\n" * 3, encoding="utf-8"), ValueError, "tokenizer"),
         (lambda f: edit(f / WEIGHTS, lambda s: s.pop("embed.conv.weight")), ValueError, r"lacks 1 of .*embed\.conv"),
         (lambda f: edit(f / WEIGHTS, lambda s: s.update(a=torch.ones(1))), ValueError, r"unknown 1 of .*\(a\)"),

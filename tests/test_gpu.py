@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from speedrl.generation import guided_policy
-from speedrl.method.critic import reward_slopes
+from speedrl.method.losses import reward_slopes
 from speedrl.method.sampling import draw_noise, rollout
-from speedrl.models.checkpoint import codebook, decode_embeddings, encode_prompts, load_generator, take
+from speedrl.models.checkpoint import codebook, decode_embeddings, load_generator
+from speedrl.policies import make_policy
 from speedrl.system.platform import bf16_autocast
 from speedrl.training import train
-from speedrl.updates import fitting, gradients, token_weights, trained_steps
+from speedrl.updates import gradients, trained_steps, with_oom_backoff
 from tests.ranks import finish, free_port, one
 from tests.test_distributed import OPTIONS, close, keep_gradient, rows, trained
 
@@ -35,14 +35,14 @@ def options(tiny_generator_folder, tmp_path):
                       "quality": "tests.test_distributed:green"}  # fmt: skip
 
 
-@pytest.mark.parametrize("credit", ["token", "step", "rollout"])
-def test_an_iteration_gives_the_gradient_and_the_metrics_of_the_processor(options, tmp_path, monkeypatch, credit):
+@pytest.mark.parametrize("likelihood", ["exact", "token", "sequence"])
+def test_an_iteration_gives_the_gradient_and_the_metrics_of_the_processor(options, tmp_path, monkeypatch, likelihood):
     without_tf32(monkeypatch.setattr)
     for device in ("cpu", DEVICE):
         with monkeypatch.context() as patch:
             patch.setattr(torch.optim.AdamW, "step", torch.optim.AdamW.step)  # to be put back
             keep_gradient(tmp_path / f"{device}.st")
-            train(out=tmp_path / device, device=device, **options | {"credit": credit})
+            train(out=tmp_path / device, device=device, **options | {"likelihood": likelihood})
     (here,), (there,) = rows(tmp_path / "cpu"), rows(tmp_path / DEVICE)
     assert here.keys() == there.keys() and here["grad_norm"] > 1e-3
     assert all(there[name] == pytest.approx(here[name], rel=1e-3, abs=1e-5) for name in here)
@@ -57,7 +57,7 @@ def test_in_the_precision_of_the_device_a_run_is_saved_and_goes_on(options, tmp_
     train(out=tmp_path / "run", **options | {"iterations": 2, "resume": True})
     found = rows(tmp_path / "run")
     assert [row["iteration"] for row in found] == [1, 2]
-    assert all(row["grad_norm"] is not None and row["kept"] > 0 and row["skipped"] == 0 for row in found)
+    assert all(row["grad_norm"] is not None and row["kept"] > 0 for row in found)
     record = json.loads((tmp_path / "run/checkpoints/000002/state.json").read_text(encoding="utf-8"))
     assert record["settings"]["device"] == DEVICE
     saved = load_generator(tmp_path / "run", device=DEVICE).transformer.state_dict()
@@ -113,7 +113,7 @@ def short_of_memory(run, size):
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction((least + most) / 2 / torch.cuda.get_device_properties(0).total_memory)
     try:
-        return fitting(run, size)
+        return with_oom_backoff(run, size)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
@@ -123,34 +123,29 @@ def test_where_the_devices_memory_runs_out_smaller_batches_give_the_same_gradien
 ):
     without_tf32(monkeypatch.setattr)
     count, generator = 1024, load_generator(tiny_generator_folder, device=DEVICE)
-    of_all = torch.zeros(count, dtype=torch.int64, device=DEVICE)
-    prompt, empty = take(encode_prompts(generator, ["an owl"]), of_all), encode_prompts(generator, [""])
-    policy = guided_policy(generator.transformer, prompt, empty, guidance=1.0, grid=GRID)
-    steps, noise = torch.full_like(of_all, 4), draw_noise(count, 4, LENGTH, seed=0, device=DEVICE)
-    batch = rollout(policy, steps, noise, length=LENGTH, mask_id=generator.mask_id, sparse=True)
-    which = trained_steps(batch.steps, None, torch.Generator())
-    weights = token_weights(batch, which, torch.ones(count, device=DEVICE))
-    advantages = torch.linspace(-1, 1, count, device=DEVICE)[:, None].expand(-1, 4)
+    policy = make_policy(generator, ["an owl"] * count, guidance=1.0)
+    steps, noise = torch.full((count,), 4, device=DEVICE), draw_noise(count, 4, LENGTH, seed=0, device=DEVICE)
+    trajectory = rollout(policy, steps, noise, grid=GRID, mask_id=generator.mask_id)
+    which, keep = trained_steps(steps, None, torch.Generator()), torch.ones(count, device=DEVICE)
+    advantages = torch.linspace(-1, 1, count, device=DEVICE)
     learned = [p for p in generator.transformer.parameters() if p.requires_grad]
 
     def of_policy(size):
         for p in learned:
             p.grad = None
         gradients(
-            generator.transformer, None, batch, which, prompt, empty, advantages, weights, weights.sum(),
-            micro_batch=size, mask_id=generator.mask_id, autocast=bf16_autocast(DEVICE, enabled=False), grid=GRID,
-            guidance=1.0, reference_guidance=1.0, order="confidence", likelihood="token", clip_range=0.2, kl="none",
-            kl_weight=0.0,
+            policy, None, trajectory, which, advantages, keep, keep.sum() * LENGTH, size, kl="none", kl_weight=0.0,
+            autocast=bf16_autocast(DEVICE, enabled=False), mask_id=generator.mask_id, likelihood="token",
         )  # fmt: skip
         return [p.grad.clone() for p in learned if p.grad is not None]
 
     codes, texts = codebook(generator), ["an owl"] * count
 
-    def of_pictures(size):
+    def of_images(size):
         score = lambda embeddings, _: decode_embeddings(generator, embeddings).square().mean((1, 2, 3))  # noqa: E731
-        return [reward_slopes(batch.tokens, codes, score, texts, batch=size)]
+        return [reward_slopes(trajectory.tokens, codes, score, texts, batch=size)]
 
-    for run in (of_policy, of_pictures):
+    for run in (of_policy, of_images):
         expected = run(count)
         found, size = short_of_memory(run, count)
         assert 1 <= size < count

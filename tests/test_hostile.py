@@ -12,7 +12,7 @@ import speedrl.evaluation.measuring
 import speedrl.models.checkpoint
 import speedrl.training
 from speedrl import cli
-from speedrl.generation import contact_sheet
+from speedrl.evaluation.figures import contact_sheet
 from speedrl.models.checkpoint import encode_prompts
 from speedrl.run.checkpoints import append_row
 from speedrl.run.prompts import open_prompts, read_prompts
@@ -44,14 +44,14 @@ def test_a_file_without_prompts_in_utf_8_is_one_line(tmp_path, content, says):
 
 def numbered(path, count):
     with path.open("w", encoding="utf-8") as file:
-        file.writelines(f"picture number {i} of something that has a rather long description\n" for i in range(count))
+        file.writelines(f"image number {i} of something that has a rather long description\n" for i in range(count))
     return path
 
 
 def test_a_million_prompts_stay_in_their_file(tmp_path):
     lines = open_prompts(numbered(tmp_path / "million.txt", 1_000_000))
-    assert len(lines) == 1_000_000 and lines[torch.tensor(777_777)].startswith("picture number 777777 ")
-    assert lines[-1].startswith("picture number 999999 ") and len(lines[5:8]) == 3
+    assert len(lines) == 1_000_000 and lines[torch.tensor(777_777)].startswith("image number 777777 ")
+    assert lines[-1].startswith("image number 999999 ") and len(lines[5:8]) == 3
     with pytest.raises(IndexError):
         lines[1_000_000]
     few = numbered(tmp_path / "few.txt", 20_000)
@@ -66,7 +66,7 @@ def test_a_prompt_of_100000_characters_trains_and_is_drawn(tiny_generator_folder
     long = "a red apple 🦉 " * 7000
     (tmp_path / "p.txt").write_text(f"{long}\nb\n", encoding="utf-8")
     train(out=tmp_path / "run", model=str(tiny_generator_folder), prompts=tmp_path / "p.txt", iterations=1, steps="1",
-          quality="tests.test_hostile:dark", groups=3, group_size=2, compile=False)  # fmt: skip
+          search=0, quality="tests.test_hostile:dark", groups=3, group_size=2, compile=False)  # fmt: skip
     assert encode_prompts(tiny_generator, [long]).text.shape == (1, 8, 24)
     sheet = contact_sheet([torch.zeros(1, 3, 16, 16)], labels=[long], titles=[long])
     assert sheet.width < 2000
@@ -84,47 +84,43 @@ WORDS = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=12).fil
 WORDS = WORDS.map(lambda text: f"no-{text}")
 COUNTS = NOT_NUMBERS | NOT_FINITE | BELOW_ONE | st.just("1.5")
 BAD = {  # each value of each option is bad whatever the others are
-    **dict.fromkeys(("--iterations", "--groups", "--micro-batch", "--updates", "--save-every", "--keep-checkpoints",
-                     "--max-skipped", "--lora", "--trained"), COUNTS),
+    **dict.fromkeys(("--iterations", "--groups", "--micro-batch", "--updates", "--save-every",
+                     "--lora", "--train-steps"), COUNTS),
     "--group-size": COUNTS | st.just("1"),
     "--seed": NOT_NUMBERS | st.integers(min_value=2**63).map(str),
     "--steps": NOT_NUMBERS | BELOW_ONE | st.sampled_from(["8-2", "1-", "-", "99", "1-17", "9" * 5000]),
-    **dict.fromkeys(("--lr", "--clip-range", "--clip-grad", "--tune-rate"),
+    **dict.fromkeys(("--lr", "--clip-range"),
                     NOT_NUMBERS | NOT_FINITE | NEGATIVE | st.just("0")),
-    **dict.fromkeys(("--kl-weight", "--kl-falloff", "--early-credit", "--temperature", "--quality-clip"),
+    **dict.fromkeys(("--kl-weight", "--steps-reward", "--reward-gradient",
+                     "--temperature", "--quality-clip"),
                     NOT_NUMBERS | NOT_FINITE | NEGATIVE),
-    **dict.fromkeys(("--steps-reward", "--quality-gate", "--guidance", "--least-quality"), NOT_NUMBERS | NOT_FINITE),
+    **dict.fromkeys(("--quality-gate", "--guidance", "--min-quality"), NOT_NUMBERS | NOT_FINITE),
+    "--search": NOT_NUMBERS | NOT_FINITE | st.just("1.5") | st.integers(max_value=-1).map(str),
     "--percentile": NOT_NUMBERS | NOT_FINITE | NEGATIVE | st.floats(min_value=100.01).map(repr),
     "--ema": NOT_NUMBERS | NOT_FINITE | NEGATIVE | st.floats(min_value=1).map(repr),
-    **dict.fromkeys(("--schedule", "--order", "--likelihood", "--credit", "--kl", "--parallel", "--tracker", "--device",
-                     "--size", "--model", "--prompts", "--micro-conds"), WORDS),
+    **dict.fromkeys(("--schedule", "--order", "--likelihood", "--advantage-std", "--kl", "--parallel", "--tracker",
+                     "--device", "--size", "--model", "--prompts", "--micro-conds"), WORDS),
     "--quality": st.sampled_from(["", "=", "a=b", "embedded=nan", "embedded=0", "a,a", "nowhere:nothing"]),
-    **dict.fromkeys(("--gae-lambda", "--revise"),
-                    NOT_NUMBERS | NOT_FINITE | NEGATIVE | st.floats(min_value=1.01).map(repr)),
-    "--warmup": NOT_NUMBERS | NOT_FINITE | st.just("1.5") | st.integers(max_value=-1).map(str),
-    "--eps": NOT_NUMBERS | NOT_FINITE | NEGATIVE | st.just("0"),
-    "--pace-lr": NOT_NUMBERS | NOT_FINITE | NEGATIVE | st.just("0"),
+    "--remask": NOT_NUMBERS | NOT_FINITE | NEGATIVE | st.floats(min_value=1.01).map(repr),
     "--reference-guidance": NOT_NUMBERS | NOT_FINITE,
     "--reward-weights": WORDS | WORDS.map(lambda text: f"clip={text}"),
     "--text-encoder": WORDS.map(lambda text: f"./{text}"),  # no name of the hub
-    "--lora-alpha": NOT_NUMBERS | st.just("2"),  # without --lora
-    "--lora-targets": WORDS,
     "--no-such-flag": WORDS,
 }  # fmt: skip
-SWITCHES = {"--merge": "", "--offload": ""}  # contradictory without --lora, --parallel fsdp
+SWITCHES = {"--offload": ""}  # contradictory without --parallel fsdp
 SHARED = {name: BAD[name] for name in ("--schedule", "--order", "--device", "--size", "--micro-conds", "--model",
                                        "--text-encoder", "--no-such-flag")}  # fmt: skip
 SHARED |= {"--precision": WORDS, "--count": COUNTS}
 NO_LISTS = (NOT_NUMBERS | NOT_FINITE).filter(lambda text: text != "1,2")
 OF_OTHERS = {  # the options of the other commands; "" is what has no flag
     "sample": SHARED | {"--seed": NOT_NUMBERS, "--steps": BAD["--steps"], "--guidance": NOT_NUMBERS | NOT_FINITE,
-                        "--temperature": BAD["--temperature"], "--revise": BAD["--revise"],
+                        "--temperature": BAD["--temperature"], "--remask": BAD["--remask"],
                         "": st.sampled_from(["", " ", "\ud800"])},
     "eval": SHARED | {"--steps": NO_LISTS | BELOW_ONE | st.sampled_from(["8-2", "2,0", "auto", "9" * 5000]),
-                      **dict.fromkeys(("--guidance", "--temperature", "--revise"), NO_LISTS),
+                      **dict.fromkeys(("--guidance", "--temperature", "--remask"), NO_LISTS),
                       "--prompts": WORDS, "--held-out": WORDS, "--quality": BAD["--quality"].filter(bool),
                       "--reward-weights": BAD["--reward-weights"],
-                      "--seeds": COUNTS, "--batch": COUNTS, "--pictures": NOT_NUMBERS},
+                      "--seeds": COUNTS, "--batch": COUNTS, "--images": NOT_NUMBERS},
     "ablate": {"": WORDS, "--seeds": NO_LISTS, "--eval-steps": NO_LISTS, "--jobs": COUNTS, "--set": WORDS,
                "--model": BAD["--model"], "--no-such-flag": WORDS,
                **dict.fromkeys(("--iterations", "--groups", "--group-size", "--lr", "--eval-count", "--eval-seeds"),
@@ -251,7 +247,7 @@ def finished(tiny_generator_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     (folder / "p.txt").write_text("a b\nc d\n", encoding="utf-8")
     train(out=folder / "run", model=str(tiny_generator_folder), prompts=folder / "p.txt", iterations=2, steps="2",
-          quality="tests.test_hostile:dark", groups=1, group_size=2, save_every=1, compile=False)  # fmt: skip
+          search=0, quality="tests.test_hostile:dark", groups=1, group_size=2, save_every=1, compile=False)  # fmt: skip
     return folder
 
 
@@ -262,6 +258,7 @@ def test_damaged_files_are_one_line_or_do_no_harm_and_nothing_is_lost(finished, 
     prompts = {"--model": str(tiny_generator_folder), "--prompts": str(place / "p.txt"), "--steps": "2"}
     given = prompts | {
         "--quality": "tests.test_hostile:dark",
+        "--search": "0",
         "--groups": "1",
         "--group-size": "2",
         "--iterations": "3",
@@ -328,8 +325,16 @@ def test_damaged_files_are_one_line_or_do_no_harm_and_nothing_is_lost(finished, 
 def test_a_folder_that_holds_something_else_stays_as_it_is(place, tiny_generator_folder, arguments, monkeypatch):
     monkeypatch.chdir(place)
     before = files(place)
-    given = ["--model", str(tiny_generator_folder), "--prompts", "p.txt", "--quality", "embedded", "--steps", "1"]
-    monkeypatch.setattr(speedrl.training, "load_qualities", lambda *_, **__: ({"dark": dark}, {"dark": 1.0}))
+    given = [
+        "--model",
+        str(tiny_generator_folder),
+        "--prompts",
+        "p.txt",
+        "--quality",
+        "tests.test_hostile:dark",
+        "--steps",
+        "1",
+    ]
     result = CliRunner().invoke(cli.app, ["train", "--no-compare", "--no-compile", *given, *arguments])
     assert result.exit_code == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert files(place) == before

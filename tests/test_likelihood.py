@@ -1,4 +1,4 @@
-"""Likelihoods, by enumeration of every outcome of tiny cases."""
+"""Likelihoods, by enumeration of every trajectory of tiny cases."""
 
 import itertools
 import math
@@ -7,133 +7,95 @@ from collections import Counter
 import pytest
 import torch
 
-from speedrl.method.likelihoods import exact_log_prob, guided, log_probs, log_ratio, plackett_luce, sample_tokens
-from speedrl.method.sampling import draw_noise, rollout, state
-from speedrl.method.schedules import halton_order, masked_counts, temperatures, timesteps
-
-LENGTH, CODES, MASK = 3, 2, 2
-
-
-def parameters() -> torch.Tensor:
-    return torch.randn(LENGTH * (CODES + 1), LENGTH * CODES, generator=torch.Generator().manual_seed(1))
-
-
-def policy(weights: torch.Tensor, tokens: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-    features = torch.nn.functional.one_hot(tokens, CODES + 1).flatten(1).float()
-    return (features @ weights).view(-1, LENGTH, CODES) * (1 + timestep[:, None, None] / 4)
-
-
-def outcomes(weights: torch.Tensor, steps: int, *, schedule: str, order: str) -> list[tuple]:
-    """Every trajectory: (exact log-probability, surrogate log-probability, final tokens, reveal steps)."""
-    n = torch.tensor([steps])
-    masked_after = masked_counts(n, length=LENGTH, kind=schedule)[0].tolist()
-    heat, countdown = temperatures(n), timesteps(n)
-    partial = [(torch.zeros(()), torch.zeros(()), [MASK] * LENGTH, [0] * LENGTH)]
-    for s in range(steps):
-        grown = []
-        for exact, surrogate, tokens, reveal in partial:
-            positions = [i for i in range(LENGTH) if tokens[i] == MASK]
-            reveals = len(positions) - masked_after[s]
-            logits = policy(weights, torch.tensor([tokens]), countdown[:, s])
-            masked = torch.tensor([[t == MASK for t in tokens]])
-            if order == "random":  # an outcome is a set of positions and its tokens
-                chosen_orders = itertools.combinations(positions, reveals)
-            elif order == "halton":  # the positions are always the same
-                chosen_orders = [tuple(sorted(positions, key=halton_order(1, LENGTH).tolist().__getitem__)[:reveals])]
-            elif reveals == len(positions):  # the order within a last step is no part of the event
-                chosen_orders = [tuple(positions)]
-            else:
-                chosen_orders = itertools.permutations(positions, reveals)
-            for chosen in chosen_orders:
-                drawn_at = positions if order == "confidence" else chosen
-                for values in itertools.product(range(CODES), repeat=len(drawn_at)):
-                    draw = {**dict.fromkeys(range(LENGTH), 0), **dict(zip(drawn_at, values, strict=True))}
-                    log_p = log_probs(logits, torch.tensor([[draw[i] for i in range(LENGTH)]]))
-                    rank = torch.full((1, LENGTH), LENGTH)
-                    revealed = torch.zeros(1, LENGTH, dtype=torch.bool)
-                    for place, i in enumerate(chosen):
-                        rank[0, i], revealed[0, i] = place, True
-                    value, _ = exact_log_prob(log_p, rank, masked, revealed, heat[:, s], order=order)
-                    grown.append(
-                        (
-                            exact + value[0],
-                            surrogate + log_p[revealed].sum(),
-                            [draw[i] if i in chosen else t for i, t in enumerate(tokens)],
-                            [s if i in chosen else r for i, r in enumerate(reveal)],
-                        )
-                    )
-        partial = grown
-    return partial
-
-
-CASES = [
-    (2, "cosine", "confidence"), (2, "linear", "confidence"), (2, "arccos", "confidence"), (1, "cosine", "confidence"),
-    (2, "linear", "random"), (2, "square", "random"), (2, "linear", "halton"), (3, "arccos", "halton"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("steps", "schedule", "order"), CASES)
-def test_exact_probabilities_sum_to_one_and_their_score_has_mean_zero(steps, schedule, order):
-    weights = parameters().requires_grad_()
-    log_p = torch.stack([o[0] for o in outcomes(weights, steps, schedule=schedule, order=order)])
-    assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-5)
-    (score,) = torch.autograd.grad((log_p.exp().detach() * log_p).sum(), weights)
-    torch.testing.assert_close(score, torch.zeros_like(score), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize(
-    ("steps", "schedule", "order"),
-    [(2, "linear", "confidence"), (2, "square", "confidence"), (2, "cosine", "random"), (3, "linear", "halton")],
+from speedrl.method.likelihoods import (
+    guided,
+    log_probs,
+    needs_all_drawn,
+    plackett_luce,
+    sample_tokens,
+    step_log_prob,
 )
-def test_rollouts_have_the_enumerated_distribution(steps, schedule, order):
-    weights, count = parameters(), 20000
+from speedrl.method.schedules import masked_counts
+from speedrl.method.search import Scalars
+from tests.toys import Toy, every_trajectory, log_likelihood, sampled
+
+GRID, LENGTH = (1, 3), 3
+TOY = Toy(LENGTH, 2, seed=1)
+SMALL = Toy(2, 2, seed=2)
+SCALARS = Scalars(*(torch.tensor([x]) for x in (1.2, 0.7, 1.5, 2.0)))
+CASES = [
+    (TOY, 1, "confidence", {}), (TOY, 2, "confidence", {}), (TOY, 2, "confidence", {"schedule": "linear"}),
+    (TOY, 2, "confidence", {"schedule": "arccos"}), (TOY, 2, "confidence", {"scalars": SCALARS}),
+    (TOY, 2, "random", {"schedule": "linear"}), (TOY, 2, "random", {"schedule": "square"}),
+    (TOY, 2, "halton", {"schedule": "linear"}), (TOY, 3, "halton", {"schedule": "arccos"}),
+    # six steps, of which the last two remask
+    (SMALL, 6, "confidence", {"remask": 1.0}), (SMALL, 6, "random", {"remask": 1.0}),
+]  # fmt: skip
+NAMES = [f"{steps} steps, {order}, {', '.join(how) or 'plain'}" for _, steps, order, how in CASES]
+
+
+def enumerated(toy: Toy, steps: int, order: str, how: dict):
+    return every_trajectory(toy, steps, grid=(1, toy.length), order=order, **how)
+
+
+@pytest.mark.parametrize(("toy", "steps", "order", "how"), CASES, ids=NAMES)
+def test_exact_probabilities_sum_to_one_and_their_score_has_mean_zero(toy, steps, order, how):
+    policy = toy.moved(0.0)
+    trajectories = enumerated(policy, steps, order, how)
+    log_p = log_likelihood(policy, trajectories, order=order)
+    assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-5)
+    (score,) = torch.autograd.grad((log_p.exp().detach() * log_p).sum(), policy.weights)
+    torch.testing.assert_close(score, torch.zeros_like(score), atol=1e-5, rtol=0)
+    single = torch.autograd.grad(log_likelihood(policy, trajectories[:1], order=order).sum(), policy.weights)[0]
+    assert single.abs().max() > 0.1
+
+
+@pytest.mark.parametrize(("toy", "steps", "order", "how"), [c for c in CASES if "scalars" not in c[3]],
+                         ids=[n for n in NAMES if "scalars" not in n])  # fmt: skip
+def test_rollouts_have_the_enumerated_distribution(toy, steps, order, how):
+    count, trajectories = 4000, enumerated(toy, steps, order, how)
+
+    def outcome(trajectory, i: int) -> tuple:
+        return (*trajectory.tokens[i].tolist(), *trajectory.kept[i].flatten().tolist())
+
     expected = Counter()
-    for log_p, _, tokens, reveal in outcomes(weights, steps, schedule=schedule, order=order):
-        expected[(*tokens, *reveal)] += log_p.exp().item()
-    result = rollout(
-        lambda tokens, timestep: policy(weights, tokens, timestep),
-        torch.full((count,), steps),
-        draw_noise(count, steps, LENGTH, seed=0),
-        length=LENGTH,
-        mask_id=MASK,
-        schedule=schedule,
-        order=order,
-        grid=(1, LENGTH),
-    )
-    found = Counter(map(tuple, torch.cat([result.tokens, result.reveal_step], 1).tolist()))
+    for i, p in enumerate(log_likelihood(toy, trajectories, order=order).exp().tolist()):
+        expected[outcome(trajectories, i)] += p
+    result = sampled(toy, [steps] * count, grid=(1, toy.length), order=order, **how)
+    found = Counter(map(tuple, torch.cat([result.tokens, result.kept.flatten(1).long()], 1).tolist()))
     assert set(found) <= set(expected)
-    for outcome, p in expected.items():
-        assert found[outcome] / count == pytest.approx(p, abs=4.5 * math.sqrt(p * (1 - p) / count) + 1e-5)
+    for key, p in expected.items():
+        assert found[key] / count == pytest.approx(p, abs=4.5 * math.sqrt(p * abs(1 - p) / count) + 1e-4)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 def test_surrogate_sums_to_the_number_of_position_choices(schedule):
-    """log p of the revealed tokens alone counts every set of positions in full: C(n, k), not 1."""
+    """log p of the kept tokens alone counts every set of positions in full: C(n, k), not 1."""
     reveals = LENGTH - int(masked_counts(torch.tensor([2]), length=LENGTH, kind=schedule)[0, 0])
-    found = outcomes(parameters(), 2, schedule=schedule, order="random")
-    total = torch.stack([surrogate for _, surrogate, _, _ in found]).exp().sum().item()
-    assert total == pytest.approx(math.comb(LENGTH, reveals), abs=1e-5)
-    assert total > 1.5
+    found = every_trajectory(TOY, 2, grid=GRID, order="random", schedule=schedule)
+    total = (found.log_probs * found.kept).sum((1, 2)).exp().sum().item()
+    assert total == pytest.approx(math.comb(LENGTH, reveals), abs=1e-5) and total > 1.5
 
 
 @pytest.mark.parametrize("order", ["confidence", "random", "halton"])
 def test_gradient_of_the_expected_reward_agrees_with_finite_differences(order):
-    def expected_reward(weights, *, score):
-        found = outcomes(weights, 2, schedule="linear", order=order)
-        log_p = torch.stack([o[0] for o in found])
-        reward = torch.tensor([float(sum(o[2]) + 0.5 * o[3][0]) for o in found])
-        p = log_p.exp()
-        return ((p.detach() * log_p if score else p) * reward).sum()
-
-    weights = parameters().requires_grad_()
-    (gradient,) = torch.autograd.grad(expected_reward(weights, score=True), weights)
+    policy = TOY.moved(0.0)
+    trajectories = every_trajectory(policy, 2, grid=GRID, order=order, schedule="linear")
+    reward = trajectories.tokens.sum(1) + 0.5 * trajectories.kept[:, 1, 0]  # of tokens and of their order
+    log_p = log_likelihood(policy, trajectories, order=order)
+    (gradient,) = torch.autograd.grad((log_p.exp().detach() * log_p * reward).sum(), policy.weights)
     assert gradient.abs().max() > 0.02
+
+    def expected_reward(weights: torch.Tensor) -> float:
+        there = Toy(LENGTH, 2, weights=weights)
+        return (log_likelihood(there, trajectories, order=order).exp() * reward).sum().item()
+
     for index in [(2, 0), (2, 3), (5, 1), (0, 4)]:
-        shift = torch.zeros_like(weights)
+        shift = torch.zeros_like(gradient)
         shift[index] = 0.02
-        with torch.no_grad():
-            up, down = expected_reward(weights + shift, score=False), expected_reward(weights - shift, score=False)
-        assert ((up - down) / 0.04).item() == pytest.approx(gradient[index].item(), abs=5e-4)
+        weights = policy.weights.detach()
+        found = (expected_reward(weights + shift) - expected_reward(weights - shift)) / 0.04
+        assert found == pytest.approx(gradient[index].item(), abs=5e-4)
 
 
 def test_plackett_luce_sums_to_one_over_ordered_choices():
@@ -173,31 +135,12 @@ def test_deterministic_and_last_steps_have_no_order_term():
     rank = torch.tensor([[0, 1, 2]] * 3)
     masked = torch.tensor([[True] * 3, [True] * 3, [False] * 3])
     revealed = torch.tensor([[True, False, False], [True] * 3, [False] * 3])
-    value, terms = exact_log_prob(log_p, rank, masked, revealed, torch.tensor([0.0, 1.0, 1.0]))
+    value, terms = step_log_prob(log_p, rank, masked, revealed, torch.tensor([0.0, 1.0, 1.0]))
     assert value.tolist() == [-3.5, -3.5, 0] and terms.tolist() == [3, 3, 0]
     (gradient,) = torch.autograd.grad(value.sum(), log_p)
     assert torch.equal(gradient, masked.float())
-    _, terms = exact_log_prob(log_p, rank, masked, revealed, torch.tensor([0.5, 1.0, 1.0]))
+    _, terms = step_log_prob(log_p, rank, masked, revealed, torch.tensor([0.5, 1.0, 1.0]))
     assert terms.tolist() == [4, 3, 0]
-
-
-def test_recorded_exact_log_probs_are_those_of_a_replay():
-    weights, steps = parameters(), torch.tensor([1, 2, 3, 3])
-    result = rollout(
-        lambda tokens, timestep: policy(weights, tokens, timestep),
-        steps,
-        draw_noise(4, 3, LENGTH, seed=5),
-        length=LENGTH,
-        mask_id=MASK,
-        record=True,
-    )
-    for s in range(3):
-        before = state(result, s, mask_id=MASK)
-        log_p = log_probs(policy(weights, before, timesteps(steps)[:, s]), result.drawn[:, s])
-        revealed = (result.reveal_step == s) & (before == MASK)
-        value, terms = exact_log_prob(log_p, result.rank[:, s], before == MASK, revealed, temperatures(steps)[:, s])
-        assert torch.equal(value, result.exact[:, s]) and torch.equal(terms, result.terms[:, s])
-    assert (result.exact.sum(1) < 0).all()
 
 
 def test_guidance_interpolates_and_extrapolates():
@@ -232,25 +175,6 @@ def test_sampling_inverts_the_distribution_function():
     assert torch.equal(log_p, log_probs(logits.expand(1000, 4), tokens))
 
 
-def test_likelihood_levels():
-    new = torch.tensor([[-1.0, -2.0, -4.0], [-1.0, -1.0, -1.0]], requires_grad=True)
-    old = torch.tensor([[-1.0, -3.0, -3.5], [-1.0, -1.0, -1.0]], requires_grad=True)
-    assert log_ratio(new, old).tolist() == [[0, 1, -0.5], [0, 0, 0]]
-    sequence = log_ratio(new, old, level="sequence")
-    torch.testing.assert_close(sequence, torch.tensor([[1 / 6] * 3, [0.0] * 3]))
-    weights = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
-    assert log_ratio(new, old, level="sequence", weights=weights).tolist() == [[1] * 3, [0] * 3]
-    exact = log_ratio(new.sum(1), old.sum(1), level="exact", terms=torch.tensor([5, 0]))
-    torch.testing.assert_close(exact, torch.tensor([[0.1], [0.0]]))
-    new_gradient, old_gradient = torch.autograd.grad(sequence[0, 0], (new, old), allow_unused=True)
-    torch.testing.assert_close(new_gradient, torch.tensor([[1 / 3] * 3, [0.0] * 3]))
-    assert old_gradient is None
-    with pytest.raises(ValueError, match="terms"):
-        log_ratio(new[:, 0], old[:, 0], level="exact")
-    with pytest.raises(ValueError, match="'word'"):
-        log_ratio(new, old, level="word")
-
-
 @pytest.mark.parametrize("codes", [5, 32, 1000])
 def test_sampling_in_two_levels_is_sampling_in_one(codes):
     generator = torch.Generator().manual_seed(0)
@@ -262,3 +186,12 @@ def test_sampling_in_two_levels_is_sampling_in_one(codes):
     expected = torch.searchsorted(logits.double().softmax(-1).cumsum(-1), uniform.double()[:, None], right=True)
     assert (tokens != expected.squeeze(-1)).float().mean() < 2e-3, "but for draws at the edge of two codes"
     assert torch.equal(log_p, log_probs(logits, tokens)) and log_p.isfinite().all()
+
+
+def test_only_the_exact_likelihood_of_confidence_order_scores_what_was_discarded():
+    found = {(k, o) for k in ("token", "sequence", "exact") for o in ("confidence", "random", "halton")
+             if needs_all_drawn(k, o)}  # fmt: skip
+    assert found == {("exact", "confidence")}
+    with pytest.raises(ValueError, match="'best'"):
+        ones = torch.ones(1, 2, dtype=torch.bool)
+        step_log_prob(torch.zeros(1, 2), torch.zeros(1, 2), ones, ones, torch.ones(1), order="best")

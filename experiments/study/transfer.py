@@ -234,9 +234,9 @@ def main(
     words = in_words(found, base="base", trained="trained", costs=set(counts))
     about = (
         f"{len(lists['training'])} training, {len(lists['held-out'])} held-out and {prompts} prompts of each "
-        f"composition, {count} images of each. Run i of the base and trained run i have sampling seed i; ± is half the width of "
-        f"the 95 % interval over {len(model)}. Of two things, an image is right that shows either. Real images: one "
-        "of each prompt."
+        f"composition, {count} images of each. Run i of the base and trained run i have sampling seed i; ± is half the "
+        f"width of the 95 % interval over {len(model)}. Of two things, an image is right that shows either. Real "
+        "images: one of each prompt."
     )
     header, lines = table(found)
     rule = ["---", "---", *["--:"] * (len(header) - 2)]

@@ -101,7 +101,7 @@ def evaluate(
             raise ValueError(f"--{name} must be at least 1, got {value}")
     check_samplers(guidance, temperature, schedule, order, remask)
     sets = prompt_sets(prompts, held_out)
-    weights = {model: fingerprint(*parts_of(model)) for model in models}
+    weights = {model: fingerprint(*parts_of(model, (loading or {}).get("base"))) for model in models}
     if "auto" in steps and (fixed := [model for model in models if not has_step_policy(model)]):
         raise ValueError(f"--steps auto is for models that were trained with a range of steps, and {fixed[0]} was not: "
                          "give numbers")  # fmt: skip

@@ -43,7 +43,8 @@ def report(
     learned number of steps ("auto", for each prompt the same), or without a step policy the steps of training, and
     COMPARED_STEPS; rows of as many network evaluations stand beside each other. On the first `some` prompts of each
     set, `count` images of each for each of `seeds` seeds. `compile` acts on a GPU: on a processor it costs more than it
-    saves here. Writes OUT/comparison.json and OUT/before_after.png and prints the table.
+    saves here. Writes OUT/comparison.json and OUT/before_after.png, the three models on `images` held-out prompts, and
+    prints the table.
     """
     out, console = Path(out), Console()
     before, after = load_generator(base, device=device, **(loading or {})), load_generator(str(trained), device=device)
@@ -73,7 +74,7 @@ def report(
         rows += sorted(found, key=lambda row: row["network_evaluations"])
         write_json(out / "comparison.json", rows)
 
-    shown = everything[:images]
+    shown = [*sets.values()][-1][:images]  # held-out prompts, where there are some
     sheet, labels = [], []
     for name, model, steps in cells[:3]:
         nfe = nfe_of(next(row for row in rows if (row["model"], row["steps"]) == (name, steps)))

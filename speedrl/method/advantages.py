@@ -54,7 +54,7 @@ def count_residuals(quality: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
     residuals, known = torch.zeros_like(quality), torch.zeros_like(quality, dtype=torch.bool)
     if (steps == steps[0, 0]).all():
         return quality - quality.mean(), torch.ones_like(known)
-    for count in steps.unique():
+    for count in torch.unique(steps):
         same = (steps == count).float()
         sums, numbers = (same * quality).sum(1, keepdim=True), same.sum(1, keepdim=True)
         others = numbers.sum() - numbers

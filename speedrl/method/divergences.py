@@ -35,9 +35,9 @@ def kl(policy_logits: Tensor, reference_logits: Tensor, tokens: Tensor | None = 
             return _expected_log_ratio(reference_logits, policy_logits)
         case "reverse":
             return _expected_log_ratio(policy_logits, reference_logits)
-        case "k1" | "k2" | "k3" if tokens is None:
-            raise ValueError(f"the divergence estimator {kind!r} needs the sampled tokens")
         case "k1" | "k2" | "k3":
+            if tokens is None:
+                raise ValueError(f"the divergence estimator {kind!r} needs the sampled tokens")
             difference = log_probs(policy_logits, tokens) - log_probs(reference_logits, tokens)
             if kind == "k1":
                 return difference

@@ -32,7 +32,7 @@ def combine(quality: Tensor, speed: Tensor, *, steps_reward: float, gate: float 
 class Moments(NamedTuple):
     """Running count, mean and sum of squared deviations of one quality."""
 
-    count: float = 0.0
+    count: float = 0.0  # type: ignore[assignment]  # the name of a tuple's method
     mean: float = 0.0
     squares: float = 0.0
 

@@ -47,8 +47,8 @@ class Trajectory:
 
     def __getitem__(self, index: Tensor | slice) -> "Trajectory":
         """The samples at `index`, a slice or int64 [n] or bool [B]."""
-        fields = (getattr(self, field.name) for field in dataclasses.fields(self))
-        return Trajectory(*(None if value is None else value[index] for value in fields))
+        given = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
+        return Trajectory(**{name: value[index] for name, value in given if value is not None})
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -241,8 +241,8 @@ def rollout(
     those of `halton_order`. One step draws every token at once. `remask` is the share of the tokens that the last
     quarter of 6 steps or more draws again (`remasking_steps`), the least likely first, on one colour of the
     checkerboard at a time. `scalars` are factors for each sample (`search`). `record` keeps what `Trajectory` says.
-    `step` may be a compiled `step`. The host waits for the device once, at the start. ValueError for shapes that do not fit and for
-    another order.
+    `step` may be a compiled `step`. The host waits for the device once, at the start. ValueError for shapes that do not
+    fit and for another order.
 
     Under torch.inference_mode the results are inference tensors, which autograd refuses: clone them before training.
     """
@@ -302,10 +302,9 @@ def rollout(
         latest.view(-1)[flat] = torch.where(done.kept, done.log_probs, latest.view(-1)[flat])
     if not record:
         return Trajectory(tokens, steps)
-    states, drawn, kept, log_probs, rank = (torch.stack(x, 1) for x in (seen_at, drawn, kept, log_probs, rank))
-    return Trajectory(
-        tokens, steps, states, drawn, kept, log_probs, rank, on.timestep, on.temperature, on.logit_scale
-    )
+    recorded = [torch.stack(x, 1) for x in (seen_at, drawn, kept, log_probs, rank)]
+    recorded += [on.timestep, on.temperature, on.logit_scale]
+    return Trajectory(tokens, steps, *recorded)
 
 
 def compiled_step() -> Callable[..., Step]:

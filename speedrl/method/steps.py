@@ -24,6 +24,8 @@ class StepPolicy(nn.Module):
     Starts at 0, the uniform distribution. In float32 whatever surrounds it.
     """
 
+    choices: Tensor
+
     def __init__(self, choices: Tensor, width: int):
         super().__init__()
         self.register_buffer("choices", choices)

@@ -69,12 +69,14 @@ def open_reward(
     prompts: Sequence[str] | None = None,
 ) -> Reward:
     """The reward of `load_qualities`, tried on the run's own prompts and at the generator's image size."""
-    scores, shares = load_qualities(quality, device=device, weights=weights, bf16=bf16)
+    tried = {"prompts": prompts, "size": generator.size}
+    scores, shares = load_qualities(quality, device=device, weights=weights, bf16=bf16, **tried)
     return Reward(scores, shares, clip=clip, device=device)
 
 
-def check_gradient(reward: Reward) -> None:
+def check_gradient(reward: Reward, generator: Generator, prompts: Sequence[str]) -> None:
     """ValueError where a rewarded score has no gradient at the images."""
     for name, score in reward.scores.items():
-        if reward.weights[name] and not differentiable(score, device=reward.device):
+        tried = {"device": reward.device, "prompts": prompts, "size": generator.size}
+        if reward.weights[name] and not differentiable(score, **tried):
             raise ValueError(f"--reward-gradient needs a gradient at the images, and the reward {name} has none")

@@ -30,7 +30,7 @@ from speedrl.system.files import append_lines, damage, replace_folder, seal, wri
 RANDOM = "random.st"  # not *.safetensors, which are all of the tensors' files
 
 
-def checkpoints(out: Path) -> list[Path]:
+def all_checkpoints(out: Path) -> list[Path]:
     """The checkpoints of a run, damaged ones included, the newest first."""
     folder = Path(out) / "checkpoints"
     found = [path for path in folder.iterdir() if re.fullmatch(r"\d{6,}", path.name)] if folder.is_dir() else []
@@ -40,7 +40,7 @@ def checkpoints(out: Path) -> list[Path]:
 def newest(out: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that is whole, and a line about each newer one that is not."""
     complaints = []
-    for folder in checkpoints(out):
+    for folder in all_checkpoints(out):
         wrong = "is a link or no folder" if folder.is_symlink() or not folder.is_dir() else damage(folder)
         if wrong is None:
             return folder, complaints
@@ -115,7 +115,7 @@ def save(
         write_json(partial / "state.json", about | dict(record))
         seal(partial)
         replace_folder(partial, folder)
-        for old in (*checkpoints(out)[keep:], *folder.parent.glob(".*")):  # and what a killed run left half done
+        for old in (*all_checkpoints(out)[keep:], *folder.parent.glob(".*")):  # and what a killed run left half done
             shutil.rmtree(old, ignore_errors=True)
 
     try:
@@ -211,11 +211,11 @@ def start(out: Path, *, resume: bool) -> tuple[Path | None, list[str]]:
     ValueError where the folder holds a run that is not resumed, or nothing but damaged checkpoints; OSError where it
     cannot be written.
     """
-    if not resume and (checkpoints(out) or (out / "metrics.jsonl").exists()):
+    if not resume and (all_checkpoints(out) or (out / "metrics.jsonl").exists()):
         finished = [name for name in ("model", "adapter") if (out / name).is_dir()]
         if finished:
             use, further = f"`speedrl sample PROMPT --model {out}`", "--resume and more --iterations"
-            raise ValueError(f"{out} holds a finished run: use it by {use}, go on with {further}, or give another --out")
+            raise ValueError(f"{out} holds a finished run: use it by {use}, go on by {further}, or give another --out")
         raise ValueError(f"{out} holds a run that has not finished: go on with --resume, or give another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)

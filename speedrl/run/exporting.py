@@ -54,12 +54,15 @@ def save_trained(
     return out / "model"
 
 
-def export(checkpoint: str | Path, *, out: str | Path, raw: bool = False, model: str | None = None) -> Path:
+def export(
+    checkpoint: str | Path, *, out: str | Path, raw: bool = False, merge: bool = False, model: str | None = None
+) -> Path:
     """Makes a model of a checkpoint, sharded or not: saves what `train` would have saved had it ended there, to OUT.
 
     It takes the weights' moving average where there is one, or with `raw` the weights. `checkpoint` is its folder, or a
     run's, for its newest that is whole; `model` the base that it was trained from, by default the one that it records.
-    Returns the folder of the model or adapter. ValueError for a damaged one, FileNotFoundError where the base is gone.
+    With `merge` an adapter is merged into the base, and OUT/model is a whole model. Returns the folder
+    of the model or adapter. ValueError for a damaged one, FileNotFoundError where the base is gone.
     """
     folder = Path(checkpoint)
     if (folder / "checkpoints").is_dir():
@@ -85,11 +88,24 @@ def export(checkpoint: str | Path, *, out: str | Path, raw: bool = False, model:
         wanted = {name: torch.empty(value.size) for name, value in held.items() if name.startswith(kind)}
         read_tensors(folder, wanted)
         learned = {name.removeprefix(kind): value for name, value in wanted.items()}
-        return save_trained(Path(out), generator, learned, None if table is None else torch.tensor(table), settings)
+        saved = save_trained(Path(out), generator, learned, None if table is None else torch.tensor(table), settings)
+        if merge and settings["lora"] is None:
+            raise ValueError("--merge is for an adapter, and the run trained whole weights: leave it out")
+        if merge:
+            save_generator(load_generator(saved), Path(out) / "model")
+        return Path(out) / "model" if merge else saved
     except FileNotFoundError:
         raise
     except Exception as error:  # safetensors, torch and json have many
         raise ValueError(f"the checkpoint {folder} cannot be exported: {one_line(error)}") from error
+
+
+def lasting_sources(model: str | Path, loading: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The settings `model` and `loading` so that they hold from every working directory and later."""
+    kept = dict(loading or {})
+    if kept.get("text_encoder") is not None:
+        kept["text_encoder"] = resolve_text_encoder(kept["text_encoder"])
+    return {"model": resolve_source(model), "loading": kept or None}
 
 
 def sampled_as(generator: Generator, settings: Mapping[str, Any]) -> dict[str, Any]:

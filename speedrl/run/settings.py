@@ -13,6 +13,7 @@ from speedrl.method.schedules import mask_ratio
 from speedrl.models.checkpoint import check_guidance
 from speedrl.run.trackers import TRACKERS
 
+CLIP_RANGE = 0.2  # as `train` has it where none is given
 LIKELIHOODS = ("exact", "token", "sequence")
 POSITIVE = ("lr", "clip_range", "clip_grad", "steps_lr")
 NOT_NEGATIVE = ("kl_weight", "temperature", "quality_clip", "warmup", "steps_reward", "reward_gradient", "search")
@@ -72,6 +73,9 @@ def idle(settings: Mapping[str, Any], least: int, most: int) -> list[tuple[bool,
         (without_reward and has("reward_gradient"), "--reward-gradient needs a reward: --quality none has none"),
         (without_reward and not held,
          "--quality none trains by the divergence alone: give --kl-weight above 0 and another --kl than none"),
+        (has("clip_range") != CLIP_RANGE and has("updates") == 1,
+         f"--clip-range {has('clip_range'):g} has no effect with one update of each rollout, whose ratio is 1: give "
+         "--updates 2 or more, or leave it out"),
         (has("kl") == "k1" and has("kl_weight"),
          "--kl k1 has an expected gradient of 0, so it cannot hold the policy: choose ce, reverse, k2 or k3"),
         (has("train_steps") is not None and has("train_steps") >= most > 1,
