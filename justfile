@@ -14,6 +14,10 @@ check:
     .venv/bin/mypy --strict speedrl/method
     .venv/bin/mypy speedrl
 
+# docs/cli.md and docs/api.md from the code
+docs:
+    .venv/bin/python -m experiments.docs
+
 # trainings killed at 50 random moments, each resumed: minutes
 kill:
     SPEEDRL_KILLS=50 .venv/bin/python -m pytest -q tests/test_state.py tests/test_distributed.py -k killed
