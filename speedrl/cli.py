@@ -126,7 +126,7 @@ TRAIN_EXAMPLES = """Examples:
 
 speedrl train --steps-reward 0.5
 
-speedrl train --model MeissonicFlow/Meissonic --prompts hpsv2 --quality hpsv2 --lora 16 --micro-batch 1 --device cuda
+speedrl train --model MeissonFlow/Meissonic --prompts hpsv2 --quality hpsv2 --lora 16 --micro-batch 1 --device cuda
 """
 
 MEMORY_ADVICE = {
@@ -370,7 +370,7 @@ def train(
     ],
     min_quality: Annotated[
         float,
-        Option(help="Images under the mean of their step count by so many deviations do not train.", rich_help_panel=RL),
+        Option(help="Images under this many deviations of their step count's mean do not train.", rich_help_panel=RL),
     ],
     advantage_std: Annotated[
         Scale,

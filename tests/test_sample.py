@@ -38,7 +38,7 @@ def test_guidance_extrapolates_from_the_negative_prompt_in_one_call(tiny_generat
     assert counted == [rows]
     cond, uncond = (
         tiny_generator.transformer(tokens.view(5, 4, 4), timestep, *encode_prompts(tiny_generator, texts))
-        for texts in (PROMPTS, [""] * 5)
+        for texts in (PROMPTS, [tiny_generator.negative] * 5)
     )
     torch.testing.assert_close(found, uncond + guidance * (cond - uncond), atol=1e-4, rtol=1e-4)
 
