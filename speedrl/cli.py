@@ -16,9 +16,12 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-QUALITY = "Names and weights, like hpsv2=1,clip=0.5: embedded, hpsv2, imagereward, clip, a folder, MODULE:FUNCTION."
+QUALITY = (
+    "Names and weights, like hpsv2=1,clip=0.5: embedded, hpsv2, imagereward, clip, a folder, MODULE:FUNCTION, "
+    "FILE.py:FUNCTION; or none, to train by the divergence alone."
+)
 PROMPTS = (
-    "Text file, one prompt a line; JSONL with a prompt field; or a set by name: hpsv2, hpsv2-photo, -anime, "
+    "A file: text with one prompt a line, JSON, JSONL, CSV or TSV; or a set by name: hpsv2, hpsv2-photo, -anime, "
     "-concept-art or -paintings, partiprompts, geneval. [default: the embedded model's]"
 )
 REWARD_WEIGHTS = "NAME=FILE: weights of a quality in place of the published ones."

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from speedrl.generation import draw, generate, guided_policy, sample
+from speedrl.generation import draw, sample
 from speedrl.method.sampling import draw_noise, rollout
 from speedrl.method.schedules import timesteps
 from speedrl.models.checkpoint import decode, encode_prompts, load_generator, save_generator
+from speedrl.policies import make_policy
 from speedrl.system.platform import import_torchvision
 from speedrl.training import train
 from tests.conftest import write_tokenizer
@@ -144,17 +145,11 @@ def test_checkpointing_gives_the_same_gradients_in_training_mode(generator):
 def test_the_sampler_decides_as_diffusers_scheduler_on_the_same_draws(generator, theirs, monkeypatch, steps, guidance):
     from diffusers import AmusedScheduler
 
-    prompts, empty = encode_prompts(generator, ["an owl", "a cat"]), encode_prompts(generator, [""])
     length, counts = 16, torch.tensor([steps, steps])
-    noise = draw_noise(2, steps, length, seed=3)
-    policy = guided_policy(generator.transformer, prompts, empty, guidance=guidance, grid=(4, 4))
-    seen = []
-
-    def watched(tokens, timestep):
-        seen.append(tokens.clone())
-        return policy(tokens, timestep)
-
-    ours = rollout(watched, counts, noise, length=length, mask_id=MASK)
+    noise, every = draw_noise(2, steps, length, seed=3), torch.arange(length).expand(2, -1)
+    policy = make_policy(generator, ["an owl", "a cat"], guidance=guidance)
+    ours = rollout(policy, counts, noise, grid=(4, 4), mask_id=MASK)
+    seen = ours.states.unbind(1)
     scheduler = AmusedScheduler(MASK)
     scheduler.set_timesteps(steps)
     same_draws(monkeypatch, noise.uniform, noise.gumbel)
@@ -164,14 +159,14 @@ def test_the_sampler_decides_as_diffusers_scheduler_on_the_same_draws(generator,
             break  # more steps than tokens: theirs masks finished tokens anew, ours is done
         assert torch.equal(seen[s], tokens)
         with torch.no_grad():
-            found = policy(tokens, timesteps(counts)[:, s])
+            found = policy(tokens, timesteps(counts)[:, s], torch.arange(2), every)
         tokens = scheduler.step(found, countdown, tokens).prev_sample
     if steps <= length:
         assert torch.equal(ours.tokens, tokens)
 
 
 def test_the_pipeline_draws_the_same_picture_from_the_same_draws(generator, theirs, monkeypatch):
-    noise = draw_noise(2, 5, 16, seed=0)
+    noise = draw_noise(2, 5, 16, seed=0, names=["0,an owl", "0,a cat"])
     ours = sample(generator, ["an owl", "a cat"], steps=5, guidance=3.0)
     same_draws(monkeypatch, noise.uniform, noise.gumbel)
     pictures = theirs(["an owl", "a cat"], num_inference_steps=5, guidance_scale=3.0, output_type="pt").images
@@ -189,8 +184,8 @@ def test_what_training_saves_loads_in_the_pipeline_and_draws_the_same(generator,
     assert (again.steps, again.guidance) == (3, 1.0)
     made = AmusedPipeline.from_pretrained(tmp_path / "run/model")
     made.set_progress_bar_config(disable=True)
-    tokens = generate(again, ["an owl"], steps=3)
-    noise = draw_noise(1, 3, 16, seed=0)
+    tokens, _ = draw(again, ["an owl"], steps=3)
+    noise = draw_noise(1, 3, 16, seed=0, names=["0,an owl"])
     same_draws(monkeypatch, noise.uniform, noise.gumbel)
     picture = made(["an owl"], num_inference_steps=3, guidance_scale=1.0, output_type="pt").images
     torch.testing.assert_close(decode(again, tokens), picture, atol=1e-5, rtol=1e-5)
@@ -226,19 +221,15 @@ def test_a_model_whose_size_an_earlier_version_wrote_still_loads_and_is_mended(f
 def test_it_learns_to_choose_its_steps_and_the_pipeline_still_loads_it(folder, tmp_path):
     from diffusers import AmusedPipeline
 
-    (tmp_path / "p.txt").write_text("a b\nc d\n", encoding="utf-8")
     train(
-        out=tmp_path / "run", model=str(folder), prompts=tmp_path / "p.txt", quality="tests.test_auto:green",
-        steps="auto:4", iterations=2, groups=2, group_size=3, compile=False, guidance=2.0, reference_guidance=2.0,
-        lr=1e-2, eps=1e-8, warmup=0,
+        out=tmp_path / "run", model=str(folder), prompts=["a b", "c d"],
+        quality=lambda images, prompts: images[:, 1].mean((1, 2)),
+        steps="1-4", iterations=2, groups=2, group_size=3, compile=False, guidance=2.0, reference_guidance=2.0,
+        search=0, lr=1e-2, warmup=0,
     )  # fmt: skip
-    first, second = (
-        json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    )
-    assert first["steps_mean"] == 3 != second["steps_mean"], "of two pictures one goes on, and then it has learned"
     again = load_generator(tmp_path / "run")
-    assert again.pace.most == 4 and again.pace.out.bias.abs().max() > 0
-    assert set(draw(again, ["an owl", "a cat"])[1].tolist()) <= {2, 4}
+    assert again.sampler["steps.choices"].tolist() == [1, 2, 4] and again.sampler["steps.bias"].abs().max() > 0
+    assert set(draw(again, ["an owl", "a cat"])[1].tolist()) <= {1, 2, 4}
     made = AmusedPipeline.from_pretrained(tmp_path / "run/model")
     made.set_progress_bar_config(disable=True)
     assert made("an owl", num_inference_steps=2, output_type="pt").images.shape == (1, 3, 16, 16)
@@ -266,11 +257,12 @@ def test_known_tokens_stay_in_half_precision_where_the_published_scheduler_masks
 
     ours = []
 
-    def policy(tokens, timestep):
+    def policy(tokens, timestep, samples, positions):
         ours.append(tokens)
-        return outputs[len(ours) - 1]
+        found = outputs[len(ours) - 1][samples]
+        return found.gather(1, positions[..., None].expand(-1, -1, found.shape[-1]))
 
     noise = draw_noise(batch, steps, length, seed=0)
-    done = rollout(policy, torch.full((batch,), steps), noise, length=length, mask_id=MASK)
+    done = rollout(policy, torch.full((batch,), steps), noise, grid=(16, 16), mask_id=MASK)
     assert forgotten([*ours, done.tokens]) == 0
     assert (forgotten(theirs) > 0) == (dtype == torch.float16)

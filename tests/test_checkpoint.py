@@ -11,10 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from speedrl.generation import generate, sample
+from speedrl.generation import draw as draw_tokens
+from speedrl.generation import sample
 from speedrl.models.checkpoint import decode, encode_prompts, load_generator, repeat, save_generator, take
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+
+
+def drawn(*inputs, **options):
+    return draw_tokens(*inputs, **options)[0]
 
 
 @pytest.fixture
@@ -63,11 +68,11 @@ def test_size_negative_prompt_and_micro_conditions_can_be_chosen_and_are_saved(t
 
 def test_guidance_leads_away_from_the_negative_prompt(tiny_generator):
     draw = {"steps": 3, "guidance": 4.0, "seed": 1}
-    away = generate(tiny_generator._replace(negative="an owl"), ["cat"] * 8, **draw)
-    assert not torch.equal(away, generate(tiny_generator, ["cat"] * 8, **draw))
-    alone = generate(tiny_generator, ["cat"] * 8, **draw | {"guidance": 1.0})
+    away = drawn(tiny_generator._replace(negative="an owl"), ["cat"] * 8, **draw)
+    assert not torch.equal(away, drawn(tiny_generator, ["cat"] * 8, **draw))
+    alone = drawn(tiny_generator, ["cat"] * 8, **draw | {"guidance": 1.0})
     # from a prompt to itself there is no way
-    assert torch.equal(generate(tiny_generator._replace(negative="cat"), ["cat"] * 8, **draw), alone)
+    assert torch.equal(drawn(tiny_generator._replace(negative="cat"), ["cat"] * 8, **draw), alone)
 
 
 def test_another_text_encoder_takes_the_place_of_the_generators_own(tiny_generator_folder, tmp_path):

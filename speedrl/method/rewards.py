@@ -8,12 +8,12 @@ from torch import Tensor
 
 
 def speed_reward(steps: Tensor, *, max_steps: int) -> Tensor:
-    """Share of the network calls saved against `max_steps`, 1 - steps / max_steps: int64 [B] -> float32 [B].
+    """Share of the steps saved against `max_steps`, 1 - steps / max_steps: int64 [B] -> float32 [B].
 
-    No units: 0 at max_steps, 1 - 1 / max_steps at one step, negative beyond max_steps. Guidance doubles the calls of
-    every step and leaves the share unchanged. Where the step count is drawn independently of the policy, this term
-    has zero expected gradient: it only shifts the baseline between step counts. It pays for speed where the policy
-    chooses the step count. ValueError for max_steps below 1.
+    No units: 0 at max_steps, 1 - 1 / max_steps at one step, negative beyond max_steps. Guidance doubles the network
+    evaluations of every step and leaves the share unchanged. Where the step count is drawn independently of the policy,
+    this term has zero expected gradient: it only shifts the baseline between step counts. It pays for speed where the
+    policy chooses the step count. ValueError for max_steps below 1.
     """
     if max_steps < 1:
         raise ValueError(f"max_steps must be at least 1, got {max_steps}")
