@@ -14,7 +14,15 @@ from speedrl.method.advantages import group_advantages
 from speedrl.method.losses import reward_slopes
 from speedrl.method.sampling import Trajectory
 from speedrl.method.steps import StepPolicy
-from speedrl.models.checkpoint import Generator, codebook, cut_prompts, decode_embeddings, find, fitting_batch
+from speedrl.models.checkpoint import (
+    Generator,
+    codebook,
+    cut_prompts,
+    decode_embeddings,
+    find,
+    fitting_batch,
+    load_generator,
+)
 from speedrl.models.lora import WithoutLora, add_lora
 from speedrl.policies import Policy
 from speedrl.rewards.mixing import Reward
@@ -113,9 +121,7 @@ def new_learner(
     `choices` are the step counts, int64 [K]; `width` that of the pooled text embedding.
     """
     transformer, lora, sharded = generator.transformer, settings["lora"], settings["parallel"] == "fsdp"
-    if lora is not None:
-        how = {"alpha": settings["lora_alpha"], "targets": settings["lora_targets"], "seed": settings["seed"]}
-        add_lora(transformer, rank=lora, **how)
+    add_adapter(transformer, settings)
     reference = None
     if settings["kl_weight"] and settings["kl"] != "none":
         reference = copy.deepcopy(transformer).requires_grad_(False) if lora is None else WithoutLora(transformer)
@@ -134,6 +140,22 @@ def new_learner(
     optimizer = torch.optim.AdamW(rates, lr=settings["lr"], betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     average = {name: p.detach().clone() for name, p in learned.items()} if settings["ema"] else {}
     return Learner(transformer, reference, step_policy, learned, optimizer, average)
+
+
+def add_adapter(transformer: nn.Module, settings: Mapping[str, Any]) -> None:
+    """Adds the adapter that the settings ask for, in place; nothing without one."""
+    if settings["lora"] is not None:
+        how = {"alpha": settings["lora_alpha"], "targets": settings["lora_targets"], "seed": settings["seed"]}
+        add_lora(transformer, rank=settings["lora"], **how)
+
+
+def whole_generator(generator: Generator, settings: Mapping[str, Any]) -> Generator:
+    """The generator to save trained weights in: loaded anew, with its adapter, where this one's weights are sharded."""
+    if settings["parallel"] != "fsdp":
+        return generator
+    fresh = load_generator(settings["model"], **(settings["loading"] or {}))
+    add_adapter(fresh.transformer, settings)
+    return fresh
 
 
 def slopes_of(

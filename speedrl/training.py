@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from einops import rearrange
 
-from speedrl.learner import draw_prompts, new_learner, sampler_of, slopes_of, training_prompts, warn_of_prompts
+from speedrl.learner import (
+    draw_prompts,
+    new_learner,
+    sampler_of,
+    slopes_of,
+    training_prompts,
+    warn_of_prompts,
+    whole_generator,
+)
 from speedrl.method.advantages import count_residuals, group_advantages, leave_one_out
 from speedrl.method.filters import low_quality, std_percentile
 from speedrl.method.rewards import combine, speed_reward
@@ -126,7 +134,8 @@ def train(
         warn_of_prompts(run.warn, generator, texts, how)
         run.stage(f"searching the sampler, {search} rounds" if search else "measuring the base")
         with autocast, distributed.gathered_weights(learner.transformer, sharded=sharded):
-            table, gap = prepare_sampler(record, generator, texts, reward, how, choices, rounds=search, seed=seed)
+            stages = partial(prepare_sampler, record, generator, texts, reward, how, choices, rounds=search, seed=seed)
+            table, gap = distributed.on_all_ranks(stages)
         run.stage("compiling: the first iteration takes a minute or two" if compiles else "the first iteration")
         for iteration in run.iterations():
             # ROLLOUT of this rank's samples; prompts, counts and noise do not depend on the number of ranks
@@ -179,7 +188,9 @@ def train(
             run.save(iteration + 1, reward.record() | {"search": None if table is None else table.tolist(), "gap": gap})
 
     weights = distributed.whole(learner.average or learner.learned)
+    saved_to = Path(out)
     with unsaved(run.saved):
-        saved_to = save_trained(Path(out), generator, weights, table, settings) if distributed.is_main() else Path(out)
+        if distributed.is_main():
+            saved_to = save_trained(saved_to, whole_generator(generator, settings), weights, table, settings)
     distributed.leave()
     return saved_to

@@ -132,7 +132,7 @@ NO_FLAG = {
 @pytest.mark.parametrize(
     ("command", "target", "more"),
     [("train", "training.train", LOADING | {"compare"}),
-     ("evaluate", "evaluation.measuring.evaluate", LOADING | {"precision", "model"})],
+     ("evaluate", "evaluation.measuring.evaluate", LOADING | {"precision", "model", "base"})],
 )  # fmt: skip
 def test_every_keyword_of_the_function_is_an_option_but_what_nobody_turns(command, target, more):
     assert set(inspect.signature(getattr(cli, command)).parameters) == set(cli.defaults(target)) - NO_FLAG | more
@@ -145,7 +145,7 @@ def test_eval_forwards_lists_of_numbers(monkeypatch):
     )
     assert run("eval", "--model", "a", "--model", "b", "--steps", "1,8", "--guidance", "1,2.5").exit_code == 0
     assert seen["models"] == ["a", "b"] and seen["steps"] == (1, 8) and seen["guidance"] == (1.0, 2.5)
-    assert seen["temperature"] is None and seen["device"] == "cpu"
+    assert seen["temperature"] is None and seen["device"] in ("cpu", "cuda", "mps")
     assert "--steps" in one_line(run("eval", "--steps", "1;8"))
 
 
