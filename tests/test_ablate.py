@@ -12,7 +12,7 @@ import pytest
 import speedrl.studies.ablations
 import speedrl.studies.runs
 from speedrl.evaluation.measuring import METRICS
-from speedrl.studies.ablations import AGAIN, OFFSET, ablate, ablations, compared, difference, in_words, over_runs
+from speedrl.studies.ablations import AGAIN, OFFSET, ablate, all_ablations, compared, difference, in_words, over_runs
 from speedrl.studies.runs import command, commands_of, run_folder, side_by_side
 from speedrl.training import train
 
@@ -37,7 +37,7 @@ def calls(monkeypatch):
 
     def evaluate(models, *, out, **options):
         (model,) = models
-        reward = float((Path(model) / "reward").read_text()) if model != "embedded" else -1.0
+        reward = float((Path(model) / "reward").read_text(encoding="utf-8")) if model != "embedded" else -1.0
         row = {"model": model, "prompts": "training", "guidance": 1.0, "temperature": 1.0, "schedule": "cosine",
                "order": "random", "remask": 0.5, "seconds_per_image": 0.5, "weights": "w", "settings": "s"}  # fmt: skip
         row |= dict.fromkeys(METRICS) | {"reward": reward, "steps_mean": reward, "steps_mode": 4}
@@ -78,18 +78,18 @@ def test_one_report_of_all_variants(calls, tmp_path, capsys):
 
 def test_ablations_share_the_runs_that_they_have_in_common(calls, tmp_path):
     rows = ablate(out=tmp_path, seeds=(0,))
-    assert {row["ablation"] for row in rows} == set(ablations())
+    assert {row["ablation"] for row in rows} == set(all_ablations())
     folders = [f"{out.parent.parent.name}/{out.parent.name}" for out, _, _ in calls]
     assert {"default/seed-0", f"default/seed-{OFFSET}"} <= set(folders) and len(set(folders)) == len(folders)
     ablate("kl", out=tmp_path, seeds=(0,))
     assert len(calls) == len(folders), "a run is the same whichever ablation asks for it"
     page = (tmp_path / "report/index.html").read_text(encoding="utf-8")
-    assert all(f"<h2>{name}</h2>" in page for name in ablations())
+    assert all(f"<h2>{name}</h2>" in page for name in all_ablations())
 
 
 def test_every_variant_sets_options_that_train_has_and_the_first_is_the_default():
     known = inspect.signature(train).parameters
-    for name, variants_of in ablations().items():
+    for name, variants_of in all_ablations().items():
         (_, first), (second, again), *others = variants_of.items()
         assert second == AGAIN and again == first and others
         assert all(own.keys() <= known.keys() and own for own in variants_of.values())
@@ -102,7 +102,7 @@ def test_every_variant_is_a_setting_that_training_accepts():
     from speedrl.method.schedules import parse_steps
     from speedrl.run.settings import check
 
-    for name, variants_of in ablations().items():
+    for name, variants_of in all_ablations().items():
         for own in variants_of.values():
             settings = train.__kwdefaults__ | own
             check(settings, *parse_steps(settings["steps"]))
@@ -113,7 +113,7 @@ def test_the_help_of_the_command_names_every_ablation():
     source = (Path(speedrl.studies.ablations.__file__).parents[1] / "cli.py").read_text(encoding="utf-8")
     (node,) = (n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == "ablate")
     (words,) = (n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and "speed-reward" in str(n.value))
-    assert set(re.findall(r"[\w-]+", words)) - {"or"} == {*ablations(), "all"}
+    assert set(re.findall(r"[\w-]+", words)) - {"or"} == {*all_ablations(), "all"}
 
 
 def test_finished_runs_are_kept_interrupted_ones_go_on_and_others_are_refused(calls, tmp_path):

@@ -44,13 +44,13 @@ def by_chance(images, prompts):
 @pytest.fixture
 def options(tiny_generator_folder, tmp_path):
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a b\nc d\ne f\n")
+    prompts.write_text("a b\nc d\ne f\n", encoding="utf-8")
     return dict(model=str(tiny_generator_folder), prompts=str(prompts), quality="tests.test_train:red", steps="3",
                 groups=2, group_size=4, search=0, compile=False, bf16=False, lr=3e-3)  # fmt: skip
 
 
 def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def held(folder, iteration):
@@ -97,7 +97,7 @@ def test_by_default_group_advantages_reach_the_weights_and_the_step_policy(optio
 def test_rewards_of_the_run_are_quality_plus_speed_in_units_of_the_gap(options, tmp_path):
     train(out=tmp_path / "run", iterations=1, steps_reward=0.5, **options | {"steps": "1-8"})
     (row,) = metrics(tmp_path / "run")
-    gap = json.loads((tmp_path / "run/checkpoints/000001/state.json").read_text())["gap"]
+    gap = json.loads((tmp_path / "run/checkpoints/000001/state.json").read_text(encoding="utf-8"))["gap"]
     saved = (8 - row["steps"]) / 7
     alternatives = [saved, 1 - row["steps"] / 8]
     assert any(row["reward"] - row["quality"] == pytest.approx(0.5 * gap * s, rel=1e-3, abs=1e-7) for s in alternatives)

@@ -191,8 +191,8 @@ def no_prompt(number: int, where: object) -> ValueError:
 
 
 def clean(prompt: str) -> str:
-    """Control characters are spaces."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", prompt).strip()
+    """Control characters, and halves of surrogate pairs, which JSON can hold, are spaces."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+", " ", prompt).strip()
 
 
 def is_json(line: str) -> bool:

@@ -32,7 +32,7 @@ COMPARED = ("reward", "judge_r1", "judge_margin", "diversity", "network_evaluati
 CURVES = {"quality": "quality of the rollouts", "steps": "steps of the rollouts", "kl": "divergence, nats a token"}
 
 
-def ablations() -> dict[str, dict[str, dict]]:
+def all_ablations() -> dict[str, dict[str, dict]]:
     """Every ablation by name: its variants, each with the options of `train` that it sets.
 
     The first variant is the baseline; AGAIN is the baseline with other seeds (an A/A pair): a difference no larger than
@@ -114,7 +114,7 @@ def ablate(
         raise ValueError("there is no seed to train from: give at least one by --seeds")
     if jobs < 1:
         raise ValueError(f"--jobs must be at least 1, got {jobs}")
-    known = ablations()
+    known = all_ablations()
     if name != "all" and name not in known:
         raise ValueError(f"unknown ablation {name!r}: choose {', '.join(known)} or all")
     chosen = known if name == "all" else {name: known[name]}
