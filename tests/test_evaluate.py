@@ -105,7 +105,7 @@ def test_what_is_there_is_kept_and_the_rest_computed(judge, tiny_generator_folde
     evaluate([folder], steps=(1,), **options | {"count": 3})
     assert measured[4:] == [(1, 1.5)]
     config = folder / "scheduler" / "scheduler_config.json"
-    config.write_text(config.read_text(encoding="utf-8") + " ")  # another model under the same name
+    config.write_text(config.read_text(encoding="utf-8") + " ", encoding="utf-8")  # another model under the same name
     evaluate([folder], steps=(2,), **options)
     assert measured[5:] == [(2, 1.5)] and len(kept(tmp_path / "out")) == 1
 

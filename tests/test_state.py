@@ -373,7 +373,7 @@ def test_a_loss_that_is_not_finite_is_skipped_and_counted_also_in_all(options, t
     assert len(calls) == 5, "one micro-batch an iteration"
     rows = metrics(tmp_path / "run")
     assert [row["grad_norm"] is None for row in rows] == [False, True, False, True, False]
-    record = json.loads((tmp_path / "run/checkpoints/000005/state.json").read_text("utf-8"))
+    record = json.loads((tmp_path / "run/checkpoints/000005/state.json").read_text(encoding="utf-8"))
     assert (record["skipped"], record["skipped_total"]) == (0, 2)
     said = capsys.readouterr().out
     assert all(f"iteration {i}: the gradient is not finite" in said for i in (2, 4))
