@@ -55,7 +55,7 @@ def test_a_terminal_shows_whole_columns_and_the_important_ones_first(columns):
 
 
 def test_without_a_terminal_each_iteration_is_a_line():
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, encoding="utf-8", check=True)
     lines = done.stdout.splitlines()
     assert lines[0] == "compiling" and len(lines) == 21 and lines[-1].startswith("iteration 20  reward 0.490")
 

@@ -124,7 +124,7 @@ HEAVY = "{'torch', 'numpy', 'transformers', 'diffusers', 'open_clip', 'matplotli
 
 def python(code: str) -> str:
     command = [sys.executable, "-c", code]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""})
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", env=os.environ | {"PYTHONPATH": ""})
     assert result.returncode == 0, result.stderr
     return result.stdout
 

@@ -102,8 +102,8 @@ BASE = (
 @pytest.fixture(scope="module")
 def place(tiny_generator_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("options")
-    (folder / "p.txt").write_text("a b\nc d\ne f\n")
-    (folder / "q.txt").write_text("x y\nz z\nu v\n")
+    (folder / "p.txt").write_text("a b\nc d\ne f\n", encoding="utf-8")
+    (folder / "q.txt").write_text("x y\nz z\nu v\n", encoding="utf-8")
     other = shutil.copytree(tiny_generator_folder, folder / "other")
     scale(other / "transformer/diffusion_pytorch_model.safetensors", 1.1)
     scale(shutil.copytree(tiny_generator_folder / "text_encoder", folder / "text") / "model.safetensors", 1.5)
@@ -138,7 +138,7 @@ def run_once(flags: str, place: Path, model: Path) -> dict[str, Any]:
     out = Path(given[len(given) - 1 - given[::-1].index("--out") + 1])
     found = {"status": result.exit_code, "said": result.stderr, "out": str(out), **seen}
     if result.exit_code == 0:
-        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         found["rows"] = [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows]
         saved = sorted(path for path in out.rglob("*") if path.is_file())
         found["files"] = sorted({str(path.relative_to(out).parent) for path in saved})
@@ -207,5 +207,5 @@ def test_resume_goes_on_where_the_run_stands_and_without_it_the_folder_is_refuse
         result = CliRunner().invoke(cli.app, [*given, *more])
         assert result.exit_code == status, result.output
     assert "--resume" in CliRunner().invoke(cli.app, given).stderr
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["iteration"] for line in lines] == [1, 2, 3]

@@ -113,7 +113,7 @@ def plan(*, steps: int = 16, trained: int = 4, rates: tuple[float, ...] = (1e14,
         network = MeissonicTransformer()
     parts = (*picture_flops(network, grid=(64, 64), text=77, steps=steps, trained=trained, guidance=9.0), DECODE)
     lines = [
-        f"| a GPU's TFLOP/s | seconds of a picture: sampling, decoder, training | pictures/s of {ranks} GPUs |",
+        f"| TFLOP/s that a GPU reaches | seconds of an image: sampling + decoder + training | images/s of {ranks} GPUs |",
         "|--:|--:|--:|",
     ]
     for rate in rates:

@@ -115,7 +115,7 @@ def search_base(
         generator = load_generator(base, device=device)
         score, sampler = load_quality(quality, device=device), how._asdict()
         del sampler["reference_guidance"]
-        table = search_sampler(generator, prompts, score, step_choices(1, most), rounds=rounds, quiet=False, **sampler)
+        table = search_sampler(generator, prompts, score, step_choices(1, most), rounds=rounds, **sampler)
         save_generator(generator._replace(sampler={"search": table}), out)
     return out
 
