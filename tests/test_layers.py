@@ -47,7 +47,7 @@ def part_of(module: str) -> str:
 def imports(path: Path) -> set[str]:
     """All modules that a file imports, those inside functions included."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -103,7 +103,7 @@ def test_no_module_has_the_name_of_a_function_that_it_or_the_package_exports():
     names = {name.rpartition(".")[2] for name in MODULES if name != "speedrl"}
     assert not names & set(speedrl.__all__)
     for path in FILES:
-        tree = ast.parse(path.read_text("utf-8"))
+        tree = ast.parse(path.read_text(encoding="utf-8"))
         defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
         assert path.stem not in defined, path
 
@@ -111,7 +111,7 @@ def test_no_module_has_the_name_of_a_function_that_it_or_the_package_exports():
 def test_every_public_name_resolves_and_is_declared_for_type_checkers():
     for name in speedrl.__all__:
         assert getattr(speedrl, name) is not None, name
-    tree = ast.parse((PACKAGE / "__init__.py").read_text("utf-8"))
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
     declared = {alias.asname for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
     assert declared - {None} == set(speedrl.__all__) - {"__version__"}
     assert set(speedrl.__all__) <= set(dir(speedrl))
@@ -124,7 +124,8 @@ HEAVY = "{'torch', 'numpy', 'transformers', 'diffusers', 'open_clip', 'matplotli
 
 def python(code: str) -> str:
     command = [sys.executable, "-c", code]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", env=os.environ | {"PYTHONPATH": ""})
+    where = os.environ | {"PYTHONPATH": ""}
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", env=where)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -152,7 +153,7 @@ def lines_of_code(node: ast.AST, source: str) -> int:
 
 
 def test_the_loop_is_at_most_60_lines_and_train_120():
-    source = (PACKAGE / "training.py").read_text("utf-8")
+    source = (PACKAGE / "training.py").read_text(encoding="utf-8")
     (train,) = (n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == "train")
     docstring = train.body[0]
     assert train.end_lineno - train.lineno + 1 - (docstring.end_lineno - docstring.lineno + 1) <= 120
@@ -165,7 +166,7 @@ def test_the_loop_is_at_most_60_lines_and_train_120():
 def test_the_minimal_experiment_is_at_most_45_lines_and_trains_the_embedded_model(monkeypatch):
     from experiments import minimal
 
-    source = Path(minimal.__file__).read_text("utf-8")
+    source = Path(minimal.__file__).read_text(encoding="utf-8")
     (main,) = (n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == "main")
     assert lines_of_code(main, source) <= 45
     tree = ast.parse(source)

@@ -411,7 +411,8 @@ def short(images, prompts):
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("failing", "fails on 4 images.*the judge"), ("nan", "gives inf, not a finite number, for 1 of 4 images, the first of the prompt '. .'"),
+    [("failing", "fails on 4 images.*the judge"),
+     ("nan", "gives inf, not a finite number, for 1 of 4 images, the first of the prompt '. .'"),
      ("short", r"must give a tensor \[4\]")],
 )  # fmt: skip
 def test_a_reward_that_fails_later_ends_the_training_in_one_line(options, tmp_path, name, says):

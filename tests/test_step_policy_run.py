@@ -21,7 +21,7 @@ def green(images, prompts):
 
 
 def given(model, folder):
-    (folder / "prompts.txt").write_text("a b\nc d\ne f\n", "utf-8")
+    (folder / "prompts.txt").write_text("a b\nc d\ne f\n", encoding="utf-8")
     return dict(model=str(model), prompts=str(folder / "prompts.txt"), quality="tests.test_step_policy_run:green",
                 steps="1-4", steps_reward=0.5, groups=2, group_size=4, search=0, compile=False, bf16=False, warmup=0,
                 iterations=2, lr=3e-3)  # fmt: skip

@@ -113,7 +113,8 @@ def plan(*, steps: int = 16, trained: int = 4, rates: tuple[float, ...] = (1e14,
         network = MeissonicTransformer()
     parts = (*picture_flops(network, grid=(64, 64), text=77, steps=steps, trained=trained, guidance=9.0), DECODE)
     lines = [
-        f"| TFLOP/s that a GPU reaches | seconds of an image: sampling + decoder + training | images/s of {ranks} GPUs |",
+        "| TFLOP/s that a GPU reaches | seconds of an image: sampling + decoder + training "
+        f"| images/s of {ranks} GPUs |",
         "|--:|--:|--:|",
     ]
     for rate in rates:

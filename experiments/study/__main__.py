@@ -71,7 +71,7 @@ def trainers(
 ) -> dict[str, Trainer]:
     """The methods that train, by name: the same images an iteration, of the same prompts."""
     shared = {"model": base, "prompts": prompts}
-    group_size = min(16, images)
+    group_size = max(2, min(16, images // 2))
     own = {"steps": steps, "groups": images // group_size, "group_size": group_size, "quality": quality, "search": 0,
            "compile": compile}  # fmt: skip
     one = shared | {"images": images, "compile": compile, "device": device}
