@@ -126,7 +126,8 @@ def new_learner(
     if settings["kl_weight"] and settings["kl"] != "none":
         reference = copy.deepcopy(transformer).requires_grad_(False) if lora is None else WithoutLora(transformer)
     transformer.gradient_checkpointing = settings["checkpointing"]
-    for network in (transformer, reference) if reference is not None else (transformer,):
+    networks: list[Any] = [transformer] if reference is None else [transformer, reference]
+    for network in networks:
         if settings["compile"] and not sharded:  # compiled blocks that gather their weights are not verified yet
             network.compile_blocks()
         if sharded and isinstance(network, nn.Module):
