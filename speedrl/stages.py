@@ -55,7 +55,7 @@ def search_sampler(
     choices: Tensor,
     *,
     rounds: int = 16,
-    groups: int = 8,
+    groups: int = 5,
     group_size: int = 8,
     seed: int = 0,
     table: Tensor | None = None,
