@@ -26,7 +26,7 @@ def mask_ratio(progress: Tensor, *, kind: str = "cosine") -> Tensor:
             return 1 - progress**2
         case "arccos":
             return torch.acos(progress) * (2 / math.pi)
-    raise ValueError(f"unknown mask schedule {kind!r}: choose cosine, linear, square, arccos or power:X")
+    raise ValueError(f"--schedule must be cosine, linear, square, arccos or power:X, got {kind!r}")
 
 
 def exponent(kind: str) -> float:
@@ -36,7 +36,7 @@ def exponent(kind: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value < math.inf:
-        raise ValueError(f"mask schedule {kind!r}: write power:X with a positive number, like power:2.5")
+        raise ValueError(f"--schedule power:X takes a positive number, like power:2.5, got {kind!r}")
     return value
 
 

@@ -72,7 +72,7 @@ def in_parts(score: Score, size: int) -> Score:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """A state dict from a .pt or .safetensors file; the part "state_dict" of it where there is one."""
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+        raise FileNotFoundError(f"there is no file {path}: give another by --reward-weights")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

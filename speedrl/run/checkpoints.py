@@ -154,9 +154,9 @@ def read_record(folder: Path) -> dict[str, Any]:
     if not all(type(count) is int and 0 <= count < 2**63 for count in counts) or any(
         torch.tensor(table, dtype=torch.float64).shape != shape for table, shape in tables
     ):
-        raise ValueError("a count or a table in state.json is none")
+        raise ValueError("state.json holds a count or a table of another kind")
     if not isinstance(record.get("settings", {}), dict):
-        raise ValueError("the settings in state.json are none")
+        raise ValueError("state.json holds no settings")
     return record
 
 

@@ -41,11 +41,11 @@ def join(device: torch.device | str, *, parallel: str = "ddp", minutes: float = 
     not find each other.
     """
     if parallel not in ("ddp", "fsdp"):
-        raise ValueError(f"unknown parallel {parallel!r}: choose ddp or fsdp")
+        raise ValueError(f"--parallel must be ddp or fsdp, got {parallel!r}")
     try:
         device = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(f"the device {device} cannot be used: {one_line(error)}") from error
+        raise ValueError(f"--device {device} cannot be used: {one_line(error)}") from error
     if "RANK" in os.environ and not dist.is_initialized():
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -57,7 +57,7 @@ def join(device: torch.device | str, *, parallel: str = "ddp", minutes: float = 
         except RuntimeError as error:
             raise ConnectionError(f"rank {os.environ['RANK']} did not find the others: {one_line(error)}") from error
     if parallel == "fsdp" and not dist.is_initialized():
-        raise ValueError("fsdp needs ranks: start with torchrun --nproc-per-node N -m speedrl train")
+        raise ValueError("--parallel fsdp needs ranks: start with torchrun --nproc-per-node N -m speedrl train")
     return str(device)
 
 
@@ -88,7 +88,7 @@ def lost_contact() -> Iterator[None]:
     except RuntimeError as error:
         if world() > 1 and any(word in str(error) for word in ("gloo", "NCCL", "Connection", "timed out", "Timeout")):
             what = f"rank {rank()} of {world()} lost contact with another: {one_line(error)}"
-            raise ConnectionError(f"{what}; the last checkpoint stands: go on with --resume") from error
+            raise ConnectionError(what) from error
         raise
 
 
@@ -202,7 +202,7 @@ def shard(transformer: nn.Module, *, device: torch.device | str, offload: bool =
     # what features returns is a view, and nothing changes it in place
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     if not hasattr(transformer, "single_transformer_blocks"):
-        raise ValueError("fsdp shards Meissonic's transformer only: train this model with --parallel ddp")
+        raise ValueError("--parallel fsdp shards Meissonic's transformer only: train this model with --parallel ddp")
     kind = torch.device(device).type
     low = torch.bfloat16 if bf16 and kind != "cpu" else None
     how = {

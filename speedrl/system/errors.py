@@ -44,7 +44,7 @@ def interruptible():
         if not asked:
             asked.extend((number, time.monotonic()))
         elif number == signal.SIGINT and time.monotonic() - asked[1] > 1:
-            raise KeyboardInterrupt("stopped at once; the last checkpoint stands")
+            raise KeyboardInterrupt("stopped at once; what was saved before stands")
 
     try:
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
