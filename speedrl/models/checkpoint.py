@@ -381,13 +381,6 @@ def join(*prompts: Prompts) -> Prompts:
     return Prompts(*(torch.cat(parts) for parts in zip(*prompts, strict=True)))
 
 
-def head_at(transformer: nn.Module, features: Tensor, places: Tensor | None) -> Tensor:
-    """The head on features [B, L, C] at the places int64 [B, K], or at all: logits [B, K or L, codes]."""
-    if places is not None:
-        features = features.gather(1, places[..., None].expand(-1, -1, features.shape[-1]))
-    return transformer.head(features)
-
-
 def fitting_batch(generator: Generator) -> int:
     """How many images at a time: 64 of 256 tokens, and of larger ones fewer, as memory grows with their tokens."""
     return max(1, 64 * 256 // (generator.grid[0] * generator.grid[1]))
