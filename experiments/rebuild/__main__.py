@@ -1,6 +1,6 @@
 """Rebuilds the embedded model from the packages that its images come from: `python -m experiments.rebuild`.
 
-Stages: packages, judge, tokenizer, base, reward. Each keeps what it has finished in the cache and goes on from its last
+Stages: packages, judge, tokens, base, decoder, reward. Each keeps what it has finished in the cache and goes on from its last
 checkpoint, with fixed seeds: run it again after an interruption. README.md beside this file describes them.
 """
 
@@ -110,7 +110,7 @@ def main(
         return
     out = out or cache / "generator"
 
-    print("stage 1 of 5: packages and sprites", flush=True)
+    print("stage 1 of 6: packages and sprites", flush=True)
     data.fetch(cache / "packages")
     concepts, sprites = data.sprites(cache / "packages", data.TRAIN_VENDORS, cache / "train.npz")
     _, other = data.sprites(cache / "packages", data.JUDGE_VENDORS, cache / "judge.npz")
@@ -119,11 +119,11 @@ def main(
     concepts, sprites, other = concepts[: size.concepts], sprites[: size.concepts], other[: size.concepts]
     names, tags = [concept["name"] for concept in concepts], [concept["tags"] for concept in concepts]
 
-    print("stage 2 of 5: judge and prompts", flush=True)
+    print("stage 2 of 6: judge and prompts", flush=True)
     if not (out / "prompts/train.txt").exists():
         build_judge.build(concepts, sprites, other, out, evaluated=size.evaluated, training=size.prompts)
 
-    print("stage 3 of 5: image tokenizer", flush=True)
+    print("stage 3 of 6: tokens", flush=True)
     if from_stage:
         train_base.load_stage(from_stage, cache / "base", cache / "vq")
     images = drawn_images(sprites, cache / "images.npy", count=size.tokenizer_images)
@@ -131,13 +131,15 @@ def main(
         for stale in ("vq/decoder.json", "vq/decoder.pt", "base/pool.safetensors"):
             (cache / stale).unlink(missing_ok=True)
     train_vq.train_tokens(images, cache / "vq", steps=size.token_steps, batch=size.tokenizer_batch, device=device)
-    half = size.tokenizer_batch // 2  # it works at 64x64
-    train_vq.train_decoder(images, cache / "vq", steps=size.decoder_steps, batch=half, device=device)
 
-    print("stage 4 of 5: base", flush=True)
+    print("stage 4 of 6: base", flush=True)
     if not (cache / "base/pool.safetensors").exists():
         train_base.make_pool(sprites, names, tags, cache / "vq", cache / "base", device=device)
     done = train_base_on(cache, size, minutes=minutes, device=device, processes=processes, quick=quick)
+
+    print("stage 5 of 6: decoder", flush=True)
+    half = size.tokenizer_batch // 2  # it works at 64x64
+    train_vq.train_decoder(images, cache / "vq", steps=size.decoder_steps, batch=half, device=device)
     train_base.export(cache / "base", cache / "vq", out)
     if save_stage:
         train_base.save_stage(cache / "base", cache / "vq", save_stage)
@@ -145,7 +147,7 @@ def main(
         print(f"the base has had {done} of {size.base_steps} updates: run again to go on", flush=True)
         return
 
-    print("stage 5 of 5: reward", flush=True)
+    print("stage 6 of 6: reward", flush=True)
     train_clip.train(
         sprites, names, tags, cache / "vq", cache / "reward", steps=size.reward_steps, images=size.reward_images
     )
