@@ -349,7 +349,7 @@ def train(
         float,
         Option(help="What saving all steps is worth, in units of the base's quality gap between most steps and one."),
     ],
-    iterations: Annotated[int, Option(help="Rollouts, each followed by its updates.")],
+    iterations: Annotated[int, Option(help="Rollouts, each followed by its updates; 0 only searches the sampler.")],
     groups: Annotated[int, Option(help="Prompts of an iteration.")],
     group_size: Annotated[int, Option("--group-size", "--num-generations", help="Images of each prompt.")],
     lr: Annotated[float, Option("--lr", "--learning-rate", help="Learning rate.")],
@@ -573,12 +573,13 @@ def ablate(
         str,
         Argument(
             help="speed-reward, likelihood, kl, percentile, low-quality, advantage-std, group-size, train-steps, "
-            "updates, guidance, remask, search, reward-gradient, no-reward, lr, order or all."
+            "updates, guidance, remask, search, lr, order, method or all."
         ),
     ],
     out: Annotated[Path, Option(help="Folder of the runs and the report; finished runs are kept.")],
     seeds: Annotated[str, Option(help="Seeds to train from, like 0,1,2.")],
     model: Annotated[str, Option(help="embedded, a folder, a run's folder or a hub id.")],
+    beside: Annotated[list[str], Option(help="A model to measure beside the variants; may be repeated.")] = (),
     device: Annotated[str, Option(help="auto, cpu, cuda, or several for the jobs to share out, like cuda:0,cuda:1.")],
     jobs: Annotated[int, Option(help="Runs at a time, each in a process of its own.")],
     quick: Annotated[bool, Option(help="Only show that everything runs: one iteration of four images.")],
@@ -610,8 +611,8 @@ def ablate(
     from speedrl.system.platform import quiet_allocator
 
     quiet_allocator()
-    ablate(name, out=out, seeds=seeds, model=model, device=device, jobs=jobs, quick=quick, evaluation=evaluation,
-           **measuring, **training)  # fmt: skip
+    ablate(name, out=out, seeds=seeds, model=model, beside=beside, device=device, jobs=jobs, quick=quick,
+           evaluation=evaluation, **measuring, **training)  # fmt: skip
 
 
 def assignments(texts: list[str], target: str) -> dict[str, Any]:

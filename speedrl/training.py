@@ -85,7 +85,8 @@ def train(
     whose own guidance is below 2, else the model's; the reference is guided as the model is by itself
     (`reference_guidance`). `order`, `schedule` and `temperature` None are the model's own. `remask` is the share of the
     tokens that the last quarter of 6 steps or more draws again; None is 0.5 where there are so many steps. `search`
-    rounds find the sampler's scalars before training (`search_sampler`), and the saved model keeps them.
+    rounds find the sampler's scalars before training (`search_sampler`), and the saved model keeps them; with 0
+    `iterations` that is all.
 
     `likelihood` "exact" scores the choice of positions too; "token" and "sequence" are the paper's surrogate and its
     alternative. `train_steps` of each rollout enter the loss, all by default. `percentile` and `min_quality` filter

@@ -36,12 +36,14 @@ def calls(monkeypatch):
         return out / "model"
 
     def evaluate(models, *, out, **options):
-        (model,) = models
-        reward = float((Path(model) / "reward").read_text(encoding="utf-8")) if model != "embedded" else -1.0
+        model, *others = models
+        trained = model not in ("embedded", "other")
+        reward = float((Path(model) / "reward").read_text(encoding="utf-8")) if trained else -1.0
         row = {"model": model, "prompts": "training", "guidance": 1.0, "temperature": 1.0, "schedule": "cosine",
                "order": "random", "remask": 0.5, "seconds_per_image": 0.5, "weights": "w", "settings": "s"}  # fmt: skip
         row |= dict.fromkeys(METRICS) | {"reward": reward, "steps_mean": reward, "steps_mode": 4}
-        return [row | {"steps": s, "network_evaluations": reward if s == "auto" else s} for s in options["steps"]]
+        rows = [row | {"steps": s, "network_evaluations": reward if s == "auto" else s} for s in options["steps"]]
+        return rows + (evaluate(others, out=out, **options) if others else [])
 
     for module in (speedrl.studies.ablations, speedrl.studies.runs):
         monkeypatch.setattr(module, "evaluate", evaluate)
@@ -92,7 +94,8 @@ def test_every_variant_sets_options_that_train_has_and_the_first_is_the_default(
     for name, variants_of in all_ablations().items():
         (_, first), (second, again), *others = variants_of.items()
         assert second == AGAIN and again == first and others
-        assert all(own.keys() <= known.keys() and own for own in variants_of.values())
+        assert all(own.keys() <= known.keys() for own in variants_of.values())
+        assert all(own for _, own in others)
         assert difference(first, {}) == {}, name
     assert difference({"lr": 1e-4, "kl": "ce"}, {"lr": 1e-4}) == {}
     assert run_folder(Path("x"), {"kl_weight": 0.1, "steps": "1-8"}, 3) == Path("x/runs/kl-weight-0.1_steps-1-8/seed-3")
@@ -114,6 +117,13 @@ def test_the_help_of_the_command_names_every_ablation():
     (node,) = (n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == "ablate")
     (words,) = (n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and "speed-reward" in str(n.value))
     assert set(re.findall(r"[\w-]+", words)) - {"or"} == {*all_ablations(), "all"}
+
+
+def test_models_beside_the_variants_are_measured_as_the_start_is(calls, tmp_path):
+    rows = ablate("method", out=tmp_path, seeds=(0,), eval_steps=(2,), beside=["other"], steps_reward=0.5)
+    assert [row["model"] for row in rows][:3] == ["start", "other", "default"]
+    given = {options.get("quality", "embedded"): options["steps_reward"] for _, _, options in calls}
+    assert given == {"embedded": 0.5, "none": 0.0}, "no reward has no speed reward either"
 
 
 def test_finished_runs_are_kept_interrupted_ones_go_on_and_others_are_refused(calls, tmp_path):

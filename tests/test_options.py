@@ -18,6 +18,7 @@ import speedrl.evaluation.reports
 import speedrl.models.meissonic
 import speedrl.updates
 from speedrl import cli
+from speedrl.models.checkpoint import load_generator
 
 
 def red(images, prompts):
@@ -209,3 +210,16 @@ def test_resume_goes_on_where_the_run_stands_and_without_it_the_folder_is_refuse
     assert "--resume" in CliRunner().invoke(cli.app, given).stderr
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["iteration"] for line in lines] == [1, 2, 3]
+
+
+def test_no_iterations_search_the_sampler_and_leave_the_weights(place, tiny_generator_folder):
+    model, folder = tiny_generator_folder, place / "searched"
+    given = [text.format(folder=place, model=model) for text in ("train " + BASE).split()]
+    given = [*given, "--iterations", "0", "--out", str(folder)]
+    assert "--search above 0" in CliRunner().invoke(cli.app, [*given, "--search", "0"]).stderr
+    result = CliRunner().invoke(cli.app, [*given, "--search", "1"])
+    assert result.exit_code == 0, result.output
+    before, after = load_generator(str(model)), load_generator(str(folder))
+    assert "search" in after.sampler and "search" not in before.sampler
+    for name, value in before.transformer.state_dict().items():
+        torch.testing.assert_close(after.transformer.state_dict()[name], value, rtol=0, atol=0)

@@ -1,7 +1,7 @@
 """Rebuilds the embedded model from the packages that its images come from: `python -m experiments.rebuild`.
 
-Stages: packages, judge, tokens, base, decoder, reward. Each keeps what it has finished in the cache and goes on from its last
-checkpoint, with fixed seeds: run it again after an interruption. README.md beside this file describes them.
+Stages: packages, judge, tokens, base, decoder, reward. Each keeps what it has finished in the cache and goes on from
+its last checkpoint, with fixed seeds: run it again after an interruption. README.md beside this file describes them.
 """
 
 import math

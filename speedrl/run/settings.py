@@ -16,9 +16,9 @@ from speedrl.run.trackers import TRACKERS
 CLIP_RANGE = 0.2  # as `train` has it where none is given
 LIKELIHOODS = ("exact", "token", "sequence")
 POSITIVE = ("lr", "clip_range", "clip_grad", "steps_lr")
-NOT_NEGATIVE = ("kl_weight", "temperature", "quality_clip", "warmup", "steps_reward", "reward_gradient", "search")
-AT_LEAST_ONE = ("iterations", "groups", "micro_batch", "updates", "save_every", "keep_checkpoints", "max_skipped",
-                "train_steps")  # fmt: skip
+NOT_NEGATIVE = ("kl_weight", "temperature", "quality_clip", "warmup", "steps_reward", "reward_gradient", "search",
+                "iterations")  # fmt: skip
+AT_LEAST_ONE = ("groups", "micro_batch", "updates", "save_every", "keep_checkpoints", "max_skipped", "train_steps")
 
 
 def option(name: str) -> str:
@@ -63,6 +63,8 @@ def idle(settings: Mapping[str, Any], least: int, most: int) -> list[tuple[Any, 
     has: Callable[[str], Any] = settings.get
     without_reward, held = has("quality") == "none", has("kl") != "none" and has("kl_weight")
     return [
+        (not has("iterations") and not has("search"),
+         "--iterations 0 searches the sampler and does not train: give --search above 0, or --iterations"),
         (has("steps_reward") and least == most,
          f"--steps-reward {has('steps_reward'):g} cannot act with --steps {most}, where every image costs the same: "
          f"give a range, like --steps 1-{max(2, most)}, or --steps-reward 0"),

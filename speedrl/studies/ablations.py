@@ -36,8 +36,8 @@ def all_ablations() -> dict[str, dict[str, dict]]:
     """Every ablation by name: its variants, each with the options of `train` that it sets.
 
     The first variant is the baseline; AGAIN is the baseline with other seeds (an A/A pair): a difference no larger than
-    its own is no result. group-size: always 128 images an iteration. no-reward: what the divergence from the guided
-    reference gives without any reward.
+    its own is no result. group-size: always 128 images an iteration. method: what each part of the method gives; "no
+    reward" trains by the divergence from the guided reference alone.
     """
 
     def each(option: str, *values: Any) -> dict[str, dict]:
@@ -63,9 +63,9 @@ def all_ablations() -> dict[str, dict[str, dict]]:
         | {"both without": {"reference_guidance": 1.0}},
         "remask": {"half remasked": {"remask": None}} | each("remask", 0.0, 0.25, 0.75),
         "search": {f"{n} rounds of search": {"search": n} for n in (16, 0, 64)},
-        "reward-gradient": each("reward_gradient", 0.0, 0.3, 1.0),
-        "no-reward": {"the default reward": {"quality": "embedded"}, "none": {"quality": "none"}},
         "lr": each("lr", 5e-5, 1e-5, 2e-5, 1e-4, 2e-4),
+        "method": {"default": {}, "no reward": {"quality": "none", "steps_reward": 0.0}}
+        | {"token likelihood": {"likelihood": "token"}, "reward gradient": {"reward_gradient": 0.3}},
         "order": {"the model's order": {"order": None}, "random": {"order": "random"}, "halton": {"order": "halton"}},
     }
     return {name: with_pair(variants_of) for name, variants_of in found.items()}
@@ -83,6 +83,7 @@ def ablate(
     out: str | Path = "runs/ablate",
     seeds: Sequence[int] = (0, 1, 2),
     model: str = "embedded",
+    beside: Sequence[str] = (),
     device: str = "cpu",
     jobs: int = 1,
     quick: bool = False,
@@ -94,11 +95,13 @@ def ablate(
 ) -> list[dict]:
     """Trains every variant of an ablation, or of all, from every seed and evaluates it: a row for variant and setting.
 
-    `options` go to `train` for all variants; an ablation's own go before them, but one alone refuses them (ValueError).
-    `evaluation` are further options of `evaluate`. The model they start from is evaluated too, as "start"; models with
-    a step policy also at "auto" steps. All remask alike, by `remask` of the options or 0.5. `jobs` runs go at a time,
-    each in a process of its own that writes to log.txt in its folder; `device` may be several with commas between them,
-    which the jobs share out. `quick` tries the machinery: one iteration of four images, one seed.
+    `options` go to `train` for all variants; an ablation's own go before them, but what it is about is refused
+    (ValueError).
+    `evaluation` are further options of `evaluate`. The model they start from is evaluated too, as "start", and the
+    models `beside`; trained ones with a step policy also at "auto" steps. All remask alike, by `remask` of the options
+    or 0.5. `jobs` runs go at a time, each in a process of its own that writes to log.txt in its folder; `device` may be
+    several with commas between them, which the jobs share out. `quick` tries the machinery: one iteration of four
+    images, one seed.
 
     A run lies in OUT/runs/OPTIONS/seed-N, so that ablations share what they have in common: a finished one is kept, an
     interrupted one goes on, one of other options is refused (ValueError). One that fails is reported, and the others go
@@ -118,7 +121,7 @@ def ablate(
     if name != "all" and name not in known:
         raise ValueError(f"unknown ablation {name!r}: choose {', '.join(known)} or all")
     chosen = known if name == "all" else {name: known[name]}
-    set_here = {option for own in chosen.get(name, {}).values() for option in own}
+    set_here = set(next(iter(chosen.get(name, {}).values()), {}))  # by the baseline: what the ablation is about
     if clash := sorted(set_here & options.keys()):
         flags = ", ".join(f"--{option.replace('_', '-')}" for option in clash)
         raise ValueError(f"the ablation {name} sets {flags} itself: leave it out")
@@ -146,7 +149,7 @@ def ablate(
         refuse_other(folder, own)
 
     began = time.time()
-    beginning = evaluate([model], out=out / "start", device=device.split(",")[0], **evaluation)
+    beginning = evaluate([model, *beside], out=out / "start", device=device.split(",")[0], **evaluation)
     outcome = run_all(runs, evaluation=evaluation, devices=device.split(","), jobs=jobs, console=console)
     every, sections = [], []
     report = out / ("report" if name == "all" else f"report-{name}")
@@ -194,7 +197,8 @@ def conclude(
             else:
                 measured[variant][seed] = found
             commands += commands_of(folder, runs[folder], evaluation)
-    rows = over_runs("start", [beginning])
+    names = {runs[folder]["model"]: "start" for by_seed in folders.values() for folder in by_seed.values()}
+    rows = [over_runs(names.get(row["model"], row["model"]), [[row]])[0] for row in beginning]
     rows += [row for variant, by_seed in measured.items() for row in over_runs(variant, list(by_seed.values()))]
     baseline, *others = folders
     differences = [d for variant in others for d in compared(variant, baseline, measured)]
