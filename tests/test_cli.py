@@ -168,7 +168,8 @@ def test_ablate_forwards_what_is_given_and_nothing_else(monkeypatch):
     assert seen.pop("out") == Path("runs/ablate")
     assert seen == {
         "name": "kl", "seeds": (0, 1), "model": "embedded", "beside": [], "device": "cpu", "jobs": 1,
-        "quick": False, "iterations": 3, "lora": 16, "checkpointing": True, "eval_steps": (2, 8), "eval_count": 4, "eval_seeds": 1, "evaluation": {},
+        "quick": False, "iterations": 3, "lora": 16,
+        "checkpointing": True, "eval_steps": (2, 8), "eval_count": 4, "eval_seeds": 1, "evaluation": {},
     }  # fmt: skip
     assert run("ablate").exit_code == 0 and seen["name"] == "all"
     assert "option of train" in one_line(run("ablate", "--set", "lora:16"))
