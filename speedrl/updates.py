@@ -11,7 +11,7 @@ from speedrl.method.likelihoods import step_log_prob
 from speedrl.method.losses import normalise, policy_loss
 from speedrl.method.sampling import Trajectory
 from speedrl.policies import Policy, Rows, rows, score_logits, score_rows, scores_all_drawn
-from speedrl.run.distributed import sum_gradients
+from speedrl.run.distributed import sum_gradients, total
 
 
 def trained_steps(steps: Tensor, count: int | None, generator: torch.Generator) -> Tensor:
@@ -125,10 +125,12 @@ def gradients(
 ) -> dict[str, float]:
     """Adds the gradient of B samples to the parameters', `micro_batch` samples at a time, whatever their number.
 
-    As `micro_batch_loss`, which `how` is for; `divisor` is a scalar. Returns its statistics over all micro-batches.
+    As `micro_batch_loss`, which `how` is for; `divisor` is a scalar. Samples that are not kept cost nothing; all ranks
+    take equally many, as sharded ones must. Returns the statistics over all micro-batches.
     """
     totals: dict[str, float] = {}
-    for index in torch.arange(len(trajectory), device=advantages.device).split(micro_batch):
+    kept = max(1, int(total(keep.count_nonzero(), largest=True)))
+    for index in keep.argsort(descending=True, stable=True)[:kept].split(micro_batch):
         with autocast:
             loss, stats = micro_batch_loss(
                 policy[index], None if reference is None else reference[index], trajectory[index], trained[index],

@@ -150,6 +150,20 @@ def test_micro_batches_add_up_with_filtered_samples(likelihood, kl):
     assert found[2][0].abs().max() > 1e-3 and found[2][1]["tokens"] == pytest.approx(2 * LENGTH, rel=0.8)
 
 
+def test_samples_that_are_not_kept_are_not_computed():
+    class Watched(Toy):
+        def __getitem__(self, index):
+            seen.extend(index.tolist())
+            return self
+
+    seen = []
+    trajectory = sampled(TOY, [1, 2, 4, 8], grid=GRID)
+    policy = Watched(TOY.length, TOY.codes, weights=TOY.weights.clone().requires_grad_())
+    gradients(policy, None, trajectory, every_step(trajectory), ADVANTAGES, torch.tensor([0.0, 1.0, 0.0, 1.0]),
+              torch.tensor(8.0), 3, autocast=OFF, mask_id=CODES, kl="none")  # fmt: skip
+    assert seen == [1, 3]
+
+
 def test_nothing_kept_gives_no_gradient_and_a_loss_that_is_not_finite_one_that_is_not():
     trajectory, policy = sampled(TOY, [2, 4], grid=GRID), TOY.moved(0.5)
     given = (trajectory, every_step(trajectory))
