@@ -102,6 +102,7 @@ def test_the_tokenizer_trains_resumes_and_gives_back_images(images, vq, tmp_path
         train_vq.train_tokens(images, tmp_path / "longer", steps=22, batch=4)
         after = train_vq.load_tokens(tmp_path / "longer").centres
     assert train_vq.updates(tmp_path / "longer", "tokens") == 22
+    assert train_vq.effort(tmp_path / "longer", "tokens")["seconds"] > 0
     assert ((after - before).norm(dim=-1) < 0.5 * before.norm(dim=-1)).float().mean() > 0.9, "codes keep their meaning"
     pixels = torch.from_numpy(images)
     tokens = train_vq.tokens_of(train_vq.load_tokens(vq), pixels)
@@ -149,6 +150,32 @@ def test_the_loss_weighs_every_masked_token_once():
     assert masked.sum(-1).unique().numel() > 30, "shares are spread over the batch"
 
 
+def test_hybrid_states_have_random_codes_where_nearly_all_is_masked_and_none_at_0():
+    tokens = torch.randint(train_base.CODES, (64, 256))
+    torch.manual_seed(0)
+    plain = train_base.corrupt(tokens)
+    torch.manual_seed(0)
+    assert all(map(torch.equal, plain, train_base.corrupt(tokens, hybrid=0.0)))
+    torch.manual_seed(0)
+    noisy, *rest = train_base.corrupt(tokens, hybrid=1.0)
+    assert all(map(torch.equal, plain[1:], rest)), "the loss stays on all that was masked"
+    masked, changed = plain[0] == train_base.MASK, noisy != plain[0]
+    early = masked.sum(-1) >= 0.9 * 256
+    assert (noisy[changed] < train_base.CODES).all() and (masked | ~changed).all()
+    assert not changed[~early].any() and changed[early].any(-1).float().mean() > 0.9
+
+
+def test_a_checkpoint_without_seconds_goes_on(base, tmp_path):
+    shutil.copytree(base, tmp_path / "base")
+    state = torch.load(tmp_path / "base/state.pt", weights_only=True)
+    del state["seconds"]
+    torch.save(state, tmp_path / "base/state.pt")
+    assert train_base.effort(tmp_path / "base") == {"updates": 2, "seconds": 0.0}
+    with torch.compiler.set_stance("force_eager"):
+        train_base.train(train_base.read_pool(base), tmp_path / "base", steps=3, batch=4)
+    assert train_base.effort(tmp_path / "base")["seconds"] > 0
+
+
 def test_the_rate_rises_stays_and_falls_in_the_last_updates():
     rates = [train_base.rate(step, first=0, steps=1000, decay=200, warmup=100) for step in range(1000)]
     assert rates[0] == 0.01 and rates[99:801] == [1.0] * 702 and rates[-1] == pytest.approx(0.005)
@@ -159,12 +186,14 @@ def test_the_rate_rises_stays_and_falls_in_the_last_updates():
 def test_a_stage_carries_the_averaged_weights_to_another_cache(vq, base, tmp_path):
     train_base.save_stage(base, vq, tmp_path / "stage")
     train_base.load_stage(tmp_path / "stage", tmp_path / "base", tmp_path / "vq")
-    assert json.loads((tmp_path / "base/start.json").read_text(encoding="utf-8")) == {"updates": 2}
+    assert json.loads((tmp_path / "base/start.json").read_text(encoding="utf-8")) == train_base.effort(base)
+    assert train_base.effort(base)["updates"] == 2
     with torch.compiler.set_stance("force_eager"):
         data = train_base.read_pool(base)
         assert train_base.train(data, tmp_path / "base", steps=3, batch=4) == 3
         assert train_base.train(data, tmp_path / "base", steps=3, batch=4) == 3, "nothing is left to do"
-    assert train_base.updates(tmp_path / "base") == 3
+    assert train_base.effort(tmp_path / "base")["updates"] == 3
+    assert train_base.effort(tmp_path / "base")["seconds"] > train_base.effort(base)["seconds"] > 0, "both stages count"
     before, after = train_base.average_of(base), train_base.average_of(tmp_path / "base")
     for name, value in before.items():
         torch.testing.assert_close(after[name], value, atol=5e-3, rtol=5e-3)
