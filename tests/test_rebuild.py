@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.rebuild import build_judge, compose, train_base, train_clip, train_vq
+from experiments.rebuild import build_judge, card, compose, data, measure, train_base, train_clip, train_vq
 
 NAMES, TAGS = ["apple", "owl"], [["fruit", "red"], []]
 
@@ -181,6 +181,59 @@ def test_the_rate_rises_stays_and_falls_in_the_last_updates():
     assert rates[0] == 0.01 and rates[99:801] == [1.0] * 702 and rates[-1] == pytest.approx(0.005)
     assert train_base.rate(999, first=0, steps=1000, decay=0) == 1.0, "a stage that another one follows"
     assert train_base.rate(500, first=500, steps=1000, decay=0) == 0.01, "new optimizers warm up again"
+
+
+def test_the_search_finds_the_best_setting_of_every_option():
+    def score(temperature: float, guidance: float, remask: float) -> float:
+        return -abs(temperature - guidance) - 10 * abs(guidance - 2)
+
+    best = measure.search(score, tuple(measure.SEARCHED))
+    assert best == {"temperature": 2.0, "guidance": 2.0, "remask": 0.0}, "the first of equals"
+    assert measure.search(score, ("guidance",), rounds=1)["temperature"] == measure.SEARCHED["temperature"][0]
+
+
+def row(prompts: str, steps: int, r1: float) -> dict:
+    """A row of `measure`."""
+    return {
+        "model": "base", "prompts": prompts, "steps": steps, "guidance": 1.5, "temperature": 4.0, "schedule": "cosine",
+        "order": "confidence", "remask": 0.0, "network_evaluations": 2 * steps, "seconds_per_image": 0.1,
+        "judge_r1": r1, "judge_r1_spread": None,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def parts() -> dict:
+    """What `measure` writes, of a base that reaches one of its targets."""
+    best = [row("training", 8, 0.4), row("held-out", 8, 0.2), row("training", 32, 0.6), row("held-out", 32, 0.3)]
+    measured = {
+        "tokenizer": {"by_design": {"flat 48 px": {"real": 0.7, "reconstructed": 0.6}}, "real": 0.7,
+                      "reconstructed": 0.6, "ratio": 0.6 / 0.7, "psnr": 25.0},
+        "real": {"training": {"judge_r1": 0.75}, "held-out": {"judge_r1": 0.8}}, "best": best, "concepts": 12,
+        "held_out": 2, "prompts": 300, "effort": measure.Effort()._asdict(), "parameters": {"transformer": 4_900_000},
+        "training": {"base": {"updates": 60_000, "seconds": 36_000.0}, "tokens": {"updates": 8_000, "seconds": 0.0}},
+        "SAMPLING": {"num_inference_steps": 32, "guidance_scale": 1.5}, "curves": best,
+        "sheet": {"seed": 3, "steps": 32, "prompts": ["an owl", "an apple"]},
+    }  # fmt: skip
+    return measured | {"targets": measure.targets(measured)}
+
+
+def test_targets_are_ratios_to_real_images_and_of_steps(parts):
+    tokenizer, seen, held_out, steps = parts["targets"]
+    assert (tokenizer["value"], tokenizer["met"]) == (pytest.approx(0.857, abs=1e-3), False)
+    assert (seen["value"], held_out["value"]) == (pytest.approx(0.8), pytest.approx(0.375))
+    assert not seen["met"] and not held_out["met"]
+    assert (steps["value"], steps["met"]) == (pytest.approx(1.5), True)
+    nothing = [dict(line, judge_r1=0.0) for line in parts["best"]]
+    assert measure.targets(parts | {"best": nothing})[-1]["met"] is False, "0 to 0 is no success"
+
+
+def test_the_card_says_what_was_measured(parts):
+    text = card.card(parts)
+    assert text.startswith("---\nlicense: mit\n") and "pipeline_tag: text-to-image" in text
+    assert "| transformer and text | 60,000 | 10.0 |" in text and "| 8,000 | – |" in text
+    assert "| base, best samplers, R@1 in 32 steps to that in 8 | 1.500 | 1.25 | yes |" in text
+    assert "The seed is 3" in text and set(card.LICENCES) == set(data.PACKAGES)
+    assert "| base | training | 8 | 16 |" in text, "the curves' rows"
 
 
 def test_a_stage_carries_the_averaged_weights_to_another_cache(vq, base, tmp_path):
