@@ -28,7 +28,7 @@ from speedrl.generation import sample
 from speedrl.models.checkpoint import Generator, load_generator, parts_of
 from speedrl.rewards.loading import load_qualities
 from speedrl.system.files import write_json
-from speedrl.system.platform import bf16_is_fast, quiet_allocator
+from speedrl.system.platform import bf16_is_fast, can_compile, quiet_allocator
 
 # the first are tried first; at low temperatures a base that is trained little fills images with their ground
 SEARCHED = {"temperature": (4.0, 0.5, 1.0, 2.0, 10.0), "guidance": (1.5, 1.0, 2.0, 3.0), "remask": (0.0, 0.25, 0.5)}
@@ -45,9 +45,10 @@ class Effort(NamedTuple):
     steps: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     sheet: int = 60  # prompts
     searches: tuple[str, ...] = tuple(SEARCHED)
+    compiled: bool = True
 
 
-QUICK = Effort(searched=4, count=2, steps=(1, 8), sheet=10, searches=("guidance",))
+QUICK = Effort(searched=4, count=2, steps=(1, 8), sheet=10, searches=("guidance",), compiled=False)
 
 
 class Cells:
@@ -57,6 +58,8 @@ class Cells:
     def __init__(self, model: Path, kept: Path, effort: Effort):
         reward, self.judge = model / "reward", judge.load_judge(model / "judge")
         self.generator = load_generator(model, dtype=torch.bfloat16 if bf16_is_fast("cpu") else torch.float32)
+        if effort.compiled and can_compile("cpu"):
+            self.generator.transformer.compile_blocks()
         self.scores = load_qualities(str(reward))[0] if reward.exists() else {}
         files = {which: model / f"prompts/{name}.txt" for which, name in LISTS.items()}
         self.prompts = {which: path.read_text(encoding="utf-8").splitlines() for which, path in files.items()}
