@@ -60,6 +60,11 @@ next-base *options:
     .venv/bin/pip install -e ".[rebuild]"
     .venv/bin/python -m experiments.rebuild {{options}}
 
+# what that model can do, and its card: an hour and more
+next-card *options:
+    .venv/bin/python -m experiments.rebuild.measure {{options}}
+    .venv/bin/python -m experiments.rebuild.card
+
 # the embedded model from the packages that its pictures come from: hours
 rebuild *options:
     .venv/bin/pip install -e ".[rebuild]"

@@ -134,7 +134,7 @@ def test_files_that_are_missing_or_do_not_fit(tmp_path):
 
 def test_shipped_judge_knows_its_own_prototypes(shipped):
     own = [(name,) for name in shipped.names]
-    assert len(own) >= 300 and len(shipped.held_out) == round(len(own) / 10)
+    assert len(own) >= 200 and len(own) / 11 < len(shipped.held_out) < len(own) / 5
     first, five = recall(shipped, shipped.mean + shipped.prototypes, own)
     assert first.all() and five.all()
     identity = shipped.axes.T @ shipped.axes

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.rebuild import build_judge, compose, train_base, train_clip, train_vq
+from experiments.rebuild import build_judge, card, compose, data, measure, train_base, train_clip, train_vq
 
 NAMES, TAGS = ["apple", "owl"], [["fruit", "red"], []]
 
@@ -102,6 +102,7 @@ def test_the_tokenizer_trains_resumes_and_gives_back_images(images, vq, tmp_path
         train_vq.train_tokens(images, tmp_path / "longer", steps=22, batch=4)
         after = train_vq.load_tokens(tmp_path / "longer").centres
     assert train_vq.updates(tmp_path / "longer", "tokens") == 22
+    assert train_vq.effort(tmp_path / "longer", "tokens")["seconds"] > 0
     assert ((after - before).norm(dim=-1) < 0.5 * before.norm(dim=-1)).float().mean() > 0.9, "codes keep their meaning"
     pixels = torch.from_numpy(images)
     tokens = train_vq.tokens_of(train_vq.load_tokens(vq), pixels)
@@ -149,6 +150,32 @@ def test_the_loss_weighs_every_masked_token_once():
     assert masked.sum(-1).unique().numel() > 30, "shares are spread over the batch"
 
 
+def test_hybrid_states_have_random_codes_where_nearly_all_is_masked_and_none_at_0():
+    tokens = torch.randint(train_base.CODES, (64, 256))
+    torch.manual_seed(0)
+    plain = train_base.corrupt(tokens)
+    torch.manual_seed(0)
+    assert all(map(torch.equal, plain, train_base.corrupt(tokens, hybrid=0.0)))
+    torch.manual_seed(0)
+    noisy, *rest = train_base.corrupt(tokens, hybrid=1.0)
+    assert all(map(torch.equal, plain[1:], rest)), "the loss stays on all that was masked"
+    masked, changed = plain[0] == train_base.MASK, noisy != plain[0]
+    early = masked.sum(-1) >= 0.9 * 256
+    assert (noisy[changed] < train_base.CODES).all() and (masked | ~changed).all()
+    assert not changed[~early].any() and changed[early].any(-1).float().mean() > 0.9
+
+
+def test_a_checkpoint_without_seconds_goes_on(base, tmp_path):
+    shutil.copytree(base, tmp_path / "base")
+    state = torch.load(tmp_path / "base/state.pt", weights_only=True)
+    del state["seconds"]
+    torch.save(state, tmp_path / "base/state.pt")
+    assert train_base.effort(tmp_path / "base") == {"updates": 2, "seconds": 0.0}
+    with torch.compiler.set_stance("force_eager"):
+        train_base.train(train_base.read_pool(base), tmp_path / "base", steps=3, batch=4)
+    assert train_base.effort(tmp_path / "base")["seconds"] > 0
+
+
 def test_the_rate_rises_stays_and_falls_in_the_last_updates():
     rates = [train_base.rate(step, first=0, steps=1000, decay=200, warmup=100) for step in range(1000)]
     assert rates[0] == 0.01 and rates[99:801] == [1.0] * 702 and rates[-1] == pytest.approx(0.005)
@@ -156,15 +183,70 @@ def test_the_rate_rises_stays_and_falls_in_the_last_updates():
     assert train_base.rate(500, first=500, steps=1000, decay=0) == 0.01, "new optimizers warm up again"
 
 
+def test_the_search_finds_the_best_setting_of_every_option():
+    def score(temperature: float, guidance: float, remask: float) -> float:
+        return -abs(temperature - guidance) - 10 * abs(guidance - 2)
+
+    best = measure.search(score, tuple(measure.SEARCHED))
+    assert best == {"temperature": 2.0, "guidance": 2.0, "remask": 0.0}, "the first of equals"
+    assert measure.search(score, ("guidance",), rounds=1)["temperature"] == measure.SEARCHED["temperature"][0]
+
+
+def row(prompts: str, steps: int, r1: float) -> dict:
+    """A row of `measure`."""
+    return {
+        "model": "base", "prompts": prompts, "steps": steps, "guidance": 1.5, "temperature": 4.0, "schedule": "cosine",
+        "order": "confidence", "remask": 0.0, "network_evaluations": 2 * steps, "seconds_per_image": 0.1,
+        "judge_r1": r1, "judge_r1_spread": None,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def parts() -> dict:
+    """What `measure` writes, of a base that reaches one of its targets."""
+    best = [row("training", 8, 0.4), row("held-out", 8, 0.2), row("training", 32, 0.6), row("held-out", 32, 0.3)]
+    measured = {
+        "tokenizer": {"by_design": {"flat 48 px": {"real": 0.7, "reconstructed": 0.6}}, "real": 0.7,
+                      "reconstructed": 0.6, "ratio": 0.6 / 0.7, "psnr": 25.0},
+        "real": {"training": {"judge_r1": 0.75}, "held-out": {"judge_r1": 0.8}}, "best": best, "concepts": 12,
+        "held_out": 2, "prompts": 300, "effort": measure.Effort()._asdict(), "parameters": {"transformer": 4_900_000},
+        "training": {"base": {"updates": 60_000, "seconds": 36_000.0}, "tokens": {"updates": 8_000, "seconds": 0.0}},
+        "SAMPLING": {"num_inference_steps": 32, "guidance_scale": 1.5}, "curves": best,
+        "sheet": {"seed": 3, "steps": 32, "prompts": ["an owl", "an apple"]},
+    }  # fmt: skip
+    return measured | {"targets": measure.targets(measured)}
+
+
+def test_targets_are_ratios_to_real_images_and_of_steps(parts):
+    tokenizer, seen, held_out, steps = parts["targets"]
+    assert (tokenizer["value"], tokenizer["met"]) == (pytest.approx(0.857, abs=1e-3), False)
+    assert (seen["value"], held_out["value"]) == (pytest.approx(0.8), pytest.approx(0.375))
+    assert not seen["met"] and not held_out["met"]
+    assert (steps["value"], steps["met"]) == (pytest.approx(1.5), True)
+    nothing = [dict(line, judge_r1=0.0) for line in parts["best"]]
+    assert measure.targets(parts | {"best": nothing})[-1]["met"] is False, "0 to 0 is no success"
+
+
+def test_the_card_says_what_was_measured(parts):
+    text = card.card(parts)
+    assert text.startswith("---\nlicense: mit\n") and "pipeline_tag: text-to-image" in text
+    assert "| transformer and text | 60,000 | 10.0 |" in text and "| 8,000 | – |" in text
+    assert "| base, best samplers, R@1 in 32 steps to that in 8 | 1.500 | 1.25 | yes |" in text
+    assert "The seed is 3" in text and set(card.LICENCES) == set(data.PACKAGES)
+    assert "| base | training | 8 | 16 |" in text, "the curves' rows"
+
+
 def test_a_stage_carries_the_averaged_weights_to_another_cache(vq, base, tmp_path):
     train_base.save_stage(base, vq, tmp_path / "stage")
     train_base.load_stage(tmp_path / "stage", tmp_path / "base", tmp_path / "vq")
-    assert json.loads((tmp_path / "base/start.json").read_text(encoding="utf-8")) == {"updates": 2}
+    assert json.loads((tmp_path / "base/start.json").read_text(encoding="utf-8")) == train_base.effort(base)
+    assert train_base.effort(base)["updates"] == 2
     with torch.compiler.set_stance("force_eager"):
         data = train_base.read_pool(base)
         assert train_base.train(data, tmp_path / "base", steps=3, batch=4) == 3
         assert train_base.train(data, tmp_path / "base", steps=3, batch=4) == 3, "nothing is left to do"
-    assert train_base.updates(tmp_path / "base") == 3
+    assert train_base.effort(tmp_path / "base")["updates"] == 3
+    assert train_base.effort(tmp_path / "base")["seconds"] > train_base.effort(base)["seconds"] > 0, "both stages count"
     before, after = train_base.average_of(base), train_base.average_of(tmp_path / "base")
     for name, value in before.items():
         torch.testing.assert_close(after[name], value, atol=5e-3, rtol=5e-3)

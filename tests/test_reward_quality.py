@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import speedrl.rewards.loading
+from experiments.embedded.compose import COLOURS
 from speedrl.method.rewards import Moments, disagreeing, mixture, observe
 from speedrl.rewards.loading import differentiable, load_qualities, load_quality, parse_quality, rate
 from speedrl.rewards.scorers import (
@@ -342,11 +343,10 @@ def test_the_embedded_reward_is_small_and_of_its_own():
 @shipped
 def test_the_embedded_reward_reads_the_background():
     score = load_quality("embedded")
-    colours = {"red": (214, 52, 56), "green": (72, 168, 88), "blue": (58, 118, 216), "yellow": (250, 212, 70)}
-    grounds = torch.stack([torch.tensor(rgb)[:, None, None].expand(3, 64, 64) for rgb in colours.values()]) / 255
-    prompts = [f"a cat on a {colour} background" for colour in colours]
-    scores = torch.stack([score(grounds, [prompt] * 4) for prompt in prompts])
-    assert scores.argmax(1).tolist() == [0, 1, 2, 3]
+    grounds = torch.stack([torch.tensor(rgb)[:, None, None].expand(3, 64, 64) for rgb in COLOURS.values()]) / 255
+    prompts = [f"a cat on a {colour} background" for colour in COLOURS]
+    scores = torch.stack([score(grounds, [prompt] * len(COLOURS)) for prompt in prompts])
+    assert scores.argmax(1).tolist() == [*range(len(COLOURS))]
 
 
 def test_names_and_weights_are_read():

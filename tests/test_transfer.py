@@ -12,20 +12,27 @@ NAMES = ["apple", "bee", "cat", "hot dog", "dog"]
 CONCEPTS = [{"name": name, "tags": []} for name in NAMES]
 
 
-def test_compositions_are_new_and_over_the_given_things():
+@pytest.mark.skipif(not transfer.PAIRS, reason="the model draws one thing")
+def test_pairs_are_new_and_of_the_given_things():
     training = ["an apple and a bee", "a cat left of a bee on a red background", "a dog"]
-    lists = transfer.compositions(CONCEPTS, [0, 1, 2, 4], training, np.random.default_rng(0), count=12)
-    pairs, pictures = lists["two things, never trained together"]
-    assert len(set(pairs)) == len(pictures) == 12
-    for prompt, picture in zip(pairs, pictures, strict=True):
+    prompts, pictures = transfer.pairs(CONCEPTS, [0, 1, 2, 4], training, np.random.default_rng(0), count=12)
+    assert len(set(prompts)) == len(pictures) == 12
+    for prompt, picture in zip(prompts, pictures, strict=True):
         both = frozenset(concepts_in(prompt, NAMES))
         assert both == {NAMES[thing] for thing in picture.things} and "hot dog" not in both
         assert both not in ({"apple", "bee"}, {"bee", "cat"})
-    singles, pictures = lists["everything said"]
-    for prompt, picture in zip(singles, pictures, strict=True):
-        assert build_judge.fits(picture, prompt, NAMES[picture.things[0]])
-        assert picture.colour in prompt and compose.STYLES[picture.style] in prompt
-        assert ("small" in prompt) == (picture.sizes == (compose.SMALL,))
+
+
+def test_prompts_that_say_everything_are_true_of_their_image_and_name_the_given_things():
+    rng = np.random.default_rng(0)
+    (known, *_), _ = transfer.said_in_full(CONCEPTS, [0, 4], [], rng, count=1)
+    prompts, contents = transfer.said_in_full(CONCEPTS, [0, 1, 2, 4], [known], rng, count=12)
+    assert len({known, *prompts}) == 13 == len(contents) + 1
+    for prompt, content in zip(prompts, contents, strict=True):
+        (name,) = concepts_in(prompt, NAMES)
+        assert name != "hot dog" and build_judge.fits(content, prompt, name)
+        assert content.colour in prompt and compose.STYLES[content.style] in prompt
+        assert compose.place_words(content) in prompt and {"small", "big"} & set(prompt.split())
 
 
 def test_a_patchwork_of_backgrounds_is_not_one():

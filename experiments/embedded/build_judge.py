@@ -21,10 +21,13 @@ from speedrl.system.files import write_atomically, write_json
 PIXELS = 16  # side of the thumbnails of the baseline that compares raw pixels
 
 
-def draw_single(rng: np.random.Generator, thing: int, *, style: int, size: int) -> compose.Picture:
-    """One thing of this design and size, at a random place on a random colour."""
+def draw_of(
+    rng: np.random.Generator, thing: int, *, style: int, size: int, colour: str | None = None
+) -> compose.Picture:
+    """One thing of this design and size, at a random place on this colour, or on a random one."""
     x, y = (int(v) * compose.CELL for v in rng.integers(0, (compose.SIDE - size) // compose.CELL + 1, 2))
-    return compose.Picture((thing,), style, str(rng.choice(list(compose.COLOURS))), (size,), ((x, y),))
+    colour = colour or str(rng.choice(list(compose.COLOURS)))
+    return compose.Picture((thing,), style, colour, (size,), ((x, y),))
 
 
 def stack(pictures: list[np.ndarray]) -> Tensor:
@@ -44,7 +47,7 @@ def prototypes(features: Tensor, label: Tensor, *, concepts: int) -> tuple[Tenso
     return mean, F.normalize(torch.stack([directions[label == i].mean(0) for i in range(concepts)]), dim=-1)
 
 
-def prototype_pictures(table: np.ndarray, rng: np.random.Generator, *, colours: int = 2) -> tuple[Tensor, Tensor]:
+def prototype_images(table: np.ndarray, rng: np.random.Generator, *, colours: int = 2) -> tuple[Tensor, Tensor]:
     """Every design that there is, at both sizes, on `colours` grounds: pictures and the concept of each, int64 [N]."""
     found, label = [], []
     for thing, style in np.ndindex(table.shape[:2]):
@@ -52,7 +55,7 @@ def prototype_pictures(table: np.ndarray, rng: np.random.Generator, *, colours: 
             continue
         for size in (compose.SMALL, compose.BIG):
             for _ in range(colours):
-                found.append(compose.paint(draw_single(rng, thing, style=style, size=size), table))
+                found.append(compose.paint(draw_of(rng, thing, style=style, size=size), table))
                 label.append(thing)
     return stack(found), torch.tensor(label)
 
@@ -118,7 +121,7 @@ def recall_by_vendor(
     found, concepts = {}, [(name,) for name in names]
     for style, vendor in enumerate(data.TRAIN_VENDORS):
         for size in (compose.SMALL, compose.BIG):
-            drawn = [draw_single(rng, thing, style=style, size=size) for thing in range(len(names))]
+            drawn = [draw_of(rng, thing, style=style, size=size) for thing in range(len(names))]
             images = stack([compose.paint(picture, table) for picture in drawn])
             scores = (judge.network_features(network, images) - mean) @ centres.T
             first, five = judge.nearest_hits(scores, concepts, names)
@@ -154,7 +157,7 @@ def build(packages: Path, cache: Path, out: Path, *, seed: int = 0, real: int = 
     def featured(images: Tensor, label: str) -> Tensor:
         return torch.cat([judge.network_features(network, part) for part in track(images.split(128), label)])
 
-    images, label = prototype_pictures(other, rng)
+    images, label = prototype_images(other, rng)
     mean, centres = prototypes(featured(images, "prototypes"), label, concepts=len(names))
     pixel_mean, pixel_centres = prototypes(thumbnails(images), label, concepts=len(names))
     by_vendor = recall_by_vendor(network, mean, centres, pixel_mean, pixel_centres, table, names, rng)

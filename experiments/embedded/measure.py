@@ -24,7 +24,7 @@ def reconstructions(
     judged, concepts = judge.load_judge(model / "judge"), [(name,) for name in names]
     for style, label in enumerate(compose.STYLES):
         for size in (compose.BIG, compose.SMALL):
-            drawn = [build_judge.draw_single(rng, thing, style=style, size=size) for thing in range(len(names))]
+            drawn = [build_judge.draw_of(rng, thing, style=style, size=size) for thing in range(len(names))]
             real = torch.from_numpy(np.stack([compose.paint(picture, sprites) for picture in drawn]))
             again = train_clip.decoded(train_clip.tokens_of(real, centres), model / "vqvae")
             for kind, pictures in (("real", real), ("reconstructed", again)):

@@ -1,34 +1,87 @@
-"""What the embedded model's parts can do: `python -m experiments.rebuild.measure`.
+"""What the embedded model can do, for its card: `python -m experiments.rebuild.measure`, then `.card`.
 
-The tokenizer: PSNR of its reconstructions, and the judge's R@1 on them beside real images. The base: the judge's R@1 on
-the evaluation prompts, with guidance and temperature searched on training prompts, and a sheet of random prompts.
+The tokenizer: the judge's R@1 on its reconstructions beside real images. The base: the sampler's settings, searched on
+training prompts; curves over step counts on the evaluation prompts; what it should reach; a sheet of random prompts.
 """
 
 import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
 import typer
-from torch import Tensor
+from PIL import Image
+from rich.progress import track
+from torch import Tensor, nn
 from typer import Option
 
-from experiments.rebuild import compose, data, train_clip
+from experiments.rebuild import compose, data, train_base, train_clip, train_vq
 from experiments.rebuild.train_vq import images_of, load_tokens, load_vqmodel, tokens_of
 from speedrl.cli import in_one_line
 from speedrl.evaluation import judging as judge
-from speedrl.evaluation.figures import contact_sheet
+from speedrl.evaluation.figures import contact_sheet, save_image
+from speedrl.evaluation.measuring import SAMPLER, fingerprint, one_cell, plot
 from speedrl.generation import sample
-from speedrl.models.checkpoint import load_generator
+from speedrl.models.checkpoint import Generator, load_generator, parts_of
+from speedrl.rewards.loading import load_qualities
 from speedrl.system.files import write_json
-from speedrl.system.platform import bf16_is_fast, quiet_allocator
+from speedrl.system.platform import bf16_is_fast, can_compile, quiet_allocator
 
-DTYPE = torch.bfloat16 if bf16_is_fast("cpu") else torch.float32
 # the first are tried first; at low temperatures a base that is trained little fills images with their ground
-SEARCHED = {"guidance": (1.5, 1.0, 2.5), "temperature": (4.0, 1.0, 10.0), "revise": (0.0, 0.5)}
+SEARCHED = {"temperature": (4.0, 0.5, 1.0, 2.0, 10.0), "guidance": (1.5, 1.0, 2.0, 3.0), "remask": (0.0, 0.25, 0.5)}
+LISTS = {"search": "train", "training": "eval", "held-out": "held_out"}  # sets of prompts and their files
+FEW, MANY = 8, 32  # steps
+SHEET_SEED = 3
+
+
+class Effort(NamedTuple):
+    """How much of everything."""
+
+    searched: int = 150  # training prompts of the search, one image each
+    count: int = 4  # images of each evaluation prompt: real images' Fréchet distance is that of four
+    steps: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    sheet: int = 60  # prompts
+    searches: tuple[str, ...] = tuple(SEARCHED)
+    compiled: bool = True
+
+
+QUICK = Effort(searched=4, count=2, steps=(1, 8), sheet=10, searches=("guidance",), compiled=False)
+
+
+class Cells:
+    """Rows as of `evaluate`, by this model's own judge, reward and prompts. Those in the file `kept` are not computed
+    again where the model's files are the same."""
+
+    def __init__(self, model: Path, kept: Path, effort: Effort):
+        reward, self.judge = model / "reward", judge.load_judge(model / "judge")
+        self.generator = load_generator(model, dtype=torch.bfloat16 if bf16_is_fast("cpu") else torch.float32)
+        if effort.compiled and can_compile("cpu"):
+            self.generator.transformer.compile_blocks()
+        self.scores = load_qualities(str(reward))[0] if reward.exists() else {}
+        files = {which: model / f"prompts/{name}.txt" for which, name in LISTS.items()}
+        self.prompts = {which: path.read_text(encoding="utf-8").splitlines() for which, path in files.items()}
+        self.prompts["search"] = self.prompts["search"][: effort.searched]
+        self.counts = {"search": 1, "training": effort.count, "held-out": effort.count}
+        parts = [part for part in parts_of(model) if part.name != "scheduler"]  # settings are given to every row
+        self.weights = fingerprint(*parts, model / "judge", model / "prompts", reward)
+        self.kept, self.rows = kept, json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+
+    def row(self, which: str, steps: int, **sampler: float) -> dict[str, Any]:
+        """What the set of prompts `which` reaches in `steps` steps."""
+        how = {name: getattr(self.generator, name) for name in SAMPLER} | sampler
+        size = len(self.prompts[which]), self.counts[which]
+        key = json.dumps([self.weights, which, *size, steps, how, self.generator.random_share])
+        if key not in self.rows:
+            found = one_cell(
+                self.generator, self.judge, self.scores, self.prompts[which], which=which, steps=steps,
+                count=self.counts[which], seeds=1, warm=False, **how,
+            )  # fmt: skip
+            self.rows[key] = {"model": "base", "prompts": which, "steps": steps} | how | found
+            write_json(self.kept, self.rows)
+        return self.rows[key]
 
 
 def recall(judged: judge.Judge, images: Tensor, concepts: list[tuple[str, ...]]) -> float:
@@ -54,97 +107,135 @@ def tokenizer(sprites: np.ndarray, names: list[str], vq: Path, judged: judge.Jud
         found[f"{compose.STYLES[style]} {size} px"] = {"real": r1[0], "reconstructed": r1[1]}
     means = {kind: float(np.mean([row[kind] for row in found.values()])) for kind in ("real", "reconstructed")}
     error = torch.cat(errors)
-    return found | {
+    return {
+        "by_design": found,
         "real": means["real"],
         "reconstructed": means["reconstructed"],
-        "ratio": means["reconstructed"] / means["real"],
+        "ratio": ratio(means["reconstructed"], means["real"]),
         "psnr": float(-10 * error.mean().log10()),
-        "psnr of the median image": float(-10 * error.median().log10()),
+        "psnr_median": float(-10 * error.median().log10()),
     }
 
 
-def read_lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines()
+def ratio(value: float, to: float) -> float | None:
+    return value / to if to else None
 
 
-def search(score: Callable[..., float]) -> tuple[dict[str, float], dict[str, float]]:
-    """The options that `score` likes best, one searched after the other, and what each setting reached."""
+def search(score: Callable[..., float], searched: tuple[str, ...], *, rounds: int = 2) -> dict[str, float]:
+    """The settings of SEARCHED that `score` likes best, one option after the other, in two rounds."""
     best = {name: values[0] for name, values in SEARCHED.items()}
-    reached = {}
-    for name, values in SEARCHED.items():
-        scores = {}
-        for value in values:
-            options = best | {name: value}
-            key = json.dumps(options)
-            reached[key] = scores[value] = reached[key] if key in reached else score(**options)
-        best[name] = max(scores, key=scores.__getitem__)
-    return best, reached
+    for name in searched * rounds:
+        best[name] = max(SEARCHED[name], key=lambda value, name=name: score(**best | {name: value}))
+    return best
 
 
-def base(model: Path, judged: judge.Judge, *, steps: tuple[int, ...], searched: int, count: int) -> dict:
-    """R@1 on the evaluation prompts with the sampler that `search` finds on `searched` training prompts.
+def curves(cells: Cells, best: dict[str, float], steps: tuple[int, ...]) -> list[dict]:
+    """Rows over step counts with and without guidance, with and without remasking, on both sets of prompts.
 
-    `count` images of each evaluation prompt. The ratio is to what real images of the same prompts reach.
-    """
-    generator = load_generator(model, dtype=DTYPE)
-    prompts = {"seen": read_lines(model / "prompts/eval.txt"), "held-out": read_lines(model / "prompts/held_out.txt")}
-    training = read_lines(model / "prompts/train.txt")[:searched]
-
-    def r1(lines: list[str], seed: int, **options) -> float:
-        images = sample(generator, lines, seed=seed, **options)
-        return recall(judged, images, [judge.concepts_in(line, judged.names) for line in lines])
-
-    found = {}
-    for number in steps:
-        options, tried = search(lambda number=number, **options: r1(training, 1, steps=number, **options))
-        row: dict = {"sampler": options, "tried": tried}
-        for which, lines in prompts.items():
-            seeds = range(2, 2 + count)
-            row[which] = float(np.mean([r1(lines, seed, steps=number, **options) for seed in seeds]))
-            row[f"{which} ratio"] = row[which] / judged.real[which]["judge_r1"]
-        found[f"{number} steps"] = row
-        print(number, json.dumps(row), flush=True)
-    return found
+    "With" is what the search found, or where it found none the first other value of SEARCHED."""
+    with_guidance = best["guidance"] if best["guidance"] > 1 else SEARCHED["guidance"][0]
+    remasked = best["remask"] or SEARCHED["remask"][-1]
+    wanted = itertools.product(("training", "held-out"), (with_guidance, 1.0), (0.0, remasked), steps)
+    return [
+        cells.row(which, s, temperature=best["temperature"], guidance=guidance, remask=remask)
+        for which, guidance, remask, s in track([*wanted], "curves")
+    ]
 
 
-def sheet(model: Path, path: Path, *, count: int = 60, columns: int = 10, seed: int = 3, **options) -> list[str]:
+def targets(parts: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the model should reach, what it does, and whether that is enough."""
+    best, real = parts["best"], parts["real"]
+    r1 = {(row["prompts"], row["steps"]): row["judge_r1"] for row in best}
+    few, many = (r1["training", steps] + r1["held-out", steps] for steps in (FEW, MANY))
+    found = [
+        ("tokenizer, R@1 to that of real images", parts["tokenizer"]["ratio"], 0.9),
+        *(
+            (f"base, {MANY} steps, {which} prompts, R@1 to that of real images",
+             ratio(r1[which, MANY], real[which]["judge_r1"]), target)
+            for which, target in (("training", 0.85), ("held-out", 0.75))
+        ),
+        (f"base, best samplers, R@1 in {MANY} steps to that in {FEW}", ratio(many, few), 1.25),
+    ]  # fmt: skip
+    return [
+        {"what": what, "value": value, "target": target, "met": value is not None and value >= target}
+        for what, value, target in found
+    ]
+
+
+def sheet(cells: Cells, path: Path, *, count: int, columns: int = 10, **options) -> list[str]:
     """Writes a sheet of one sample each of `count` random prompts, half of held-out concepts; returns the prompts."""
-    rng, generator = np.random.default_rng(seed), load_generator(model, dtype=DTYPE)
-    lists = [read_lines(model / f"prompts/{name}.txt") for name in ("eval", "held_out")]
+    rng, lists = np.random.default_rng(SHEET_SEED), (cells.prompts["training"], cells.prompts["held-out"])
     prompts = [str(line) for lines in lists for line in rng.permutation(lines)[: count // 2]]
-    images = sample(generator, prompts, seed=seed, **options)
-    contact_sheet(list(images.split(columns)), scale=2).save(path)
+    images = sample(cells.generator, prompts, seed=SHEET_SEED, **options).split(columns)
+    strips = [
+        contact_sheet([row], titles=prompts[i * columns : (i + 1) * columns], scale=2) for i, row in enumerate(images)
+    ]
+    whole = Image.new("RGB", (max(strip.width for strip in strips), sum(strip.height for strip in strips)), "white")
+    for i, strip in enumerate(strips):
+        whole.paste(strip, (0, sum(above.height for above in strips[:i])))
+    save_image(whole, path)
     return prompts
+
+
+def parameters(generator: Generator) -> dict[str, int]:
+    """Numbers of parameters of the parts that draw images."""
+    vqvae = generator.vqvae
+    parts = {
+        "transformer": generator.transformer, "text encoder": generator.text_encoder, "codebook": vqvae.quantize,
+        "decoder": nn.ModuleList([vqvae.post_quant_conv, vqvae.decoder]),
+    }  # fmt: skip
+    return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
 
 
 def main(
     *,
-    cache: Annotated[Path, Option(help="Where packages and images stay.")] = Path("runs/rebuild"),
+    cache: Annotated[Path, Option(help="Of the rebuild: packages, images, tokenizer.")] = Path("runs/rebuild"),
     model: Annotated[Path | None, Option(help="The generator's folder; by default CACHE/generator.")] = None,
+    out: Annotated[Path | None, Option(help="Where the results go; by default CACHE/measured.")] = None,
     only_tokenizer: Annotated[bool, Option("--only-tokenizer", help="Measure nothing else.")] = False,
-    searched: Annotated[int, Option(help="Training prompts of the sampler's search.")] = 96,
-    count: Annotated[int, Option(help="Images of each evaluation prompt.")] = 2,
+    quick: Annotated[bool, Option("--quick", help="Few prompts and steps: a test.")] = False,
 ) -> None:
-    """Measure the embedded model after a rebuild in CACHE; writes CACHE/parts.json and CACHE/sheet.png."""
+    """Measure the embedded model after a rebuild in CACHE.
+
+    Writes OUT/measured.json, OUT/curves.png and OUT/sheet.png; run it again after an interruption.
+    """
     quiet_allocator()
-    model = model or cache / "generator"
+    model, out, effort = model or cache / "generator", out or cache / "measured", QUICK if quick else Effort()
     concepts, sprites = data.sprites(cache / "packages", data.TRAIN_VENDORS, cache / "train.npz")
-    names, tags = [concept["name"] for concept in concepts], [concept["tags"] for concept in concepts]
     judged = judge.load_judge(model / "judge")
-    concepts_of_judge = len(judged.names)
-    sprites, names, tags = sprites[:concepts_of_judge], names[:concepts_of_judge], tags[:concepts_of_judge]
-    parts = {"tokenizer": tokenizer(sprites, names, cache / "vq", judged)}
+    number = len(judged.names)
+    sprites, concepts = sprites[:number], concepts[:number]
+    names, tags = [concept["name"] for concept in concepts], [concept["tags"] for concept in concepts]
+    parts: dict[str, Any] = {"tokenizer": tokenizer(sprites, names, cache / "vq", judged)}
     print(json.dumps(parts, indent=1), flush=True)
     if only_tokenizer:
         return
-    parts["real"] = judged.real
-    parts["base"] = base(model, judged, steps=(8, 32), searched=searched, count=count)
-    options = parts["base"]["32 steps"]["sampler"]
-    parts["sheet"] = sheet(model, cache / "sheet.png", steps=32, **options)
+    cells = Cells(model, out / "rows.json", effort)
+    parts |= {"concepts": number, "held_out": len(judged.held_out), "real": judged.real, "effort": effort._asdict(),
+              "parameters": parameters(cells.generator), "sampler": {}, "best": [],
+              "prompts": len(cells.prompts["training"]) + len(cells.prompts["held-out"])}  # fmt: skip
+    parts["training"] = {part: train_vq.effort(cache / "vq", part) for part in ("tokens", "decoder")}
+    if (cache / "base/state.pt").exists():
+        parts["training"]["base"] = train_base.effort(cache / "base")
+    for steps in (FEW, MANY):  # by the margin, as it tells settings apart with fewer images than R@1
+        print(f"the sampler of {steps} steps", flush=True)
+        best = search(lambda steps=steps, **how: cells.row("search", steps, **how)["judge_margin"], effort.searches)
+        parts["sampler"][f"{steps} steps"] = best
+        parts["best"] += [cells.row(which, steps, **best) for which in ("training", "held-out")]
+    parts["SAMPLING"] = {  # for train_base.SAMPLING
+        "num_inference_steps": MANY, "guidance_scale": best["guidance"], "temperature": best["temperature"],
+        "remask_share": best["remask"],
+    }  # fmt: skip
+    parts["targets"] = targets(parts)
+    parts["sheet"] = {"seed": SHEET_SEED, "steps": MANY, "sampler": best}
+    parts["sheet"]["prompts"] = sheet(cells, out / "sheet.png", count=effort.sheet, steps=MANY, **best)
+    write_json(out / "measured.json", parts)
+    parts["curves"] = curves(cells, best, effort.steps)
+    plot(parts["curves"], out / "curves.png", real=judged.real)
     if (model / "reward").exists():
         parts["reward"] = train_clip.report(sprites, names, tags, cache / "vq", model / "reward")
-    write_json(cache / "parts.json", parts)
-    print(json.dumps({name: part for name, part in parts.items() if name != "sheet"}, indent=1))
+    write_json(out / "measured.json", parts)
+    print(json.dumps({name: parts[name] for name in ("sampler", "SAMPLING", "targets")}, indent=1))
 
 
 if __name__ == "__main__":

@@ -189,12 +189,24 @@ def draw_batch(data: dict[str, Tensor], empty: Tensor, weight: Tensor, *, batch:
     return tokens[index].long(), torch.where(said, chosen, empty)
 
 
-def corrupt(tokens: Tensor, *, scored: int = 128) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def with_random_codes(noisy: Tensor, early: Tensor, *, share: float) -> Tensor:
+    """For a `share` of the samples `early`, bool [B], random codes in place of a random share of the masks: [B, L].
+
+    A sampler whose first state has random codes (Di[M]O's hybrid initialisation, arXiv 2503.15457) needs such a base.
+    """
+    device = noisy.device
+    chosen = early & (torch.rand(len(noisy), device=device) < share)
+    random = torch.rand(noisy.shape, device=device) < torch.rand(len(noisy), 1, device=device)
+    return torch.where(chosen[:, None] & random & (noisy == MASK), torch.randint_like(noisy, CODES), noisy)
+
+
+def corrupt(tokens: Tensor, *, scored: int = 128, hybrid: float = 0.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Masks a cosine-distributed share of each sample: (masked tokens [B, L], timestep [B], places [B, scored],
     weights [B, scored]). The loss is taken at `scored` of the masked places, which weigh for all of them.
 
     The timestep is the sampler's countdown, N - 1 - s of a step count N drawn from 1 to 64, log-uniform: the base
-    sees every countdown beside every share of masked tokens, so that any step count is in its range.
+    sees every countdown beside every share of masked tokens, so that any step count is in its range. A share `hybrid`
+    of the samples of which nine tenths are masked has random codes in place of some masks; the loss is the same.
     """
     (batch, length), device = tokens.shape, tokens.device
     # evenly spread over the batch: less noise from batch to batch
@@ -206,7 +218,10 @@ def corrupt(tokens: Tensor, *, scored: int = 128) -> tuple[Tensor, Tensor, Tenso
     timestep = steps - 1 - (progress * steps).floor()
     used = torch.arange(scored, device=device) < count[:, None]
     weights = used * (count / used.sum(-1))[:, None]
-    return torch.where(masked, MASK, tokens), timestep, order[:, :scored], weights
+    noisy = torch.where(masked, MASK, tokens)
+    if hybrid:
+        noisy = with_random_codes(noisy, count >= 0.9 * length, share=hybrid)
+    return noisy, timestep, order[:, :scored], weights
 
 
 def rate(step: int, *, first: int, steps: int, decay: int, warmup: int = 100) -> float:
@@ -263,6 +278,7 @@ def train(
     batch: int = 64,
     lr: float = 1.6e-3,
     ema: float = 0.999,
+    hybrid: float = 0.0,
     seed: int = 0,
     save_every: int = 250,
     device: str = "cpu",
@@ -271,8 +287,8 @@ def train(
     number of updates that the weights have had.
 
     Goes on from `out/state.pt`, or from a stage's weights, `out/start.safetensors` with `out/start.json`. The rate is
-    that of `rate`. What counts in the end is the exponential moving average of the weights. Under torch.distributed
-    each process takes its share of a batch.
+    that of `rate`, `hybrid` that of `corrupt`. What counts in the end is the exponential moving average of the weights.
+    Under torch.distributed each process takes its share of a batch.
     """
     from transformers import CLIPTokenizer
 
@@ -284,10 +300,11 @@ def train(
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     batch //= ranks
     data = {name: value.to(device) for name, value in data.items()}
-    done, first, state, start = 0, 0, out / "state.pt", out / "start.safetensors"
+    done, first, seconds, state, start = 0, 0, 0.0, out / "state.pt", out / "start.safetensors"
     if not state.exists() and start.exists():
         model.load_state_dict({name: value.float() for name, value in load_file(start).items()}, strict=False)
-        done = first = json.loads((out / "start.json").read_text(encoding="utf-8"))["updates"]
+        stage = json.loads((out / "start.json").read_text(encoding="utf-8"))
+        done, first, seconds = stage["updates"], stage["updates"], stage.get("seconds", 0.0)
     average = {name: value.detach().clone() for name, value in model.state_dict().items()}
     if state.exists():
         saved = torch.load(state, weights_only=True, map_location=device)
@@ -295,7 +312,7 @@ def train(
         average = saved["average"]
         for optimizer, value in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(value)
-        done, first = saved["step"], saved["first"]
+        done, first, seconds = saved["step"], saved["first"], saved.get("seconds", 0.0)
     torch.manual_seed(seed + 1000 * rank + done)
     learned = [p for p in model.parameters() if p.requires_grad]
     micro = torch.tensor([[compose.SIDE, compose.SIDE, 0.0, 0.0, 6.0]], device=device).expand(batch, -1)
@@ -315,13 +332,14 @@ def train(
 
     def save(step: int) -> None:
         value = {"model": model.state_dict(), "average": average, "step": step, "first": first,
+                 "seconds": seconds + time.monotonic() - began,
                  "optimizers": [optimizer.state_dict() for optimizer in optimizers]}  # fmt: skip
         write_atomically(state, lambda partial: torch.save(value, partial))
 
     began, recent, over = time.monotonic(), [], torch.zeros(1)
     for step in range(done, steps):
         tokens, ids = draw_batch(data, empty, weight, batch=batch)
-        loss = objective(tokens, ids, *corrupt(tokens))
+        loss = objective(tokens, ids, *corrupt(tokens, hybrid=hybrid))
         loss.backward()
         if ranks > 1:
             mean_gradient(learned, ranks)
@@ -355,9 +373,10 @@ def train(
     return max(done, steps)
 
 
-def updates(base: Path) -> int:
-    """How many updates the weights of `base/state.pt` have had."""
-    return torch.load(base / "state.pt", weights_only=True, map_location="cpu", mmap=True)["step"]
+def effort(base: Path) -> dict[str, float]:
+    """Updates of the weights of `base/state.pt`, and the seconds that they took, as far as they were recorded."""
+    saved = torch.load(base / "state.pt", weights_only=True, map_location="cpu", mmap=True)
+    return {"updates": saved["step"], "seconds": saved.get("seconds", 0.0)}
 
 
 def average_of(base: Path) -> dict[str, Tensor]:
@@ -371,7 +390,7 @@ def save_stage(base: Path, vq: Path, out: Path) -> None:
     weights = {name: v.half() if v.is_floating_point() else v for name, v in saved["average"].items()}
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "base.safetensors", lambda partial: save_file(weights, partial))
-    write_json(out / "base.json", {"updates": saved["step"]})
+    write_json(out / "base.json", effort(base))
     shutil.copytree(base / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
     (out / "vq").mkdir(exist_ok=True)
     for name in ("tokens.safetensors", "tokens.json", "decoder.json"):

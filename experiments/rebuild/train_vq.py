@@ -202,11 +202,15 @@ class Log:
         self.label, self.first, self.steps = label, first, steps
         self.began, self.recent = time.monotonic(), []
 
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
+
     def add(self, step: int, loss: Tensor, error: Tensor, *, every: int = 25) -> None:
         """Loss and squared error of an update."""
         self.recent.append((loss.item(), error.item()))
         if step % every == every - 1:
-            speed = (step + 1 - self.first) / (time.monotonic() - self.began)
+            speed = (step + 1 - self.first) / self.seconds
             loss, error = np.mean(self.recent, 0)
             psnr, left = -10 * np.log10(error), (self.steps - step - 1) / speed / 60
             print(
@@ -217,10 +221,15 @@ class Log:
             self.recent = []
 
 
+def effort(folder: Path, part: str) -> dict[str, float]:
+    """Updates of the tokens or the decoder in a folder, and the seconds that they took, as far as recorded."""
+    path = folder / f"{part}.json"
+    return {"updates": 0, "seconds": 0.0} | (json.loads(path.read_text(encoding="utf-8")) if path.exists() else {})
+
+
 def updates(folder: Path, part: str) -> int:
     """How many updates the tokens or the decoder in a folder have had; 0 where there are none."""
-    path = folder / f"{part}.json"
-    return json.loads(path.read_text(encoding="utf-8"))["updates"] if path.exists() else 0
+    return int(effort(folder, part)["updates"])
 
 
 def train_tokens(
@@ -240,6 +249,7 @@ def train_tokens(
     Resumes from `out/tokens.pt`, or goes on from the tokens in `out`, whose codes then keep about their meaning.
     """
     first, state, plain = updates(out, "tokens"), out / "tokens.pt", steps // 10
+    seconds = effort(out, "tokens")["seconds"]
     if first >= steps:
         return
     began = first  # a finished training goes on: there is a codebook
@@ -254,7 +264,7 @@ def train_tokens(
         saved = torch.load(state, weights_only=True, map_location=device)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        first = saved["step"]
+        first, seconds = saved["step"], saved.get("seconds", 0.0)
         torch.manual_seed(seed + first)
 
     def batch_of() -> Tensor:
@@ -294,11 +304,12 @@ def train_tokens(
         optimizer.zero_grad(set_to_none=True)
         log.add(step, loss.detach(), error)
         if step % save_every == save_every - 1:
-            value = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+            value = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1,
+                     "seconds": seconds + log.seconds}  # fmt: skip
             write_atomically(state, lambda partial, value=value: torch.save(value, partial))
     tensors = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
     write_atomically(out / "tokens.safetensors", lambda partial: save_file(tensors, partial))
-    write_json(out / "tokens.json", {"updates": steps})
+    write_json(out / "tokens.json", {"updates": steps, "seconds": seconds + log.seconds})
     state.unlink(missing_ok=True)
 
 
@@ -320,6 +331,7 @@ def train_decoder(
     may be that of other tokens.
     """
     first, state = updates(out, "decoder"), out / "decoder.pt"
+    seconds = effort(out, "decoder")["seconds"]
     if first >= steps:
         return
     torch.manual_seed(seed)
@@ -335,7 +347,7 @@ def train_decoder(
         saved = torch.load(state, weights_only=True, map_location=device)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        first = saved["step"]
+        first, seconds = saved["step"], saved.get("seconds", 0.0)
         torch.manual_seed(seed + first)
     log = Log("decoder", first, steps)
     for step in range(first, steps):
@@ -352,8 +364,9 @@ def train_decoder(
         optimizer.zero_grad(set_to_none=True)
         log.add(step, loss.detach(), (found.detach() - target).square().mean())
         if step % save_every == save_every - 1:
-            value = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+            value = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1,
+                     "seconds": seconds + log.seconds}  # fmt: skip
             write_atomically(state, lambda partial, value=value: torch.save(value, partial))
     model.to("cpu").save_pretrained(out)
-    write_json(out / "decoder.json", {"updates": steps})
+    write_json(out / "decoder.json", {"updates": steps, "seconds": seconds + log.seconds})
     state.unlink(missing_ok=True)

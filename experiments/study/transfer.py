@@ -1,9 +1,9 @@
 """Whether what one reward trained holds elsewhere: `python -m experiments.study.transfer --model RUN --model RUN ...`.
 
 On the embedded model: trained runs and the base they set out from, on prompts of training's concepts, of held-out ones,
-and on compositions that no training prompt has (two things that are never named together; a size, design, place and
-background all said at once), by two judges of other architectures and trainings, and by how far the background has one
-colour. No judge enters any reward:
+and on compositions that no training prompt has, by two judges of other architectures and trainings, and by how far the
+background has one colour. The compositions are a size, design, place and background all said at once, and where the
+model draws two things, two that are never named together. No judge enters any reward:
 
     EfficientNet   EfficientNet-Lite0, ImageNet's labels: the judge of `speedrl eval`
     SSCD           ResNet-50, no labels: taught to find copies of an image (Pizzi et al., arXiv 2202.10261)
@@ -42,6 +42,8 @@ COLUMNS = {
     "reward": "reward", "judge_r1": "R@1 EfficientNet", "sscd_r1": "R@1 SSCD", "judge_r5": "R@5 EfficientNet",
     "sscd_r5": "R@5 SSCD", "background": "one background", "diversity": "diversity",
 }  # fmt: skip
+SIZES = {"small": compose.SMALL, "big": compose.BIG}
+PAIRS = hasattr(compose, "PAIR")  # whether some images show two things
 Features = Callable[[Tensor], Tensor]  # images [B, 3, H, W] in [0, 1] -> [B, F]
 
 
@@ -76,51 +78,52 @@ def load_sscd(*, side: int = 288, batch: int = 32) -> Features:
     return features
 
 
-def said_in_full(picture: compose.Picture, name: str) -> str:
-    """A caption of one thing that leaves nothing open."""
-    size = "small" if picture.sizes[0] == compose.SMALL else "big"
-    words = f"a {size} {compose.STYLES[picture.style]} {name} {compose.place_words(picture)}"
-    return f"{words.strip()} on a {picture.colour} background"
-
-
 def named_together(prompts: list[str], names: list[str]) -> set[frozenset[str]]:
     """The concepts that each prompt names."""
     return {frozenset(concepts_in(prompt, names)) for prompt in prompts}
 
 
-def compositions(
+def pairs(
     concepts: list[dict], things: list[int], training: list[str], rng: np.random.Generator, *, count: int
-) -> dict[str, tuple[list[str], list[compose.Picture]]]:
-    """`count` prompts of each kind that no training prompt composes, over `things`, and a picture that each means."""
+) -> tuple[list[str], list]:
+    """`count` prompts of two of `things` that no training prompt names together, and an image's content for each."""
     names, tags = [c["name"] for c in concepts], [c["tags"] for c in concepts]
-    known, pairs, singles = named_together(training, names), {}, {}
-    while len(pairs) < count:
+    known, found = named_together(training, names), {}
+    while len(found) < count:
         picture = compose.draw(rng, concepts=len(names), pair=1.0)
         picture = picture._replace(things=tuple(int(i) for i in rng.choice(things, 2, replace=False)))
         both, prompt = {names[i] for i in picture.things}, compose.caption(picture, names, tags, rng)
         if set(concepts_in(prompt, names)) == both and frozenset(both) not in known:
-            pairs.setdefault(prompt, picture)
-    while len(singles) < count:
-        thing = things[int(rng.integers(len(things)))]
-        picture = compose.draw(rng, concepts=len(names), pair=0.0, small=0.5)._replace(things=(thing,))
-        prompt = said_in_full(picture, names[thing])
+            found.setdefault(prompt, picture)
+    return [*found], [*found.values()]
+
+
+def said_in_full(
+    concepts: list[dict], things: list[int], training: list[str], rng: np.random.Generator, *, count: int
+) -> tuple[list[str], list]:
+    """`count` prompts of one of `things` that leave nothing open and are not in `training`, and an image's content for
+    each."""
+    names, found = [c["name"] for c in concepts], {}
+    while len(found) < count:
+        thing, style, size = int(rng.choice(things)), int(rng.integers(len(compose.STYLES))), str(rng.choice([*SIZES]))
+        colour = str(rng.choice([*compose.COLOURS]))
+        content = build_judge.draw_of(rng, thing, style=style, size=SIZES[size], colour=colour)
+        place = compose.place_words(content)
+        prompt = f"a {size} {compose.STYLES[style]} {names[thing]} {place} on a {colour} background"
         # "heart" in "heart with arrow" would be another concept
-        if compose.place_words(picture) and concepts_in(prompt, names) == (names[thing],) and prompt not in training:
-            singles.setdefault(prompt, picture)
-    return {
-        "two things, never trained together": ([*pairs], [*pairs.values()]),
-        "everything said": ([*singles], [*singles.values()]),
-    }
+        if place and concepts_in(prompt, names) == (names[thing],) and prompt not in training:
+            found.setdefault(prompt, content)
+    return [*found], [*found.values()]
 
 
-def one_background(images: Tensor, *, edge: int = 4) -> float:
-    """How far the edge of images [B, 3, H, W] has one colour: the mean share that the most frequent of
-    `compose.COLOURS` has of it, cards left out. 1 for real images; a patchwork of backgrounds has less."""
+def one_background(images: Tensor, *, edge: int = 4, near: float = 32.0) -> float:
+    """How far the edge of images [B, 3, H, W] has one colour: of its pixels that are `near` one of `compose.COLOURS`,
+    of 255, the mean share that the most frequent of these has. Real images are about 1, patchworks are less."""
     ring = torch.ones(images.shape[2:], dtype=torch.bool)
     ring[edge:-edge, edge:-edge] = False
     pixels = images[:, :, ring].transpose(1, 2) * 255  # [B, the edge's, 3]
-    nearest = torch.cdist(pixels, torch.tensor(compose.FLAT).float()).argmin(-1)
-    counts = F.one_hot(nearest, len(compose.FLAT)).sum(1)[:, 1:].double()
+    distance, nearest = torch.cdist(pixels, torch.tensor([*compose.COLOURS.values()]).float()).min(-1)
+    counts = (F.one_hot(nearest, len(compose.COLOURS)) * (distance < near)[..., None]).sum(1).double()
     return float((counts.amax(1) / counts.sum(1).clamp(min=1)).mean())
 
 
@@ -191,10 +194,11 @@ def main(
         found = [(prompt, names.index(concepts_in(prompt, names)[0])) for prompt in lines]
         real[which] = [build_judge.meant(p, thing, names[thing], rng, count=1)[0] for p, thing in found]
     seen = [i for i, name in enumerate(names) if name not in judge.held_out]
-    for which, (lines, pictures) in compositions(concepts, seen, training, rng, count=prompts).items():
-        lists[which], real[which] = lines, pictures
+    kinds = {"two things, never trained together": pairs} if PAIRS else {}
+    for which, kind in (kinds | {"everything said": said_in_full}).items():
+        lists[which], real[which] = kind(concepts, seen, training, rng, count=prompts)
 
-    images, label = build_judge.prototype_pictures(other, rng)
+    images, label = build_judge.prototype_images(other, rng)
     second = Recogniser(sscd, *build_judge.prototypes(sscd(images), label, concepts=len(names)))
 
     def measured(images: Tensor, which: str) -> dict[str, Any]:
@@ -235,9 +239,9 @@ def main(
     about = (
         f"{len(lists['training'])} training, {len(lists['held-out'])} held-out and {prompts} prompts of each "
         f"composition, {count} images of each. Run i of the base and trained run i have sampling seed i; ± is half the "
-        f"width of the 95 % interval over {len(model)}. Of two things, an image is right that shows either. Real "
-        "images: one of each prompt."
+        f"width of the 95 % interval over {len(model)}. Real images: one of each prompt."
     )
+    about += " Of two things, an image is right that shows either." * PAIRS
     header, lines = table(found)
     rule = ["---", "---", *["--:"] * (len(header) - 2)]
     text = "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *lines))
