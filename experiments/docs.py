@@ -1,4 +1,8 @@
-"""The generated pages of the documentation: `python -m experiments.docs` writes docs/cli.md and docs/api.md."""
+"""The generated pages of the documentation, written by `python -m experiments.docs`.
+
+docs/cli.md and docs/api.md come from the code; docs/results.md, docs/ablations.md and the table of README.md from the
+measurements in experiments/results/ablations.
+"""
 
 import enum
 import functools
@@ -10,7 +14,7 @@ from typing import Any
 
 import typer
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
 COMMANDS = ("train", "sample", "eval", "ablate", "export")
 
 
@@ -93,10 +97,22 @@ def api_page() -> str:
 @functools.cache
 def pages() -> dict[Path, str]:
     """The generated pages by path."""
-    return {DOCS / "cli.md": cli_page(), DOCS / "api.md": api_page()}
+    from experiments.result_pages import read_results, result_pages
+
+    found = {"docs/cli.md": cli_page(), "docs/api.md": api_page()}
+    found |= result_pages(read_results(), (ROOT / "README.md").read_text(encoding="utf-8"))
+    return {ROOT / name: text for name, text in found.items()}
 
 
-if __name__ == "__main__":
+def main() -> None:
+    from experiments.result_figures import draw_figures
+    from experiments.result_pages import read_results
+
     for path, text in pages().items():
         path.write_text(text, encoding="utf-8")
         print(f"wrote {path}")
+    draw_figures(read_results(), ROOT / "docs")
+
+
+if __name__ == "__main__":
+    main()

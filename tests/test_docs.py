@@ -1,11 +1,14 @@
 """The documentation: generated pages are current, links lead somewhere, and the text keeps to its limits."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 from experiments.docs import cli_page, pages
+from experiments.result_figures import draw_figures
+from experiments.result_pages import RESULTS, read_results, result_pages
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -83,3 +86,119 @@ def test_the_python_example_of_the_front_page_runs():
     exec(code, names)
     names["loss"].backward()
     assert names["loss"].isfinite()
+
+
+# GENERATED RESULTS
+
+FRONT = "before\n<!-- results:begin -->\nold\n<!-- results:end -->\nafter\n"
+VALUES = {"reward": 0.5711, "judge_r1": 0.4044, "judge_margin": 0.1234, "diversity": 0.3333, "judge_r5": 0.6,
+          "frechet": 12.34, "pixel_diversity": 0.2}  # fmt: skip
+
+
+def row(model, steps, *, prompts="training", guidance=1.0, runs=3, **values):
+    found = {"model": model, "prompts": prompts, "steps": steps, "guidance": guidance, "temperature": 4.5, "runs": runs,
+             "schedule": "cosine", "order": "confidence", "remask": 0.5, "seconds_per_image": 0.01}  # fmt: skip
+    found |= {"network_evaluations": 7.26, "steps_mean": 7.26, "steps_mode": 8} if steps == "auto" else {
+        "network_evaluations": steps * (1 if guidance == 1 else 2)}  # fmt: skip
+    spread = {f"{name}_interval": None if runs == 1 else 0.0123 for name in VALUES}
+    return found | VALUES | spread | {f"{name}_spread": None for name in VALUES} | values
+
+
+def difference(variant, metric, size, *, outside=True, steps=4):
+    return {"variant": variant, "prompts": "training", "steps": steps, "network_evaluations": steps, "metric": metric,
+            "difference": size, "interval": 0.004, "seeds": 3, "outside": outside}  # fmt: skip
+
+
+def ablation(name="method", variants=("default", "the baseline again", "no reward"), **values):
+    """An ablation's file as of `speedrl ablate`: the base at 32 steps with guidance, all others from 4 steps on."""
+    sets = ("training", "held-out")
+    rows = [row("start", 32, prompts=which, guidance=1.3, runs=1) for which in sets]
+    rows += [row(model, steps, prompts=which, runs=1 if model == "start" else 3, **values)
+             for model in ("start", "base, its sampler searched", *variants)
+             for which in sets for steps in (4, 8, "auto")]  # fmt: skip
+    differences = [difference(variants[1], "reward", -0.011), difference(variants[1], "judge_r1", 0.021),
+                   difference("no reward", "reward", -0.2), difference("no reward", "judge_r1", 0.02)]  # fmt: skip
+    commands = [f"speedrl {line}" for seed in (0, 1, 2) for line in (
+        f"train --out /tmp/a/runs/default/seed-{seed}/run --iterations 50 --ema 0.5 --model embedded --seed {seed} "
+        "--no-compare",
+        f"eval --model /tmp/a/runs/default/seed-{seed}/run --steps 4,8,auto --count 4 --seeds 1",
+    )]  # fmt: skip
+    return {"ablation": name, "failed": {"no reward, seed 1": "no file /tmp/a/b/c.txt"}, "rows": rows,
+            "differences": differences, "words": [], "commands": commands}  # fmt: skip
+
+
+@pytest.fixture
+def found(tmp_path):
+    for name in ("method", "speed-reward"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(ablation(name)), encoding="utf-8")
+    return read_results(tmp_path)
+
+
+def test_a_page_without_measurements_says_so_and_how_to_make_them():
+    pages = result_pages({}, "untouched")
+    assert pages.keys() == {"docs/results.md", "docs/ablations.md"}
+    for name, command in (("results", "speedrl ablate method"), ("ablations", "speedrl ablate NAME")):
+        assert "No measurement of this version is here yet" in pages[f"docs/{name}.md"]
+        assert command in pages[f"docs/{name}.md"] and "±0" not in pages[f"docs/{name}.md"]
+
+
+def test_the_front_page_takes_its_table_from_the_file_and_keeps_its_limits(found):
+    before = (ROOT / "README.md").read_text(encoding="utf-8")
+    after = result_pages(found, before)["README.md"]
+    assert after.split("<!--")[0] == before.split("<!--")[0] and after.split("-->")[2] == before.split("-->")[2]
+    assert len(after.splitlines()) <= LINES and len(after.split()) <= WORDS
+    table = re.findall(r"^\|.*$", after.split("-->")[1], re.MULTILINE)
+    assert table[0] == "|  | NFE | reward, training / held-out prompts | R@1 | diversity |"
+    assert [line.split(" | ")[:2] for line in table[2:]] == [
+        ["| base", "64"], ["| base, its sampler searched", "7.3"], ["| trained", "7.3"],
+        ["| base, its sampler searched", "4"], ["| trained", "4"],
+    ]  # fmt: skip
+    assert "| 0.571 / 0.571 | 0.404 / 0.404 |" in table[2] and "| 0.571±0.012 / 0.571±0.012 |" in table[4]
+    text = " ".join(after.split("-->")[1].split())
+    assert "3 trainings" in text and "up to 0.011 in reward and 0.021 in R@1" in text
+    assert "speedrl ablate method --seeds 0,1,2 --set ema=0.5 --iterations 50`" in text
+
+
+def test_the_front_page_does_without_a_searched_base_and_without_auto_steps(found):
+    kept = [r for r in found["method"]["rows"] if r["model"] in ("start", "default") and r["steps"] in (32, 8)]
+    text = result_pages({"method": found["method"] | {"rows": kept, "differences": []}}, FRONT)["README.md"]
+    rows = re.findall(r"^\| (base|trained) \| (\d+)", text, re.MULTILINE)
+    assert rows == [("base", "64"), ("base", "8"), ("trained", "8")]
+
+
+def test_results_have_the_numbers_of_the_file_and_the_floor_of_the_pair(found):
+    text = result_pages(found, FRONT)["docs/results.md"]
+    assert "| default | 4 | 4 | " in text and "0.571 ±0.012" in text and "0.404 ±0.012" in text
+    assert "| training | 4 | -0.011 ±0.004 | +0.021 ±0.004 |" in text
+    assert "| **largest size** |  | **0.011** | **0.021** |" in text
+    assert "no reward: 1 of 2\n    - training prompts, 4 steps: reward is 0.200 ± 0.004 lower" in text
+    assert "R@1 is 0.020" not in text, "it is no larger than the pair's"
+    assert "No measurement" not in text and "quality_against_nfe.svg" in text
+
+
+def test_results_name_no_folder_of_the_machine_and_each_command_once(found):
+    text = result_pages(found, FRONT)["docs/results.md"]
+    assert "/tmp" not in text and "`no file c.txt`" in text
+    assert "speedrl ablate method --seeds 0,1,2 --set ema=0.5 --iterations 50 --eval-steps 4,8 --eval-count 4" in text
+    assert text.count("speedrl train --out runs/ablate/runs/default/seed-N/run") == 1
+
+
+def test_every_other_ablation_has_a_section_with_what_it_varies(found):
+    text = result_pages(found, FRONT)["docs/ablations.md"]
+    assert "\n## speed-reward\n" in text and "| steps reward 0.5 | `--steps-reward 0.5` |" in text
+    assert "\n## method\n" not in text and "\n## kl\n" not in text
+    assert text.index("## speed-reward") < text.index("## Not measured") < text.index("| `kl` | ce, weight 0.2; ")
+
+
+def test_figures_are_the_same_twice(found, tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        draw_figures(found, tmp_path / folder)
+    for name in ("quality_against_nfe.svg", "speed_reward_front.svg"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_measurements_name_no_folder_of_a_machine():
+    for path in RESULTS.glob("*.json"):
+        named = re.search(r"(?<![\w.~-])/(?:[\w.+~-]+/)+", path.read_text(encoding="utf-8"))
+        assert not named, f"{path} names {named[0]}: measure with a relative --out, or edit the file"
