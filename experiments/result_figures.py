@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.result_pages import FIGURE, FRONTIER, MAIN, SPEED, START, baseline_of, models_of
+from experiments.result_pages import FIGURE, FRONTIER, MAIN, SPEED
 from speedrl.evaluation.measuring import label_evaluations, legend
 from speedrl.evaluation.reports import AFTER, BEFORE, SEARCHED
 from speedrl.studies.ablations import TITLES
@@ -21,9 +21,9 @@ DRAWN = ("judge_margin", "reward")
 def draw_figures(found: Mapping[str, dict], folder: Path) -> None:
     """The figures of these pages."""
     if MAIN in found:
-        save_svg(quality_figure(found[MAIN]["rows"]), folder / FIGURE)
+        save_svg(quality_figure(found[MAIN]), folder / FIGURE)
     if SPEED in found:
-        save_svg(front_figure(found[SPEED]["rows"]), folder / FRONTIER)
+        save_svg(front_figure(found[SPEED]), folder / FRONTIER)
 
 
 def save_svg(figure: "Figure", path: Path) -> None:
@@ -54,20 +54,19 @@ def points(rows: Iterable[dict], across: str, metric: str) -> list[tuple[float, 
                   if row.get(across) is not None and row.get(metric) is not None)  # fmt: skip
 
 
-def quality_figure(rows: list[dict]) -> "Figure":
+def quality_figure(found: dict) -> "Figure":
     """Quality against network evaluations of base and trained model, with bands of the interval.
 
     The trained model's own number of steps ("auto") is a star.
     """
-    figure, axes, panels = panels_of(rows)
-    shown = [row for row in rows if row["model"] in (START, SEARCHED, baseline_of(rows))]
+    figure, axes, panels = panels_of(found["rows"])
+    shown = [row for row in found["rows"] if row["model"] in (BEFORE, SEARCHED, found["baseline"])]
     curves = list(dict.fromkeys((row["model"], row["guidance"]) for row in shown))
     for ((which, metric), panel), (k, curve) in itertools.product(panels.items(), enumerate(curves)):
         own = [row for row in shown if (row["model"], row["guidance"]) == curve and row["prompts"] == which]
-        names = {START: f"{BEFORE}, guidance {curve[1]:g}", SEARCHED: SEARCHED}
-        name, style = names.get(curve[0], AFTER), look(k)
-        if found := points((row for row in own if row["steps"] != "auto"), "network_evaluations", metric):
-            places, means, widths = zip(*found, strict=True)
+        name, style = AFTER if curve[0] == found["baseline"] else f"{curve[0]}, guidance {curve[1]:g}", look(k)
+        if fixed := points((row for row in own if row["steps"] != "auto"), "network_evaluations", metric):
+            places, means, widths = zip(*fixed, strict=True)
             panel.plot(places, means, label=name, markersize=5, **style)
             low, high = ([m + sign * w for m, w in zip(means, widths, strict=True)] for sign in (-1, 1))
             panel.fill_between(places, low, high, color=style["color"], alpha=0.2, linewidth=0)
@@ -80,12 +79,13 @@ def quality_figure(rows: list[dict]) -> "Figure":
     return figure
 
 
-def front_figure(rows: list[dict]) -> "Figure":
+def front_figure(found: dict) -> "Figure":
     """Quality against the mean number of steps that each variant's step policy takes."""
+    rows = [row for row in found["rows"] if row["steps"] == "auto"]
     figure, axes, panels = panels_of(rows)
-    for k, model in enumerate(model for model in models_of(rows) if model != START):
+    for k, model in enumerate(dict.fromkeys(row["model"] for row in rows)):
         for (which, metric), panel in panels.items():
-            own = (row for row in rows if (row["model"], row["prompts"], row["steps"]) == (model, which, "auto"))
+            own = (row for row in rows if (row["model"], row["prompts"]) == (model, which))
             for place, mean, width in points(own, "steps_mean", metric):
                 panel.errorbar(place, mean, yerr=width, label=model, capsize=2, markersize=7,
                                **look(k) | {"linestyle": ""})  # fmt: skip

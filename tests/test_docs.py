@@ -8,7 +8,8 @@ import pytest
 
 from experiments.docs import cli_page, pages
 from experiments.result_figures import draw_figures
-from experiments.result_pages import RESULTS, read_results, result_pages
+from experiments.result_pages import RESULTS, SEARCHED, named, read_results, result_pages
+from speedrl.studies.ablations import AGAIN, all_ablations
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -109,14 +110,13 @@ def difference(variant, metric, size, *, outside=True, steps=4):
             "difference": size, "interval": 0.004, "seeds": 3, "outside": outside}  # fmt: skip
 
 
-def ablation(name="method", variants=("default", "the baseline again", "no reward"), **values):
+def ablation(name="method", base="embedded", searched="start"):
     """An ablation's file as of `speedrl ablate`: the base at 32 steps with guidance, all others from 4 steps on."""
-    sets = ("training", "held-out")
-    rows = [row("start", 32, prompts=which, guidance=1.3, runs=1) for which in sets]
-    rows += [row(model, steps, prompts=which, runs=1 if model == "start" else 3, **values)
-             for model in ("start", "base, its sampler searched", *variants)
-             for which in sets for steps in (4, 8, "auto")]  # fmt: skip
-    differences = [difference(variants[1], "reward", -0.011), difference(variants[1], "judge_r1", 0.021),
+    sets, variants = ("training", "held-out"), [*all_ablations()[name]]
+    rows = [row(base, 32, prompts=which, guidance=1.3, runs=1) for which in sets]
+    rows += [row(model, steps, prompts=which, runs=1 if model in (base, searched) else 3)
+             for model in (base, searched, *variants) for which in sets for steps in (4, 8, "auto")]  # fmt: skip
+    differences = [difference(AGAIN, "reward", -0.011), difference(AGAIN, "judge_r1", 0.021),
                    difference("no reward", "reward", -0.2), difference("no reward", "judge_r1", 0.02)]  # fmt: skip
     commands = [f"speedrl {line}" for seed in (0, 1, 2) for line in (
         f"train --out /tmp/a/runs/default/seed-{seed}/run --iterations 50 --ema 0.5 --model embedded --seed {seed} "
@@ -156,14 +156,21 @@ def test_the_front_page_takes_its_table_from_the_file_and_keeps_its_limits(found
     assert "| 0.571 / 0.571 | 0.404 / 0.404 |" in table[2] and "| 0.571±0.012 / 0.571±0.012 |" in table[4]
     text = " ".join(after.split("-->")[1].split())
     assert "3 trainings" in text and "up to 0.011 in reward and 0.021 in R@1" in text
-    assert "speedrl ablate method --seeds 0,1,2 --set ema=0.5 --iterations 50`" in text
+    assert "speedrl ablate method --seeds 0,1,2 --beside embedded --set ema=0.5 --iterations 50`" in text
 
 
 def test_the_front_page_does_without_a_searched_base_and_without_auto_steps(found):
-    kept = [r for r in found["method"]["rows"] if r["model"] in ("start", "default") and r["steps"] in (32, 8)]
+    kept = [r for r in found["method"]["rows"] if r["model"] in ("base", "default") and r["steps"] in (32, 8)]
     text = result_pages({"method": found["method"] | {"rows": kept, "differences": []}}, FRONT)["README.md"]
     rows = re.findall(r"^\| (base|trained) \| (\d+)", text, re.MULTILINE)
     assert rows == [("base", "64"), ("base", "8"), ("trained", "8")]
+
+
+@pytest.mark.parametrize("names", [("embedded", "start"), ("start", "runs/searched"), ("start", SEARCHED)])
+def test_the_base_is_told_from_the_one_with_a_searched_sampler(names):
+    rows = named(ablation("method", *names))["rows"]
+    assert [row["model"] for row in rows[:3]] == ["base"] * 3 and rows[0]["steps"] == 32
+    assert [*dict.fromkeys(row["model"] for row in rows)][:3] == ["base", SEARCHED, "default"]
 
 
 def test_results_have_the_numbers_of_the_file_and_the_floor_of_the_pair(found):
@@ -179,7 +186,8 @@ def test_results_have_the_numbers_of_the_file_and_the_floor_of_the_pair(found):
 def test_results_name_no_folder_of_the_machine_and_each_command_once(found):
     text = result_pages(found, FRONT)["docs/results.md"]
     assert "/tmp" not in text and "`no file c.txt`" in text
-    assert "speedrl ablate method --seeds 0,1,2 --set ema=0.5 --iterations 50 --eval-steps 4,8 --eval-count 4" in text
+    again = "speedrl ablate method --seeds 0,1,2 --beside embedded --set ema=0.5 --iterations 50 --eval-steps 4,8"
+    assert f"{again} --eval-count 4 --eval-seeds 1\n" in text
     assert text.count("speedrl train --out runs/ablate/runs/default/seed-N/run") == 1
 
 
