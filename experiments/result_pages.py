@@ -152,7 +152,7 @@ def ablations_page(found: Mapping[str, dict]) -> str:
 def section(found: dict, *, figure: str = "") -> str:
     """One ablation: its variants, tables, differences, failures and commands."""
     differences = found["differences"]
-    parts = [variants_table(found["ablation"]), figure, *tables(found["rows"])]
+    parts = [variants_table(found["ablation"]), sizes(found), figure, *tables(found["rows"])]
     if floors(differences):
         parts += ["Differences of the A/A pair:\n", pair_table(differences)]
     if differences:
@@ -289,14 +289,23 @@ def in_words(differences: list[dict]) -> str:
     return "\n".join([*lines, "", caution([found for found in differences if found["variant"] != AGAIN]), ""])
 
 
+def sizes(found: dict) -> str:
+    """How many trainings and images there are, and how all models remask; "" where no command says so."""
+    own = first_options(found, "eval")
+    runs = f"{max(row['runs'] for row in found['rows'])} trainings of each variant" if found["rows"] else ""
+    said = {"count": "{} images of each prompt", "seeds": "{} sampling seeds", "remask": "a remasked share of {}"}
+    parts = [runs, *(text.format(own[name]) for name, text in said.items() if name in own)]
+    return f"Sizes: {', '.join(filter(None, parts))}.\n" if own else ""
+
+
 def variants_table(name: str) -> str:
     """What each variant of an ablation sets; "" for an ablation that this version does not have."""
     lines = []
     for variant, own in all_ablations().get(name, {}).items():
         flags = command("train", own).removeprefix("speedrl train").strip()
-        what = f"`{flags}`" if flags else "the defaults"
+        what = f"`{flags}`" if flags else "none"
         lines.append([variant, f"{what}, from other seeds" if variant == AGAIN else what])
-    return grid(["variant", "options"], lines, left=2) if lines else ""
+    return grid(["variant", "further options"], lines, left=2) if lines else ""
 
 
 # COMMANDS
@@ -319,10 +328,15 @@ def options_of(line: str) -> dict[str, str]:
     return found
 
 
+def first_options(found: dict, name: str) -> dict[str, str]:
+    """The options of an ablation's first command of this name; {} without one."""
+    return next((options_of(line) for line in found["commands"] if line.startswith(f"speedrl {name} ")), {})
+
+
 def ablate_command(found: dict) -> str:
     """The command that repeats an ablation, from those of its runs: it was given what all its trainings share."""
     trainings = [options_of(line) for line in found["commands"] if line.startswith("speedrl train ")]
-    measured = next((options_of(line) for line in found["commands"] if line.startswith("speedrl eval ")), {})
+    measured = first_options(found, "eval")
     seeds = sorted({int(own["seed"]) for own in trainings if int(own["seed"]) < OFFSET})
     shared = set.intersection(*(set(own.items()) for own in trainings)) - GIVEN if trainings else set()
     words = ["speedrl", "ablate", found["ablation"]] + (["--seeds", ",".join(map(str, seeds))] if seeds else [])

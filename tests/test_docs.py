@@ -175,6 +175,7 @@ def test_the_base_is_told_from_the_one_with_a_searched_sampler(names):
 
 def test_results_have_the_numbers_of_the_file_and_the_floor_of_the_pair(found):
     text = result_pages(found, FRONT)["docs/results.md"]
+    assert "Sizes: 3 trainings of each variant, 4 images of each prompt, 1 sampling seeds." in text
     assert "| default | 4 | 4 | " in text and "0.571 ±0.012" in text and "0.404 ±0.012" in text
     assert "| training | 4 | -0.011 ±0.004 | +0.021 ±0.004 |" in text
     assert "| **largest size** |  | **0.011** | **0.021** |" in text

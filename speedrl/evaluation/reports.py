@@ -1,20 +1,24 @@
 """What a run ends with: the trained model beside its base."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 from rich.progress import track
 
 from speedrl.evaluation.figures import contact_sheet, save_image
-from speedrl.evaluation.measuring import judge_if_there, nfe_of, one_cell, prompt_sets, table
-from speedrl.generation import sample, step_counts
-from speedrl.models.checkpoint import Generator, load_generator
+from speedrl.evaluation.measuring import evaluations, judge_if_there, nfe_of, one_cell, prompt_sets, table
+from speedrl.generation import draw, step_counts
+from speedrl.models.checkpoint import Generator, decode, load_generator
 from speedrl.policies import make_policy
 from speedrl.rewards.loading import load_qualities
 from speedrl.system.files import write_json
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 COMPARED_STEPS = (4, 8, 16)
 BEFORE, SEARCHED, AFTER = "base", "base, its sampler searched", "trained"
@@ -75,16 +79,26 @@ def report(
         write_json(out / "comparison.json", rows)
 
     shown = [*sets.values()][-1][:images]  # held-out prompts, where there are some
-    sheet, labels = [], []
-    for name, model, steps in cells[:3]:
-        nfe = nfe_of(next(row for row in rows if (row["model"], row["steps"]) == (name, steps)))
-        sheet.append(sample(model, shown, steps=steps).cpu())
-        labels.append(f"{name}: {nfe} network evaluations")
-    scale = max(1, 128 // sheet[0].shape[-1])
-    save_image(contact_sheet(sheet, labels=labels, titles=shown, scale=scale), out / "before_after.png")
+    save_image(before_after(cells[:3], shown), out / "before_after.png")
     console.print(table(rows, width=console.width))
     console.print(f"wrote {out / 'before_after.png'} and {out / 'comparison.json'}", soft_wrap=True, highlight=False)
     return rows
+
+
+def before_after(
+    cells: Sequence[tuple[str, Generator, int | str]], prompts: list[str], *, seed: int = 0
+) -> "Image.Image":
+    """A contact sheet: a row for each named model in its steps, of the same prompts and noise, images of 128 px or more.
+
+    Labels say the mean network evaluations of the images shown.
+    """
+    sheet, labels = [], []
+    for name, model, steps in cells:
+        tokens, taken = draw(model, prompts, steps=steps, seed=seed)
+        nfe = nfe_of({"network_evaluations": evaluations(1, model.guidance) * taken.double().mean().item()})
+        sheet.append(decode(model, tokens).cpu())
+        labels.append(f"{name}: {nfe} network evaluations")
+    return contact_sheet(sheet, labels=labels, titles=prompts, scale=math.ceil(128 / min(sheet[0].shape[-2:])))
 
 
 def with_sampler_of(one: Generator, other: Generator) -> Generator:
