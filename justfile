@@ -14,9 +14,18 @@ check:
     .venv/bin/mypy --strict speedrl/method
     .venv/bin/mypy speedrl
 
-# docs/cli.md and docs/api.md from the code
+# the generated pages and tables: options, Python API, and results of experiments/results/ablations
 docs:
     .venv/bin/python -m experiments.docs
+
+# the documentation as a site in site/, which needs no network
+site:
+    .venv/bin/pip install -e ".[docs]"
+    NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
+
+# the first image of README.md; `just before-after --model runs/train --seed 0 --out docs/before_after.png`
+before-after *options:
+    .venv/bin/python -m experiments.before_after {{options}}
 
 # trainings killed at 50 random moments, each resumed: minutes
 kill:

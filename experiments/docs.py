@@ -53,9 +53,10 @@ def command_page(command: Any) -> list[str]:
         flags = (dashes, "--no-" + dashes[2:]) if kind is bool else (dashes,)
         first = (about.default,) if isinstance(about.default, str) else ()  # typer's place for the first flag
         is_option = isinstance(about, typer.models.OptionInfo)
-        names = " ".join([*first, *(about.param_decls or ())] or flags) if is_option else option.upper()
+        names = [*first, *(about.param_decls or ())] or flags if is_option else [option.upper()]
         default = (function.__kwdefaults__ or {}).get(option, parameter.default)
-        row = f"| `{names}` | {values_of(kind)} | {default_of(default)} | {cell(about.help or '')} |"
+        shown = " ".join(f"`{name}`" for name in names)
+        row = f"| {shown} | {values_of(kind)} | {default_of(default)} | {cell(about.help or '')} |"
         panels.setdefault(about.rich_help_panel or "Options", []).append(row)
     for panel, rows in panels.items():
         lines += [f"### {name}: {panel}", "", "| option | values | default | what |", "|---|---|---|---|", *rows, ""]
@@ -89,6 +90,9 @@ def api_page() -> str:
     for name in names:
         thing = getattr(speedrl, name)
         call = re.sub(r"<function (\w+) at 0x\w+>", r"\1", f"{name}{inspect.signature(thing)}")
+        call = re.sub(r"\b(?:torch|pathlib|typing|collections\.abc)\.(?=[A-Z])", "", call)
+        if len(call) > 100:  # a line for each parameter
+            call = re.sub(r", (?=\*|\w+:)", ",\n    ", call.replace("(", "(\n    ", 1))
         lines += [f"## {name}", "", f"In `{thing.__module__}`.", "", "```python", call, "```", "",
                   "```text", inspect.cleandoc(thing.__doc__ or ""), "```", ""]  # fmt: skip
     return "\n".join(lines).rstrip() + "\n"

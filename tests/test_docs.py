@@ -55,6 +55,17 @@ def test_links_between_pages_lead_somewhere(page):
             assert anchor in anchors(file.read_text(encoding="utf-8")), target
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_images_of_pages_are_there(page):
+    for target in re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), f"{target}: run python -m experiments.docs"
+
+
+def test_the_site_has_every_page():
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert {page.name for page in PAGES} - {"README.md"} <= set(re.findall(r": (\S+\.md)$", text, re.MULTILINE))
+
+
 def test_the_front_page_is_short():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= LINES and len(text.split()) <= WORDS

@@ -5,8 +5,10 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
+import experiments.before_after
 import speedrl.evaluation.reports
 from speedrl.evaluation.reports import report
 from speedrl.studies.plots import look, over_iterations, over_stretches, plot_curves, plot_pareto
@@ -96,6 +98,20 @@ def test_the_report_compares_like_with_like(trained, tiny_generator_folder, tmp_
     assert json.loads((tmp_path / "out/comparison.json").read_text(encoding="utf-8")) == rows
     assert (tmp_path / "out/before_after.png").stat().st_size > 1000
     assert "auto: 2 (2.0)" in capsys.readouterr().out
+
+
+def test_the_front_pages_sheet_has_random_prompts_of_a_stated_seed(trained, tiny_generator_folder, tmp_path, capsys):
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "sheet.png"
+    prompts.write_text("\n".join(f"prompt {i}" for i in range(9)), encoding="utf-8")
+    options = dict(model=str(trained), base=str(tiny_generator_folder), prompts=str(prompts), count=3)
+    written = []
+    for seed in (0, 0, 1):
+        experiments.before_after.main(**options, seed=seed, out=out)
+        written.append(out.read_bytes())
+    assert written[0] == written[1] != written[2]
+    assert "3 of 9 prompts, drawn at random with seed 1" in capsys.readouterr().out
+    with Image.open(out) as sheet:
+        assert sheet.width > 3 * 128 and sheet.height > 3 * 128
 
 
 def test_a_count_that_all_prompts_take_is_compared_once(trained, tiny_generator_folder, tmp_path, capsys):

@@ -88,7 +88,7 @@ def report(
 def before_after(
     cells: Sequence[tuple[str, Generator, int | str]], prompts: list[str], *, seed: int = 0
 ) -> "Image.Image":
-    """A contact sheet: a row for each named model in its steps, of the same prompts and noise, images of 128 px or more.
+    """A contact sheet: a row for each named model in its steps, with the same prompts and noise, images of 128 px.
 
     Labels say the mean network evaluations of the images shown.
     """

@@ -23,7 +23,7 @@ def speed_reward(steps: Tensor, *, max_steps: int) -> Tensor:
 def combine(quality: Tensor, speed: Tensor, *, steps_reward: float, gate: float | None = None) -> Tensor:
     """quality + steps_reward * speed, [B] and [B] -> [B]; with a gate, speed counts only where quality >= gate.
 
-    `steps_reward` is the quality that saving every network call would be worth; `gate` is in units of the quality.
+    `steps_reward` is the quality that saving all steps would be worth; `gate` is in units of the quality.
     """
     bonus = steps_reward * speed
     return quality + (bonus if gate is None else torch.where(quality >= gate, bonus, 0))
