@@ -100,6 +100,12 @@ def test_the_python_example_of_the_front_page_runs():
     assert names["loss"].isfinite()
 
 
+def test_every_licence_that_files_are_under_has_its_text():
+    text = (ROOT / "REUSE.toml").read_text(encoding="utf-8")
+    named = {name for line in re.findall(r'SPDX-License-Identifier = "(.+)"', text) for name in line.split(" AND ")}
+    assert named == {path.stem for path in (ROOT / "LICENSES").iterdir()}
+
+
 # GENERATED RESULTS
 
 FRONT = "before\n<!-- results:begin -->\nold\n<!-- results:end -->\nafter\n"
