@@ -15,7 +15,7 @@ def on_files(files: Any, *, config: Any) -> None:
     """Adds the files of PLACES to the site."""
     for source, place in PLACES.items():
         text = (ROOT / source).read_text(encoding="utf-8")
-        files.append(File.generated(config, place, content=f"# Benchmark\n\n{text}" if place == "bench.md" else text))
+        files.append(File.generated(config, place, content=text))
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:

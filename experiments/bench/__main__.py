@@ -1,4 +1,4 @@
-"""How fast it is: `python -m experiments.bench` measures, as ratios in one run, and writes the tables of the README.
+"""How fast it is: `python -m experiments.bench` measures, as ratios in one run, and writes bench.md.
 
 The machine's ceilings are measured and printed first, in every run. Parts that are in the results already are kept;
 `--again` measures them anew, `--only NAME` that part alone. Nothing else should run on the machine meanwhile.
@@ -26,7 +26,7 @@ PARTS = {
     "mfu": parts.utilisation,
     "pipeline": against_pipeline,
     "plain": parts.against_plain,
-    "trained": parts.trained_steps,
+    "train-steps": parts.trained_steps,
     "sample": parts.command,
     "growth": growth,
 }
@@ -34,7 +34,8 @@ PARTS = {
 
 def report(out: Path) -> str:
     """All results as Markdown."""
-    lines = []
+    about = "What `python -m experiments.bench` measured; docs/performance.md says on which version.\n"
+    lines = ["# Benchmark\n", about]
     for path in (out / f"{name}.json" for name in ("ceilings", *PARTS)):
         if path.exists():
             found = json.loads(path.read_text(encoding="utf-8"))

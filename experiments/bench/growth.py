@@ -21,7 +21,7 @@ KEYS = ("sampling s", "training s", "GB above the weights")
 def growth(ceilings: dict[str, float], *, device: str, small: bool, out: Path) -> list[dict]:
     """Seconds and peak memory of an iteration of a random model (1 double and 2 single blocks, width 512) while one
     number grows and the others stay at 8 images of 4 steps in one micro-batch, 256 tokens, 1024 codes. The exponent k
-    of ~x^k is fitted over the larger half of each sweep; memory is what the iteration adds to that of the weights."""
+    of ~x^k is fitted over the larger half of each range; memory is what the iteration adds to that of the weights."""
     rows = []
     for name, values in SWEEPS.items():
         points = []

@@ -16,7 +16,7 @@ def options(setting: dict) -> list[object]:
 
 
 def utilisation(ceilings: dict[str, float], *, device: str, small: bool, out: Path) -> list[dict]:
-    """Model FLOPs utilisation: the operations that rollouts and training steps need, by the formula in `models/flops`,
+    """Model FLOPs utilisation: the operations that rollouts and training steps need, by the formula in `flops.py`,
     over the seconds they take, as a share of the large matrix product in the same precision, and of the faster one of
     fp32 and bf16. What is computed twice to save memory does not count."""
     gpu, best = device != "cpu", max(ceilings["fp32 TFLOP/s"], ceilings["bf16 TFLOP/s"])
@@ -59,8 +59,8 @@ def against_plain(ceilings: dict[str, float], *, device: str, small: bool, out: 
 
 
 def trained_steps(ceilings: dict[str, float], *, device: str, small: bool, out: Path) -> list[dict]:
-    """Training on K of 8 steps (`--trained`): what an update of the embedded model costs. Its gradient is unbiased, and
-    noisier for fewer steps."""
+    """Training on K of 8 steps (`--train-steps`): what an update of the embedded model costs. Its gradient is unbiased,
+    and noisier for fewer steps."""
     setting = {"model": "embedded", "batch": 2 if small else 64, "micro-batch": 16, "steps": 8, "device": device}
     setting |= {"repeats": 1} if small else {}
     rows = []
