@@ -66,6 +66,15 @@ def test_the_site_has_every_page():
     assert {page.name for page in PAGES} - {"README.md"} <= set(re.findall(r": (\S+\.md)$", text, re.MULTILINE))
 
 
+def test_recipes_and_folders_that_pages_name_exist():
+    recipes = set(re.findall(r"^([\w-]+)(?: \*\w+)?:", (ROOT / "justfile").read_text(encoding="utf-8"), re.MULTILINE))
+    for page in [*PAGES, *ROOT.glob("experiments/**/README.md")]:
+        text = page.read_text(encoding="utf-8")
+        assert set(re.findall(r"`just ([\w][\w-]*)", text)) <= recipes, page
+        for path in re.findall(r"`((?:speedrl|experiments|tests)/[\w./]*)`", text):
+            assert (ROOT / path).exists(), f"{page} names {path}"
+
+
 def test_the_front_page_is_short():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= LINES and len(text.split()) <= WORDS
