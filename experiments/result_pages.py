@@ -172,12 +172,11 @@ def front_page(found: dict) -> str:
     lines = [[name, " / ".join(dict.fromkeys(map(nfe_of, own))),
               *(" / ".join(number(row, metric) for row in own) for metric in ("reward", "judge_r1", "diversity"))]
              for name, own in front_rows(found)]  # fmt: skip
-    made = ablate_command(found).partition(" --eval-")[0]  # the rest is in docs/results.md
-    text = f"Trained: mean of {runs} training{'s' * (runs > 1)} by `{made}`; ± is the 95 % interval."
+    text = f"Trained: mean of {runs} training{'s' * (runs > 1)} by `speedrl ablate {MAIN}`; ± is the 95 % interval."
     if floor := floors(found["differences"]):
         sizes = [f"{floor[metric]:.3f} in {TITLES[metric]}" for metric in ("reward", "judge_r1") if metric in floor]
         text += f" The same training from other seeds differs by up to {' and '.join(sizes)}: the A/A pair."
-    text = textwrap.fill(f"{text} [All results](docs/results.md).", 120, break_long_words=False, break_on_hyphens=False)
+    text = textwrap.fill(f"{text} [Command, protocol and all rows](docs/results.md).", 120, break_long_words=False, break_on_hyphens=False)
     return f"{grid(header, lines)}\n{text}\n"
 
 
@@ -239,7 +238,7 @@ def tables(rows: list[dict]) -> list[str]:
     """For each set of prompts its name and a table of its rows by steps; settings alike in all rows are left out."""
     parts = []
     for which in dict.fromkeys(row["prompts"] for row in rows):
-        own = sorted((row for row in rows if row["prompts"] == which), key=lambda row: in_order(row["steps"]))
+        own = sorted((row for row in rows if row["prompts"] == which), key=in_order)
         header, lines = columns_of(own, error="interval")
         lines = [[row["model"], *line[1:], str(row["runs"])] for row, line in zip(own, lines, strict=True)]
         columns = zip([*header, "runs"], *lines, strict=True)
@@ -249,8 +248,10 @@ def tables(rows: list[dict]) -> list[str]:
     return parts
 
 
-def in_order(steps: int | str) -> float:
-    return float("inf") if steps == "auto" else float(steps)
+def in_order(row: dict) -> tuple:
+    """By steps, "auto" last, and of equal steps first the base, then the one with a searched sampler."""
+    steps = float("inf") if row["steps"] == "auto" else row["steps"]
+    return steps, row["model"] != BEFORE, row["model"] != SEARCHED
 
 
 def floors(differences: Iterable[dict]) -> dict[str, float]:
@@ -291,11 +292,10 @@ def in_words(differences: list[dict]) -> str:
 
 def sizes(found: dict) -> str:
     """How many trainings and images there are, and how all models remask; "" where no command says so."""
-    own = first_options(found, "eval")
-    runs = f"{max(row['runs'] for row in found['rows'])} trainings of each variant" if found["rows"] else ""
-    said = {"count": "{} images of each prompt", "seeds": "{} sampling seeds", "remask": "a remasked share of {}"}
-    parts = [runs, *(text.format(own[name]) for name, text in said.items() if name in own)]
-    return f"Sizes: {', '.join(filter(None, parts))}.\n" if own else ""
+    own, runs = first_options(found, "eval"), max((row["runs"] for row in found["rows"]), default=0)
+    words = {"count": "images of each prompt", "seeds": "sampling seeds", "remask": "remasked share of the tokens"}
+    known = [f"{text} {own[name]}" for name, text in words.items() if name in own]
+    return f"Sizes: trainings of each variant {runs}, {', '.join(known)}.\n" if known else ""
 
 
 def variants_table(name: str) -> str:
@@ -334,16 +334,17 @@ def first_options(found: dict, name: str) -> dict[str, str]:
 
 
 def ablate_command(found: dict) -> str:
-    """The command that repeats an ablation, from those of its runs: it was given what all its trainings share."""
+    """The command that repeats an ablation, from its runs': it was given what the baseline does not set itself."""
     trainings = [options_of(line) for line in found["commands"] if line.startswith("speedrl train ")]
-    measured = first_options(found, "eval")
     seeds = sorted({int(own["seed"]) for own in trainings if int(own["seed"]) < OFFSET})
-    shared = set.intersection(*(set(own.items()) for own in trainings)) - GIVEN if trainings else set()
     words = ["speedrl", "ablate", found["ablation"]] + (["--seeds", ",".join(map(str, seeds))] if seeds else [])
     words += [word for model in found["beside"] for word in ("--beside", model)]
-    for name, value in sorted(shared):
-        if name not in ("out", "seed"):
+    own = all_ablations().get(found["ablation"], {}).get(found["baseline"], {})
+    itself = {"out", "seed", *(name.replace("_", "-") for name in own)}
+    for name, value in sorted(first_options(found, "train").items()):
+        if name not in itself and (name, value) not in GIVEN:
             words += [f"--{name}", value] if name in DIRECT else ["--set", f"{name}={value}"]
+    measured = first_options(found, "eval")
     for name in ("steps", "count", "seeds"):
         words += [f"--eval-{name}", measured[name].removesuffix(",auto")] if name in measured else []
     return portable(shlex.join(words))

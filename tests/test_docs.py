@@ -182,7 +182,7 @@ def test_the_front_page_takes_its_table_from_the_file_and_keeps_its_limits(found
     assert "| 0.571 / 0.571 | 0.404 / 0.404 |" in table[2] and "| 0.571±0.012 / 0.571±0.012 |" in table[4]
     text = " ".join(after.split("-->")[1].split())
     assert "3 trainings" in text and "up to 0.011 in reward and 0.021 in R@1" in text
-    assert "speedrl ablate method --seeds 0,1,2 --beside embedded --set ema=0.5 --iterations 50`" in text
+    assert "`speedrl ablate method`" in text and "(docs/results.md)" in text
 
 
 def test_the_front_page_does_without_a_searched_base_and_without_auto_steps(found):
@@ -201,7 +201,7 @@ def test_the_base_is_told_from_the_one_with_a_searched_sampler(names):
 
 def test_results_have_the_numbers_of_the_file_and_the_floor_of_the_pair(found):
     text = result_pages(found, FRONT)["docs/results.md"]
-    assert "Sizes: 3 trainings of each variant, 4 images of each prompt, 1 sampling seeds." in text
+    assert "Sizes: trainings of each variant 3, images of each prompt 4, sampling seeds 1." in text
     assert "| default | 4 | 4 | " in text and "0.571 ±0.012" in text and "0.404 ±0.012" in text
     assert "| training | 4 | -0.011 ±0.004 | +0.021 ±0.004 |" in text
     assert "| **largest size** |  | **0.011** | **0.021** |" in text
