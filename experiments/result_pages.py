@@ -176,7 +176,8 @@ def front_page(found: dict) -> str:
     if floor := floors(found["differences"]):
         sizes = [f"{floor[metric]:.3f} in {TITLES[metric]}" for metric in ("reward", "judge_r1") if metric in floor]
         text += f" The same training from other seeds differs by up to {' and '.join(sizes)}: the A/A pair."
-    text = textwrap.fill(f"{text} [Command, protocol and all rows](docs/results.md).", 120, break_long_words=False, break_on_hyphens=False)
+    text += " [Command, protocol and all rows](docs/results.md)."
+    text = textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
     return f"{grid(header, lines)}\n{text}\n"
 
 
