@@ -39,6 +39,18 @@ train *options:
 ablate *options:
     .venv/bin/speedrl ablate {{options}}
 
+# an ablation in full: its file in experiments/results/ablations, and the pages made of it; days on two cores.
+# All trainings start from the base with one searched sampler; it is saved without guidance, so the reference's is given.
+# Not for the ablation search: `speedrl ablate search`.
+results name *options:
+    test -d runs/searched/model || .venv/bin/speedrl train --iterations 0 --steps-reward 0.5 --no-compare --out runs/searched
+    .venv/bin/speedrl ablate {{name}} --model runs/searched --beside embedded --out runs/results \
+        --prompts speedrl/models/embedded/prompts/train.txt --set search=0 --set reference_guidance=1.3 \
+        {{ if name == "speed-reward" { "" } else { "--set steps_reward=0.5" } }} \
+        --iterations 100 --eval-steps 1,2,4,8,16,32 {{options}}
+    cp runs/results/report-{{name}}/{{name}}.json experiments/results/ablations/
+    .venv/bin/python -m experiments.docs
+
 # reinforcement learning beside fine-tuning, distillation, other orders and the base at its best: hours
 study *options:
     .venv/bin/python -m experiments.study {{options}}

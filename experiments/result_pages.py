@@ -29,12 +29,10 @@ GIVEN = {("model", "embedded"), ("compare", "false")}  # what `ablate` gives eve
 DIRECT = ("model", "iterations", "groups", "group-size", "lr", "prompts", "quality")  # its other options need --set
 
 MISSING = """\
-**No measurement of this version is here yet.** These commands make it, in many hours on two cores:
+**No measurement of this version is here yet.** This makes it, in many hours on two cores:
 
 ```sh
-speedrl ablate {name} --seeds 0,1,2 --out runs/ablate
-cp runs/ablate/report-{name}/{name}.json experiments/results/ablations/
-python -m experiments.docs
+just results {name}
 ```
 """
 
