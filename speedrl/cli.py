@@ -81,6 +81,7 @@ Base = Annotated[
 Negative = Annotated[
     str | None, Option(help="What guidance leads away from. [default: the model's]", rich_help_panel=MODEL)
 ]
+Precisions = Annotated[Precision, Option(help="Of transformer and text encoder.", rich_help_panel=MODEL)]
 MicroConds = Annotated[
     str | None,
     Option(
@@ -171,8 +172,8 @@ def defaults(target: str) -> dict[str, object]:
     tree = ast.parse((Path(__file__).parent / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8"))
     (node,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function)
     optional = node.args.args[len(node.args.args) - len(node.args.defaults) :]
-    pairs = [*zip(optional, node.args.defaults, strict=True)]
-    pairs += zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
+    arguments, given = [*optional, *node.args.kwonlyargs], [*node.args.defaults, *node.args.kw_defaults]
+    pairs = zip(arguments, given, strict=True)
     values = {argument.arg: ast.literal_eval(value) for argument, value in pairs if value is not None}
     return {name: ",".join(map(str, v)) if isinstance(v, tuple) and v else v for name, v in values.items()}
 
@@ -196,18 +197,19 @@ def uncollected() -> Iterator[None]:
 
 def loading(options: dict[str, Any]) -> dict[str, Any]:
     """Takes what is for `load_generator` out of a command's options. ValueError for what cannot be read."""
-    names = ("text_encoder", "size", "negative_prompt", "micro_conds", "base")
-    taken = {name: options.pop(name, None) for name in names}
-    found = {"text_encoder": taken["text_encoder"], "negative": taken["negative_prompt"], "base": taken["base"]}
-    if taken["size"] is not None:
+    names = {"text_encoder": "text_encoder", "size": "size", "negative": "negative_prompt",
+             "micro_conds": "micro_conds", "base": "base"}  # fmt: skip
+    found = {name: options.pop(option, None) for name, option in names.items()}
+    if (size := found["size"]) is not None:
         try:
-            height, width = (int(side) for side in taken["size"].lower().split("x"))
+            height, width = (int(side) for side in size.lower().split("x"))
         except ValueError:
-            raise ValueError(f"--size takes height and width, like 512x768, not {taken['size']!r}") from None
+            raise ValueError(f"--size takes height and width, like 512x768, not {size!r}") from None
         found["size"] = (height, width)
-    found["micro_conds"] = numbers(taken["micro_conds"], float, option="micro-conds")
-    if found["micro_conds"] is not None and len(found["micro_conds"]) != 5:
-        raise ValueError(f"--micro-conds takes five numbers, like 1024,1024,0,0,6, not {taken['micro_conds']!r}")
+    if (given := found["micro_conds"]) is not None:
+        found["micro_conds"] = numbers(given, float, option="micro-conds")
+        if len(found["micro_conds"]) != 5:
+            raise ValueError(f"--micro-conds takes five numbers, like 1024,1024,0,0,6, not {given!r}")
     if (precision := options.pop("precision", "fp32")) != "fp32":
         import torch
 
@@ -255,8 +257,8 @@ def in_one_line(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def forwards(target: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Makes a command of a function: options without a default take that of the same keyword of `target`.
+def forwards(target: str, **more: object) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Makes a command of a function: options without a default take that of the same keyword of `target`, or of `more`.
 
     Errors are told by `in_one_line`.
     """
@@ -264,7 +266,7 @@ def forwards(target: str) -> Callable[[Callable[..., None]], Callable[..., None]
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         named = inspect.getfullargspec(command).kwonlyargs
         given = {name: value for name, value in defaults(target).items() if name in named}
-        command.__kwdefaults__ = given | (command.__kwdefaults__ or {})
+        command.__kwdefaults__ = given | more | (command.__kwdefaults__ or {})
 
         return in_one_line(command)
 
@@ -307,7 +309,7 @@ def sample(
     negative_prompt: Negative = None,
     micro_conds: MicroConds = None,
     base: Base = None,
-    precision: Annotated[Precision, Option(help="Of transformer and text encoder.", rich_help_panel=MODEL)] = "fp32",
+    precision: Precisions = Precision.fp32,
     device: Device = "auto",
 ) -> None:
     """Draw images of prompts into a file."""
@@ -491,10 +493,8 @@ def export(
     print(f"wrote {export(checkpoint, out=out, raw=raw, merge=merge, model=model)}")
 
 
-def numbers(text: str | None, kind: type, *, option: str) -> tuple | None:
-    """Reads "1,2,4" as a tuple of `kind`; None stays None. ValueError otherwise."""
-    if text is None:
-        return None
+def numbers(text: str, kind: type, *, option: str) -> tuple:
+    """Reads "1,2,4" as a tuple of `kind`. ValueError otherwise."""
     try:
         found = tuple(kind(part) for part in text.split(","))
         if all(math.isfinite(number) for number in found):
@@ -505,12 +505,10 @@ def numbers(text: str | None, kind: type, *, option: str) -> tuple | None:
 
 
 @app.command("eval", epilog=EVAL_EXAMPLES)
-@forwards("evaluation.measuring.evaluate")
+@forwards("evaluation.measuring.evaluate", model=("embedded",))
 def evaluate(
     *,
-    model: Annotated[list[str], Option(help="embedded, a folder, a run or a hub id; give it again for more.")] = (
-        "embedded",
-    ),
+    model: Annotated[list[str], Option(help="embedded, a folder, a run or a hub id; give it again for more.")],
     out: Annotated[Path, Option(help="Folder of the results; rows that it has are kept.")],
     steps: Annotated[str, Option(help="Step counts, and auto for the choice of a model's step policy.")],
     guidance: Annotated[
@@ -545,7 +543,7 @@ def evaluate(
     negative_prompt: Negative = None,
     micro_conds: MicroConds = None,
     base: Base = None,
-    precision: Annotated[Precision, Option(help="Of transformer and text encoder.", rich_help_panel=MODEL)] = "fp32",
+    precision: Precisions = Precision.fp32,
     device: Device = "auto",
 ) -> None:
     """Measure models over step counts: a table, results.json and a plot."""
@@ -553,9 +551,9 @@ def evaluate(
     options["loading"] = loading(options)
     counts = (part.strip() for part in steps.split(","))
     options["steps"] = tuple("auto" if part == "auto" else numbers(part, int, option="steps")[0] for part in counts)
-    options["guidance"] = numbers(guidance, float, option="guidance")
-    options["temperature"] = numbers(temperature, float, option="temperature")
-    options["remask"] = numbers(remask, float, option="remask")
+    for name in ("guidance", "temperature", "remask"):
+        if options[name] is not None:
+            options[name] = numbers(options[name], float, option=name)
     options |= {name: options[name] and tuple(options[name].split(",")) for name in ("schedule", "order")}
     from speedrl.evaluation.measuring import evaluate
     from speedrl.system.platform import pick_device, quiet_allocator
@@ -566,7 +564,7 @@ def evaluate(
 
 
 @app.command(epilog=ABLATE_EXAMPLES)
-@forwards("studies.ablations.ablate")
+@forwards("studies.ablations.ablate", set=())
 def ablate(
     *,
     name: Annotated[
@@ -579,7 +577,7 @@ def ablate(
     out: Annotated[Path, Option(help="Folder of the runs and the report; finished runs are kept.")],
     seeds: Annotated[str, Option(help="Seeds to train from, like 0,1,2.")],
     model: Annotated[str, Option(help="embedded, a folder, a run's folder or a hub id.")],
-    beside: Annotated[list[str], Option(help="A model to measure beside the variants; may be repeated.")] = (),
+    beside: Annotated[list[str], Option(help="A model to measure beside the variants; may be repeated.")],
     device: Annotated[str, Option(help="auto, cpu, cuda, or several for the jobs to share out, like cuda:0,cuda:1.")],
     jobs: Annotated[int, Option(help="Runs at a time, each in a process of its own.")],
     quick: Annotated[bool, Option(help="Only show that everything runs: one iteration of four images.")],
@@ -591,28 +589,26 @@ def ablate(
     quality: Annotated[str | None, Option(help=QUALITY)] = None,
     set: Annotated[
         list[str], Option(metavar="OPTION=VALUE", help="Any other option of train, like lora=16; may be repeated.")
-    ] = (),
+    ],
     eval_steps: Annotated[str, Option(help="Step counts to measure.")],
     eval_count: Annotated[int, Option(help="Images of each prompt and seed.")],
     eval_seeds: Annotated[int, Option(help="Repetitions of each measurement.")],
     eval_prompts: Annotated[str | None, Option(help="Prompts to measure. [default: the embedded model's]")] = None,
 ) -> None:
     """Train and measure the variants of an ablation, or of all, and put them into one report."""
-    training = {"iterations": iterations, "groups": groups, "group_size": group_size, "lr": lr, "prompts": prompts,
-                "quality": quality}  # fmt: skip
-    training = {name: value for name, value in training.items() if value is not None} | assignments(
-        set, "training.train"
-    )
-    measuring = {"eval_steps": numbers(eval_steps, int, option="eval-steps"), "eval_count": eval_count,
-                 "eval_seeds": eval_seeds}  # fmt: skip
+    given = {"iterations": iterations, "groups": groups, "group_size": group_size, "lr": lr, "prompts": prompts,
+             "quality": quality}  # fmt: skip
+    training: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    training |= assignments(set, "training.train")
+    measuring = {"seeds": numbers(seeds, int, option="seeds"),
+                 "eval_steps": numbers(eval_steps, int, option="eval-steps")}  # fmt: skip
     evaluation = {} if eval_prompts is None else {"prompts": eval_prompts}
-    seeds = numbers(seeds, int, option="seeds")
     from speedrl.studies.ablations import ablate
     from speedrl.system.platform import quiet_allocator
 
     quiet_allocator()
-    ablate(name, out=out, seeds=seeds, model=model, beside=beside, device=device, jobs=jobs, quick=quick,
-           evaluation=evaluation, **measuring, **training)  # fmt: skip
+    ablate(name, out=out, model=model, beside=beside, device=device, jobs=jobs, quick=quick, eval_count=eval_count,
+           eval_seeds=eval_seeds, evaluation=evaluation, **measuring, **training)  # fmt: skip
 
 
 def assignments(texts: list[str], target: str) -> dict[str, Any]:
