@@ -29,83 +29,38 @@ REWARD_WEIGHTS = "NAME=FILE: weights of a quality in place of the published ones
 RL, SAMPLER, REWARD = "Reinforcement learning", "Sampler", "Reward"
 MEMORY, RANKS, OUTPUT, MODEL = "Memory and speed", "Several processes", "Output", "Model"
 
-
-class Likelihood(enum.StrEnum):
-    exact = "exact"
-    token = "token"
-    sequence = "sequence"
-
-
-class Divergence(enum.StrEnum):
-    ce = "ce"
-    reverse = "reverse"
-    k1 = "k1"
-    k2 = "k2"
-    k3 = "k3"
-    none = "none"
+Likelihood = enum.StrEnum("Likelihood", ["exact", "token", "sequence"])
+Divergence = enum.StrEnum("Divergence", ["ce", "reverse", "k1", "k2", "k3", "none"])
+RevealOrder = enum.StrEnum("RevealOrder", ["confidence", "random", "halton"])
+Scale = enum.StrEnum("Scale", ["group", "batch", "none"])
+Parallel = enum.StrEnum("Parallel", ["ddp", "fsdp"])
+Precision = enum.StrEnum("Precision", ["fp32", "bf16", "fp16"])
 
 
-class RevealOrder(enum.StrEnum):
-    confidence = "confidence"
-    random = "random"
-    halton = "halton"
-
-
-class Scale(enum.StrEnum):
-    group = "group"
-    batch = "batch"
-    none = "none"
-
-
-class Parallel(enum.StrEnum):
-    ddp = "ddp"
-    fsdp = "fsdp"
-
-
-class Precision(enum.StrEnum):
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
+def under(panel: str, help: str, *flags: str) -> Any:
+    """An option that its command's help lists in a panel."""
+    return Option(*flags, help=help, rich_help_panel=panel)
 
 
 Device = Annotated[str, Option(help="auto, cpu, cuda, mps; auto takes the first of cuda, mps and cpu that works.")]
-TextEncoder = Annotated[
-    str | None, Option(help="A CLIP's folder or hub id. [default: the model's own]", rich_help_panel=MODEL)
-]
-Size = Annotated[
-    str | None, Option(help="Height and width in pixels, like 512x768. [default: the model's]", rich_help_panel=MODEL)
-]
-Base = Annotated[
-    str | None, Option(help="The base of an adapter, if it is no longer where it was.", rich_help_panel=MODEL)
-]
-Negative = Annotated[
-    str | None, Option(help="What guidance leads away from. [default: the model's]", rich_help_panel=MODEL)
-]
-Precisions = Annotated[Precision, Option(help="Of transformer and text encoder.", rich_help_panel=MODEL)]
+TextEncoder = Annotated[str | None, under(MODEL, "A CLIP's folder or hub id. [default: the model's own]")]
+Size = Annotated[str | None, under(MODEL, "Height and width in pixels, like 512x768. [default: the model's]")]
+Base = Annotated[str | None, under(MODEL, "The base of an adapter, if it is no longer where it was.")]
+Negative = Annotated[str | None, under(MODEL, "What guidance leads away from. [default: the model's]")]
+Precisions = Annotated[Precision, under(MODEL, "Of transformer and text encoder.")]
 MicroConds = Annotated[
-    str | None,
-    Option(
-        help="Width, height, crop top, crop left, aesthetic score. [default: the size,0,0,6]", rich_help_panel=MODEL
-    ),
+    str | None, under(MODEL, "Width, height, crop top, crop left, aesthetic score. [default: the size,0,0,6]")
 ]
 Schedule = Annotated[
-    str | None,
-    Option(
-        help="Mask schedule: cosine, linear, square, arccos or power:X. [default: the model's]",
-        rich_help_panel=SAMPLER,
-    ),
+    str | None, under(SAMPLER, "Mask schedule: cosine, linear, square, arccos or power:X. [default: the model's]")
 ]
-Order = Annotated[RevealOrder | None, Option(help="Reveal order. [default: the model's]", rich_help_panel=SAMPLER)]
+Order = Annotated[RevealOrder | None, under(SAMPLER, "Reveal order. [default: the model's]")]
 Temperature = Annotated[
-    float | None,
-    Option(help="Temperature of the reveal order at the first step. [default: the model's]", rich_help_panel=SAMPLER),
+    float | None, under(SAMPLER, "Temperature of the reveal order at the first step. [default: the model's]")
 ]
 Remask = Annotated[
     float | None,
-    Option(
-        help="Share of the tokens that the last quarter of 6 steps or more draws again. [default: the model's]",
-        rich_help_panel=SAMPLER,
-    ),
+    under(SAMPLER, "Share of the tokens that the last quarter of 6 steps or more draws again. [default: the model's]"),
 ]
 
 SAMPLE_EXAMPLES = """Examples:
@@ -293,12 +248,7 @@ def sample(
     model: Annotated[str, Option(help="embedded, a folder, a run's folder or a hub id.")] = "embedded",
     guidance: Annotated[
         float | None,
-        Option(
-            "--guidance",
-            "--guidance-scale",
-            help="Guidance scale; 1 is none. [default: the model's]",
-            rich_help_panel=SAMPLER,
-        ),
+        under(SAMPLER, "Guidance scale; 1 is none. [default: the model's]", "--guidance", "--guidance-scale"),
     ],
     temperature: Temperature,
     schedule: Schedule,
@@ -363,94 +313,58 @@ def train(
     out: Annotated[Path, Option(help="The run's folder.")],
     seed: Annotated[int, Option(help="The same seed trains the same model.")],
     resume: Annotated[bool, Option(help="Go on from the run's newest checkpoint; start if there is none yet.")],
-    likelihood: Annotated[
-        Likelihood,
-        Option(help="exact: with the choice of positions; token: the paper's surrogate.", rich_help_panel=RL),
-    ],
-    kl: Annotated[Divergence, Option(help="Estimator of the divergence; ce is the paper's.", rich_help_panel=RL)],
-    clip_range: Annotated[float, Option(help="Ratios are clipped to 1 +- this.", rich_help_panel=RL)],
-    updates: Annotated[int, Option(help="Updates on each rollout.", rich_help_panel=RL)],
-    percentile: Annotated[
-        float, Option(help="Groups under this percentile of the quality's deviation do not train.", rich_help_panel=RL)
-    ],
+    likelihood: Annotated[Likelihood, under(RL, "exact: with the choice of positions; token: the paper's surrogate.")],
+    kl: Annotated[Divergence, under(RL, "Estimator of the divergence; ce is the paper's.")],
+    clip_range: Annotated[float, under(RL, "Ratios are clipped to 1 +- this.")],
+    updates: Annotated[int, under(RL, "Updates on each rollout.")],
+    percentile: Annotated[float, under(RL, "Groups under this percentile of the quality's deviation do not train.")],
     min_quality: Annotated[
-        float,
-        Option(help="Images under this many deviations of their step count's mean do not train.", rich_help_panel=RL),
+        float, under(RL, "Images under this many deviations of their step count's mean do not train.")
     ],
     advantage_std: Annotated[
-        Scale,
-        Option(help="What advantages are divided by: the deviation of the group or the batch.", rich_help_panel=RL),
+        Scale, under(RL, "What advantages are divided by: the deviation of the group or the batch.")
     ],
     reward_gradient: Annotated[
-        float,
-        Option(help="Weight of the reward's own gradient through the decoder, a white-box method.", rich_help_panel=RL),
+        float, under(RL, "Weight of the reward's own gradient through the decoder, a white-box method.")
     ],
-    train_steps: Annotated[
-        int | None, Option(help="Steps of each rollout that enter the loss. [default: all]", rich_help_panel=RL)
-    ],
+    train_steps: Annotated[int | None, under(RL, "Steps of each rollout that enter the loss. [default: all]")],
     guidance: Annotated[
         float | None,
-        Option(
+        under(
+            SAMPLER,
+            "Guidance scale of the policy; 1 is none. [default: 1 if the model's is below 2, else the model's]",
             "--guidance",
             "--guidance-scale",
-            rich_help_panel=SAMPLER,
-            help="Guidance scale of the policy; 1 is none. [default: 1 if the model's is below 2, else the model's]",
         ),
     ],
     reference_guidance: Annotated[
-        float | None,
-        Option(help="Guidance scale of the reference policy. [default: the model's]", rich_help_panel=SAMPLER),
+        float | None, under(SAMPLER, "Guidance scale of the reference policy. [default: the model's]")
     ],
     order: Order,
     schedule: Schedule,
     temperature: Temperature,
     remask: Annotated[
         float | None,
-        Option(
-            help="Share of the tokens that the last quarter of 6 steps or more draws again. [default: 0.5]",
-            rich_help_panel=SAMPLER,
-        ),
+        under(SAMPLER, "Share of the tokens that the last quarter of 6 steps or more draws again. [default: 0.5]"),
     ],
-    search: Annotated[
-        int,
-        Option(help="Rounds of search for the sampler's scalars before training; 0: none.", rich_help_panel=SAMPLER),
-    ],
-    quality_gate: Annotated[
-        float | None, Option(help="Quality under which speed earns nothing. [default: none]", rich_help_panel=REWARD)
-    ],
+    search: Annotated[int, under(SAMPLER, "Rounds of search for the sampler's scalars before training; 0: none.")],
+    quality_gate: Annotated[float | None, under(REWARD, "Quality under which speed earns nothing. [default: none]")],
     quality_clip: Annotated[
-        float | None,
-        Option(help="Deviations from its mean past which a quality does not count.", rich_help_panel=REWARD),
+        float | None, under(REWARD, "Deviations from its mean past which a quality does not count.")
     ],
-    reward_weights: Annotated[list[str], Option(help=REWARD_WEIGHTS, rich_help_panel=REWARD)],
-    micro_batch: Annotated[int, Option(help="Images of one backward pass.", rich_help_panel=MEMORY)],
-    checkpointing: Annotated[
-        bool, Option(help="Compute blocks again in the backward pass: slower, less memory.", rich_help_panel=MEMORY)
-    ],
+    reward_weights: Annotated[list[str], under(REWARD, REWARD_WEIGHTS)],
+    micro_batch: Annotated[int, under(MEMORY, "Images of one backward pass.")],
+    checkpointing: Annotated[bool, under(MEMORY, "Compute blocks again in the backward pass: slower, less memory.")],
     bf16: Annotated[
-        bool | None,
-        Option(
-            "--bf16/--no-bf16", help="Compute in bf16. [default: if the device is fast at it]", rich_help_panel=MEMORY
-        ),
+        bool | None, under(MEMORY, "Compute in bf16. [default: if the device is fast at it]", "--bf16/--no-bf16")
     ],
-    compile: Annotated[bool, Option(help="Use torch.compile; not with fsdp.", rich_help_panel=MEMORY)],
-    parallel: Annotated[
-        Parallel,
-        Option(help="Under torchrun: ddp, each rank the whole model; fsdp, each a part.", rich_help_panel=RANKS),
-    ],
-    offload: Annotated[
-        bool, Option(help="With fsdp: weights stay in the processor's memory between uses.", rich_help_panel=RANKS)
-    ],
-    trackers: Annotated[
-        list[str], Option("--tracker", help="tensorboard or wandb, beside metrics.jsonl.", rich_help_panel=OUTPUT)
-    ],
-    compare: Annotated[
-        bool, Option(help="End with a comparison of the model before and after.", rich_help_panel=OUTPUT)
-    ] = True,
-    ema: Annotated[
-        float, Option(help="Decay of the moving average of the weights that is saved; 0: none.", rich_help_panel=OUTPUT)
-    ],
-    save_every: Annotated[int, Option(help="Iterations between checkpoints.", rich_help_panel=OUTPUT)],
+    compile: Annotated[bool, under(MEMORY, "Use torch.compile; not with fsdp.")],
+    parallel: Annotated[Parallel, under(RANKS, "Under torchrun: ddp, each rank the whole model; fsdp, each a part.")],
+    offload: Annotated[bool, under(RANKS, "With fsdp: weights stay in the processor's memory between uses.")],
+    trackers: Annotated[list[str], under(OUTPUT, "tensorboard or wandb, beside metrics.jsonl.", "--tracker")],
+    compare: Annotated[bool, under(OUTPUT, "End with a comparison of the model before and after.")] = True,
+    ema: Annotated[float, under(OUTPUT, "Decay of the moving average of the weights that is saved; 0: none.")],
+    save_every: Annotated[int, under(OUTPUT, "Iterations between checkpoints.")],
     text_encoder: TextEncoder = None,
     size: Size = None,
     negative_prompt: Negative = None,
@@ -511,23 +425,11 @@ def evaluate(
     model: Annotated[list[str], Option(help="embedded, a folder, a run or a hub id; give it again for more.")],
     out: Annotated[Path, Option(help="Folder of the results; rows that it has are kept.")],
     steps: Annotated[str, Option(help="Step counts, and auto for the choice of a model's step policy.")],
-    guidance: Annotated[
-        str | None, Option(help="Guidance scales, like 1,3. [default: the model's, and 1]", rich_help_panel=SAMPLER)
-    ],
-    temperature: Annotated[
-        str | None, Option(help="Temperatures of the reveal order. [default: the model's]", rich_help_panel=SAMPLER)
-    ],
-    schedule: Annotated[
-        str | None, Option(help="Mask schedules, like cosine,arccos. [default: the model's]", rich_help_panel=SAMPLER)
-    ],
-    order: Annotated[
-        str | None,
-        Option(help="Reveal orders, like confidence,halton. [default: the model's]", rich_help_panel=SAMPLER),
-    ],
-    remask: Annotated[
-        str | None,
-        Option(help="Shares of tokens to remask, like 0,0.5. [default: the model's]", rich_help_panel=SAMPLER),
-    ],
+    guidance: Annotated[str | None, under(SAMPLER, "Guidance scales, like 1,3. [default: the model's, and 1]")],
+    temperature: Annotated[str | None, under(SAMPLER, "Temperatures of the reveal order. [default: the model's]")],
+    schedule: Annotated[str | None, under(SAMPLER, "Mask schedules, like cosine,arccos. [default: the model's]")],
+    order: Annotated[str | None, under(SAMPLER, "Reveal orders, like confidence,halton. [default: the model's]")],
+    remask: Annotated[str | None, under(SAMPLER, "Shares of tokens to remask, like 0,0.5. [default: the model's]")],
     prompts: Annotated[str | None, Option(help=PROMPTS)],
     held_out: Annotated[str | None, Option(help="Another, of prompts that no training saw.")],
     count: Annotated[int, Option(help="Images of each prompt and seed.")],

@@ -213,16 +213,10 @@ def load_folder(
 
 def load_sampler(old: list | None, folder: Path, *, device: torch.device | str) -> dict[str, Tensor]:
     """The sampler's tensors by name, on a device; `old` is the table "search" as an earlier version wrote it."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     found = {"search": torch.tensor(old, dtype=torch.float32, device=device)} if old else {}
-    if not (folder / SAMPLER).exists():
-        return found
-    try:
-        return found | {name: value.to(device, copy=True) for name, value in load_file(folder / SAMPLER).items()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{folder / SAMPLER} is damaged or half written: {one_line(error)}") from error
+    if (folder / SAMPLER).exists():
+        found |= {name: value.to(device, copy=True) for name, value in read_weights(folder / SAMPLER).items()}
+    return found
 
 
 def save_sampler(sampler: dict[str, Tensor], folder: Path) -> None:
@@ -428,12 +422,6 @@ def codebook(generator: Generator) -> Tensor:
 
 def is_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").exists()
-
-
-def adapter_of(source: str | Path) -> Path | None:
-    """The folder of the adapter that a source is, or that a run has and no merged model beside it; else None."""
-    folder = find(source)
-    return folder if is_adapter(folder) else None
 
 
 def base_of(adapter: Path, base: str | Path | None = None) -> Path:
