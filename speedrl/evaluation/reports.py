@@ -48,7 +48,7 @@ def report(
     """
     out, console = Path(out), Console()
     before, after = load_generator(base, device=device, **(loading or {})), load_generator(str(trained), device=device)
-    searched = with_sampler_of(after, before)
+    searched = before._replace(**{name: getattr(after, name) for name in ("sampler", "steps", *SAMPLER)})
     if compile and device != "cpu":
         torch.compiler.reset()  # after the networks of a training the compiler would give up
         before.transformer.compile_blocks()
@@ -83,9 +83,3 @@ def report(
     console.print(table(rows, width=console.width))
     console.print(f"wrote {out / 'before_after.png'} and {out / 'comparison.json'}", soft_wrap=True, highlight=False)
     return rows
-
-
-def with_sampler_of(one: Generator, other: Generator) -> Generator:
-    """`other`, sampled as `one` is: by its searched scalars, step policy, guidance and so on."""
-    return other._replace(sampler=one.sampler, steps=one.steps, guidance=one.guidance, temperature=one.temperature,
-                          schedule=one.schedule, order=one.order, remask=one.remask)  # fmt: skip

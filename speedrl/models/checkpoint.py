@@ -108,29 +108,7 @@ def load_generator(
     scheduler = read_json(beside / "scheduler_config.json")
     if adapted and text_encoder is None:
         text_encoder = scheduler.pop("text_encoder", None)  # a merged model holds it itself
-    generator = load_folder(
-        base_of(found, base) if adapted else found, scheduler, beside, device=device, dtype=dtype,
-        text_encoder=text_encoder, size=size, negative=negative, micro_conds=micro_conds,
-    )  # fmt: skip
-    if adapted:
-        load_lora(generator.transformer, found)
-        merge_lora(generator.transformer)
-    return generator
-
-
-def load_folder(
-    folder: Path,
-    scheduler: dict,
-    beside: Path,
-    *,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    text_encoder: str | Path | None,
-    size: tuple[int, int] | None,
-    negative: str | None,
-    micro_conds: Sequence[float] | None,
-) -> Generator:
-    """`load_generator` for a folder that has all the parts, sampled as `scheduler` and the tensors in `beside` say."""
+    folder = base_of(found, base) if adapted else found
     check_device(device)
     for place in {folder, beside}:
         if (place / "pace").is_dir():
@@ -140,7 +118,7 @@ def load_folder(
     index = folder / "model_index.json"
 
     VQModel = import_vq_model()
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     amused = config.get("_class_name") == "UVit2DModel"
     transformer = load_module(
@@ -158,12 +136,7 @@ def load_folder(
         )
     else:
         text_model = load_text_encoder(text_encoder, dtype=dtype, device=device)
-    if not (folder / "tokenizer/vocab.json").exists() and not (folder / "tokenizer/tokenizer.json").exists():
-        raise FileNotFoundError(f"{folder / 'tokenizer'} has no vocab.json: it is not a whole model")
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise ValueError(f"{folder / 'tokenizer'} cannot be read: {one_line(error)}") from error
+    tokenizer = load_tokenizer(folder / "tokenizer")
 
     vqvae.to(memory_format=torch.channels_last).requires_grad_(False)
     for module in vqvae.modules():
@@ -183,6 +156,9 @@ def load_folder(
     sampler = load_sampler(scheduler.pop("tuning", None), beside, device=device)
     if height * width > 512 * 512:
         frugal_allocator()
+    if adapted:
+        load_lora(transformer, found)
+        merge_lora(transformer)
     vocabulary = transformer.embed.embeddings.num_embeddings
     return Generator(
         transformer=transformer,
@@ -209,6 +185,18 @@ def load_folder(
         random_share=scheduler.get("random_share", 0.0),
         sampler=sampler,
     )
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """transformers' CLIPTokenizer of a folder."""
+    from transformers import CLIPTokenizer
+
+    if not (folder / "vocab.json").exists() and not (folder / "tokenizer.json").exists():
+        raise FileNotFoundError(f"{folder} has no vocab.json: it is not a whole model")
+    try:
+        return CLIPTokenizer.from_pretrained(folder)
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise ValueError(f"{folder} cannot be read: {one_line(error)}") from error
 
 
 def load_sampler(old: list | None, folder: Path, *, device: torch.device | str) -> dict[str, Tensor]:
