@@ -29,82 +29,38 @@ REWARD_WEIGHTS = "NAME=FILE: weights of a quality in place of the published ones
 RL, SAMPLER, REWARD = "Reinforcement learning", "Sampler", "Reward"
 MEMORY, RANKS, OUTPUT, MODEL = "Memory and speed", "Several processes", "Output", "Model"
 
-
-class Likelihood(enum.StrEnum):
-    exact = "exact"
-    token = "token"
-    sequence = "sequence"
-
-
-class Divergence(enum.StrEnum):
-    ce = "ce"
-    reverse = "reverse"
-    k1 = "k1"
-    k2 = "k2"
-    k3 = "k3"
-    none = "none"
+Likelihood = enum.StrEnum("Likelihood", ["exact", "token", "sequence"])
+Divergence = enum.StrEnum("Divergence", ["ce", "reverse", "k1", "k2", "k3", "none"])
+RevealOrder = enum.StrEnum("RevealOrder", ["confidence", "random", "halton"])
+Scale = enum.StrEnum("Scale", ["group", "batch", "none"])
+Parallel = enum.StrEnum("Parallel", ["ddp", "fsdp"])
+Precision = enum.StrEnum("Precision", ["fp32", "bf16", "fp16"])
 
 
-class RevealOrder(enum.StrEnum):
-    confidence = "confidence"
-    random = "random"
-    halton = "halton"
-
-
-class Scale(enum.StrEnum):
-    group = "group"
-    batch = "batch"
-    none = "none"
-
-
-class Parallel(enum.StrEnum):
-    ddp = "ddp"
-    fsdp = "fsdp"
-
-
-class Precision(enum.StrEnum):
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
+def under(panel: str, help: str, *flags: str) -> Any:
+    """An option that its command's help lists in a panel."""
+    return Option(*flags, help=help, rich_help_panel=panel)
 
 
 Device = Annotated[str, Option(help="auto, cpu, cuda, mps; auto takes the first of cuda, mps and cpu that works.")]
-TextEncoder = Annotated[
-    str | None, Option(help="A CLIP's folder or hub id. [default: the model's own]", rich_help_panel=MODEL)
-]
-Size = Annotated[
-    str | None, Option(help="Height and width in pixels, like 512x768. [default: the model's]", rich_help_panel=MODEL)
-]
-Base = Annotated[
-    str | None, Option(help="The base of an adapter, if it is no longer where it was.", rich_help_panel=MODEL)
-]
-Negative = Annotated[
-    str | None, Option(help="What guidance leads away from. [default: the model's]", rich_help_panel=MODEL)
-]
+TextEncoder = Annotated[str | None, under(MODEL, "A CLIP's folder or hub id. [default: the model's own]")]
+Size = Annotated[str | None, under(MODEL, "Height and width in pixels, like 512x768. [default: the model's]")]
+Base = Annotated[str | None, under(MODEL, "The base of an adapter, if it is no longer where it was.")]
+Negative = Annotated[str | None, under(MODEL, "What guidance leads away from. [default: the model's]")]
+Precisions = Annotated[Precision, under(MODEL, "Of transformer and text encoder.")]
 MicroConds = Annotated[
-    str | None,
-    Option(
-        help="Width, height, crop top, crop left, aesthetic score. [default: the size,0,0,6]", rich_help_panel=MODEL
-    ),
+    str | None, under(MODEL, "Width, height, crop top, crop left, aesthetic score. [default: the size,0,0,6]")
 ]
 Schedule = Annotated[
-    str | None,
-    Option(
-        help="Mask schedule: cosine, linear, square, arccos or power:X. [default: the model's]",
-        rich_help_panel=SAMPLER,
-    ),
+    str | None, under(SAMPLER, "Mask schedule: cosine, linear, square, arccos or power:X. [default: the model's]")
 ]
-Order = Annotated[RevealOrder | None, Option(help="Reveal order. [default: the model's]", rich_help_panel=SAMPLER)]
+Order = Annotated[RevealOrder | None, under(SAMPLER, "Reveal order. [default: the model's]")]
 Temperature = Annotated[
-    float | None,
-    Option(help="Temperature of the reveal order at the first step. [default: the model's]", rich_help_panel=SAMPLER),
+    float | None, under(SAMPLER, "Temperature of the reveal order at the first step. [default: the model's]")
 ]
 Remask = Annotated[
     float | None,
-    Option(
-        help="Share of the tokens that the last quarter of 6 steps or more draws again. [default: the model's]",
-        rich_help_panel=SAMPLER,
-    ),
+    under(SAMPLER, "Share of the tokens that the last quarter of 6 steps or more draws again. [default: the model's]"),
 ]
 
 SAMPLE_EXAMPLES = """Examples:
@@ -171,8 +127,8 @@ def defaults(target: str) -> dict[str, object]:
     tree = ast.parse((Path(__file__).parent / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8"))
     (node,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function)
     optional = node.args.args[len(node.args.args) - len(node.args.defaults) :]
-    pairs = [*zip(optional, node.args.defaults, strict=True)]
-    pairs += zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
+    arguments, given = [*optional, *node.args.kwonlyargs], [*node.args.defaults, *node.args.kw_defaults]
+    pairs = zip(arguments, given, strict=True)
     values = {argument.arg: ast.literal_eval(value) for argument, value in pairs if value is not None}
     return {name: ",".join(map(str, v)) if isinstance(v, tuple) and v else v for name, v in values.items()}
 
@@ -196,18 +152,19 @@ def uncollected() -> Iterator[None]:
 
 def loading(options: dict[str, Any]) -> dict[str, Any]:
     """Takes what is for `load_generator` out of a command's options. ValueError for what cannot be read."""
-    names = ("text_encoder", "size", "negative_prompt", "micro_conds", "base")
-    taken = {name: options.pop(name, None) for name in names}
-    found = {"text_encoder": taken["text_encoder"], "negative": taken["negative_prompt"], "base": taken["base"]}
-    if taken["size"] is not None:
+    names = {"text_encoder": "text_encoder", "size": "size", "negative": "negative_prompt",
+             "micro_conds": "micro_conds", "base": "base"}  # fmt: skip
+    found = {name: options.pop(option, None) for name, option in names.items()}
+    if (size := found["size"]) is not None:
         try:
-            height, width = (int(side) for side in taken["size"].lower().split("x"))
+            height, width = (int(side) for side in size.lower().split("x"))
         except ValueError:
-            raise ValueError(f"--size takes height and width, like 512x768, not {taken['size']!r}") from None
+            raise ValueError(f"--size takes height and width, like 512x768, not {size!r}") from None
         found["size"] = (height, width)
-    found["micro_conds"] = numbers(taken["micro_conds"], float, option="micro-conds")
-    if found["micro_conds"] is not None and len(found["micro_conds"]) != 5:
-        raise ValueError(f"--micro-conds takes five numbers, like 1024,1024,0,0,6, not {taken['micro_conds']!r}")
+    if (given := found["micro_conds"]) is not None:
+        found["micro_conds"] = numbers(given, float, option="micro-conds")
+        if len(found["micro_conds"]) != 5:
+            raise ValueError(f"--micro-conds takes five numbers, like 1024,1024,0,0,6, not {given!r}")
     if (precision := options.pop("precision", "fp32")) != "fp32":
         import torch
 
@@ -255,8 +212,8 @@ def in_one_line(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def forwards(target: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Makes a command of a function: options without a default take that of the same keyword of `target`.
+def forwards(target: str, **more: object) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Makes a command of a function: options without a default take that of the same keyword of `target`, or of `more`.
 
     Errors are told by `in_one_line`.
     """
@@ -264,7 +221,7 @@ def forwards(target: str) -> Callable[[Callable[..., None]], Callable[..., None]
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         named = inspect.getfullargspec(command).kwonlyargs
         given = {name: value for name, value in defaults(target).items() if name in named}
-        command.__kwdefaults__ = given | (command.__kwdefaults__ or {})
+        command.__kwdefaults__ = given | more | (command.__kwdefaults__ or {})
 
         return in_one_line(command)
 
@@ -291,12 +248,7 @@ def sample(
     model: Annotated[str, Option(help="embedded, a folder, a run's folder or a hub id.")] = "embedded",
     guidance: Annotated[
         float | None,
-        Option(
-            "--guidance",
-            "--guidance-scale",
-            help="Guidance scale; 1 is none. [default: the model's]",
-            rich_help_panel=SAMPLER,
-        ),
+        under(SAMPLER, "Guidance scale; 1 is none. [default: the model's]", "--guidance", "--guidance-scale"),
     ],
     temperature: Temperature,
     schedule: Schedule,
@@ -307,7 +259,7 @@ def sample(
     negative_prompt: Negative = None,
     micro_conds: MicroConds = None,
     base: Base = None,
-    precision: Annotated[Precision, Option(help="Of transformer and text encoder.", rich_help_panel=MODEL)] = "fp32",
+    precision: Precisions = Precision.fp32,
     device: Device = "auto",
 ) -> None:
     """Draw images of prompts into a file."""
@@ -361,94 +313,58 @@ def train(
     out: Annotated[Path, Option(help="The run's folder.")],
     seed: Annotated[int, Option(help="The same seed trains the same model.")],
     resume: Annotated[bool, Option(help="Go on from the run's newest checkpoint; start if there is none yet.")],
-    likelihood: Annotated[
-        Likelihood,
-        Option(help="exact: with the choice of positions; token: the paper's surrogate.", rich_help_panel=RL),
-    ],
-    kl: Annotated[Divergence, Option(help="Estimator of the divergence; ce is the paper's.", rich_help_panel=RL)],
-    clip_range: Annotated[float, Option(help="Ratios are clipped to 1 +- this.", rich_help_panel=RL)],
-    updates: Annotated[int, Option(help="Updates on each rollout.", rich_help_panel=RL)],
-    percentile: Annotated[
-        float, Option(help="Groups under this percentile of the quality's deviation do not train.", rich_help_panel=RL)
-    ],
+    likelihood: Annotated[Likelihood, under(RL, "exact: with the choice of positions; token: the paper's surrogate.")],
+    kl: Annotated[Divergence, under(RL, "Estimator of the divergence; ce is the paper's.")],
+    clip_range: Annotated[float, under(RL, "Ratios are clipped to 1 +- this.")],
+    updates: Annotated[int, under(RL, "Updates on each rollout.")],
+    percentile: Annotated[float, under(RL, "Groups under this percentile of the quality's deviation do not train.")],
     min_quality: Annotated[
-        float,
-        Option(help="Images under this many deviations of their step count's mean do not train.", rich_help_panel=RL),
+        float, under(RL, "Images under this many deviations of their step count's mean do not train.")
     ],
     advantage_std: Annotated[
-        Scale,
-        Option(help="What advantages are divided by: the deviation of the group or the batch.", rich_help_panel=RL),
+        Scale, under(RL, "What advantages are divided by: the deviation of the group or the batch.")
     ],
     reward_gradient: Annotated[
-        float,
-        Option(help="Weight of the reward's own gradient through the decoder, a white-box method.", rich_help_panel=RL),
+        float, under(RL, "Weight of the reward's own gradient through the decoder, a white-box method.")
     ],
-    train_steps: Annotated[
-        int | None, Option(help="Steps of each rollout that enter the loss. [default: all]", rich_help_panel=RL)
-    ],
+    train_steps: Annotated[int | None, under(RL, "Steps of each rollout that enter the loss. [default: all]")],
     guidance: Annotated[
         float | None,
-        Option(
+        under(
+            SAMPLER,
+            "Guidance scale of the policy; 1 is none. [default: 1 if the model's is below 2, else the model's]",
             "--guidance",
             "--guidance-scale",
-            rich_help_panel=SAMPLER,
-            help="Guidance scale of the policy; 1 is none. [default: 1 if the model's is below 2, else the model's]",
         ),
     ],
     reference_guidance: Annotated[
-        float | None,
-        Option(help="Guidance scale of the reference policy. [default: the model's]", rich_help_panel=SAMPLER),
+        float | None, under(SAMPLER, "Guidance scale of the reference policy. [default: the model's]")
     ],
     order: Order,
     schedule: Schedule,
     temperature: Temperature,
     remask: Annotated[
         float | None,
-        Option(
-            help="Share of the tokens that the last quarter of 6 steps or more draws again. [default: 0.5]",
-            rich_help_panel=SAMPLER,
-        ),
+        under(SAMPLER, "Share of the tokens that the last quarter of 6 steps or more draws again. [default: 0.5]"),
     ],
-    search: Annotated[
-        int,
-        Option(help="Rounds of search for the sampler's scalars before training; 0: none.", rich_help_panel=SAMPLER),
-    ],
-    quality_gate: Annotated[
-        float | None, Option(help="Quality under which speed earns nothing. [default: none]", rich_help_panel=REWARD)
-    ],
+    search: Annotated[int, under(SAMPLER, "Rounds of search for the sampler's scalars before training; 0: none.")],
+    quality_gate: Annotated[float | None, under(REWARD, "Quality under which speed earns nothing. [default: none]")],
     quality_clip: Annotated[
-        float | None,
-        Option(help="Deviations from its mean past which a quality does not count.", rich_help_panel=REWARD),
+        float | None, under(REWARD, "Deviations from its mean past which a quality does not count.")
     ],
-    reward_weights: Annotated[list[str], Option(help=REWARD_WEIGHTS, rich_help_panel=REWARD)],
-    micro_batch: Annotated[int, Option(help="Images of one backward pass.", rich_help_panel=MEMORY)],
-    checkpointing: Annotated[
-        bool, Option(help="Compute blocks again in the backward pass: slower, less memory.", rich_help_panel=MEMORY)
-    ],
+    reward_weights: Annotated[list[str], under(REWARD, REWARD_WEIGHTS)],
+    micro_batch: Annotated[int, under(MEMORY, "Images of one backward pass.")],
+    checkpointing: Annotated[bool, under(MEMORY, "Compute blocks again in the backward pass: slower, less memory.")],
     bf16: Annotated[
-        bool | None,
-        Option(
-            "--bf16/--no-bf16", help="Compute in bf16. [default: if the device is fast at it]", rich_help_panel=MEMORY
-        ),
+        bool | None, under(MEMORY, "Compute in bf16. [default: if the device is fast at it]", "--bf16/--no-bf16")
     ],
-    compile: Annotated[bool, Option(help="Use torch.compile; not with fsdp.", rich_help_panel=MEMORY)],
-    parallel: Annotated[
-        Parallel,
-        Option(help="Under torchrun: ddp, each rank the whole model; fsdp, each a part.", rich_help_panel=RANKS),
-    ],
-    offload: Annotated[
-        bool, Option(help="With fsdp: weights stay in the processor's memory between uses.", rich_help_panel=RANKS)
-    ],
-    trackers: Annotated[
-        list[str], Option("--tracker", help="tensorboard or wandb, beside metrics.jsonl.", rich_help_panel=OUTPUT)
-    ],
-    compare: Annotated[
-        bool, Option(help="End with a comparison of the model before and after.", rich_help_panel=OUTPUT)
-    ] = True,
-    ema: Annotated[
-        float, Option(help="Decay of the moving average of the weights that is saved; 0: none.", rich_help_panel=OUTPUT)
-    ],
-    save_every: Annotated[int, Option(help="Iterations between checkpoints.", rich_help_panel=OUTPUT)],
+    compile: Annotated[bool, under(MEMORY, "Use torch.compile; not with fsdp.")],
+    parallel: Annotated[Parallel, under(RANKS, "Under torchrun: ddp, each rank the whole model; fsdp, each a part.")],
+    offload: Annotated[bool, under(RANKS, "With fsdp: weights stay in the processor's memory between uses.")],
+    trackers: Annotated[list[str], under(OUTPUT, "tensorboard or wandb, beside metrics.jsonl.", "--tracker")],
+    compare: Annotated[bool, under(OUTPUT, "End with a comparison of the model before and after.")] = True,
+    ema: Annotated[float, under(OUTPUT, "Decay of the moving average of the weights that is saved; 0: none.")],
+    save_every: Annotated[int, under(OUTPUT, "Iterations between checkpoints.")],
     text_encoder: TextEncoder = None,
     size: Size = None,
     negative_prompt: Negative = None,
@@ -491,10 +407,8 @@ def export(
     print(f"wrote {export(checkpoint, out=out, raw=raw, merge=merge, model=model)}")
 
 
-def numbers(text: str | None, kind: type, *, option: str) -> tuple | None:
-    """Reads "1,2,4" as a tuple of `kind`; None stays None. ValueError otherwise."""
-    if text is None:
-        return None
+def numbers(text: str, kind: type, *, option: str) -> tuple:
+    """Reads "1,2,4" as a tuple of `kind`. ValueError otherwise."""
     try:
         found = tuple(kind(part) for part in text.split(","))
         if all(math.isfinite(number) for number in found):
@@ -505,31 +419,17 @@ def numbers(text: str | None, kind: type, *, option: str) -> tuple | None:
 
 
 @app.command("eval", epilog=EVAL_EXAMPLES)
-@forwards("evaluation.measuring.evaluate")
+@forwards("evaluation.measuring.evaluate", model=("embedded",))
 def evaluate(
     *,
-    model: Annotated[list[str], Option(help="embedded, a folder, a run or a hub id; give it again for more.")] = (
-        "embedded",
-    ),
+    model: Annotated[list[str], Option(help="embedded, a folder, a run or a hub id; give it again for more.")],
     out: Annotated[Path, Option(help="Folder of the results; rows that it has are kept.")],
     steps: Annotated[str, Option(help="Step counts, and auto for the choice of a model's step policy.")],
-    guidance: Annotated[
-        str | None, Option(help="Guidance scales, like 1,3. [default: the model's, and 1]", rich_help_panel=SAMPLER)
-    ],
-    temperature: Annotated[
-        str | None, Option(help="Temperatures of the reveal order. [default: the model's]", rich_help_panel=SAMPLER)
-    ],
-    schedule: Annotated[
-        str | None, Option(help="Mask schedules, like cosine,arccos. [default: the model's]", rich_help_panel=SAMPLER)
-    ],
-    order: Annotated[
-        str | None,
-        Option(help="Reveal orders, like confidence,halton. [default: the model's]", rich_help_panel=SAMPLER),
-    ],
-    remask: Annotated[
-        str | None,
-        Option(help="Shares of tokens to remask, like 0,0.5. [default: the model's]", rich_help_panel=SAMPLER),
-    ],
+    guidance: Annotated[str | None, under(SAMPLER, "Guidance scales, like 1,3. [default: the model's, and 1]")],
+    temperature: Annotated[str | None, under(SAMPLER, "Temperatures of the reveal order. [default: the model's]")],
+    schedule: Annotated[str | None, under(SAMPLER, "Mask schedules, like cosine,arccos. [default: the model's]")],
+    order: Annotated[str | None, under(SAMPLER, "Reveal orders, like confidence,halton. [default: the model's]")],
+    remask: Annotated[str | None, under(SAMPLER, "Shares of tokens to remask, like 0,0.5. [default: the model's]")],
     prompts: Annotated[str | None, Option(help=PROMPTS)],
     held_out: Annotated[str | None, Option(help="Another, of prompts that no training saw.")],
     count: Annotated[int, Option(help="Images of each prompt and seed.")],
@@ -545,7 +445,7 @@ def evaluate(
     negative_prompt: Negative = None,
     micro_conds: MicroConds = None,
     base: Base = None,
-    precision: Annotated[Precision, Option(help="Of transformer and text encoder.", rich_help_panel=MODEL)] = "fp32",
+    precision: Precisions = Precision.fp32,
     device: Device = "auto",
 ) -> None:
     """Measure models over step counts: a table, results.json and a plot."""
@@ -553,9 +453,9 @@ def evaluate(
     options["loading"] = loading(options)
     counts = (part.strip() for part in steps.split(","))
     options["steps"] = tuple("auto" if part == "auto" else numbers(part, int, option="steps")[0] for part in counts)
-    options["guidance"] = numbers(guidance, float, option="guidance")
-    options["temperature"] = numbers(temperature, float, option="temperature")
-    options["remask"] = numbers(remask, float, option="remask")
+    for name in ("guidance", "temperature", "remask"):
+        if options[name] is not None:
+            options[name] = numbers(options[name], float, option=name)
     options |= {name: options[name] and tuple(options[name].split(",")) for name in ("schedule", "order")}
     from speedrl.evaluation.measuring import evaluate
     from speedrl.system.platform import pick_device, quiet_allocator
@@ -566,7 +466,7 @@ def evaluate(
 
 
 @app.command(epilog=ABLATE_EXAMPLES)
-@forwards("studies.ablations.ablate")
+@forwards("studies.ablations.ablate", set=())
 def ablate(
     *,
     name: Annotated[
@@ -579,7 +479,7 @@ def ablate(
     out: Annotated[Path, Option(help="Folder of the runs and the report; finished runs are kept.")],
     seeds: Annotated[str, Option(help="Seeds to train from, like 0,1,2.")],
     model: Annotated[str, Option(help="embedded, a folder, a run's folder or a hub id.")],
-    beside: Annotated[list[str], Option(help="A model to measure beside the variants; may be repeated.")] = (),
+    beside: Annotated[list[str], Option(help="A model to measure beside the variants; may be repeated.")],
     device: Annotated[str, Option(help="auto, cpu, cuda, or several for the jobs to share out, like cuda:0,cuda:1.")],
     jobs: Annotated[int, Option(help="Runs at a time, each in a process of its own.")],
     quick: Annotated[bool, Option(help="Only show that everything runs: one iteration of four images.")],
@@ -591,28 +491,26 @@ def ablate(
     quality: Annotated[str | None, Option(help=QUALITY)] = None,
     set: Annotated[
         list[str], Option(metavar="OPTION=VALUE", help="Any other option of train, like lora=16; may be repeated.")
-    ] = (),
+    ],
     eval_steps: Annotated[str, Option(help="Step counts to measure.")],
     eval_count: Annotated[int, Option(help="Images of each prompt and seed.")],
     eval_seeds: Annotated[int, Option(help="Repetitions of each measurement.")],
     eval_prompts: Annotated[str | None, Option(help="Prompts to measure. [default: the embedded model's]")] = None,
 ) -> None:
     """Train and measure the variants of an ablation, or of all, and put them into one report."""
-    training = {"iterations": iterations, "groups": groups, "group_size": group_size, "lr": lr, "prompts": prompts,
-                "quality": quality}  # fmt: skip
-    training = {name: value for name, value in training.items() if value is not None} | assignments(
-        set, "training.train"
-    )
-    measuring = {"eval_steps": numbers(eval_steps, int, option="eval-steps"), "eval_count": eval_count,
-                 "eval_seeds": eval_seeds}  # fmt: skip
+    given = {"iterations": iterations, "groups": groups, "group_size": group_size, "lr": lr, "prompts": prompts,
+             "quality": quality}  # fmt: skip
+    training: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    training |= assignments(set, "training.train")
+    measuring = {"seeds": numbers(seeds, int, option="seeds"),
+                 "eval_steps": numbers(eval_steps, int, option="eval-steps")}  # fmt: skip
     evaluation = {} if eval_prompts is None else {"prompts": eval_prompts}
-    seeds = numbers(seeds, int, option="seeds")
     from speedrl.studies.ablations import ablate
     from speedrl.system.platform import quiet_allocator
 
     quiet_allocator()
-    ablate(name, out=out, seeds=seeds, model=model, beside=beside, device=device, jobs=jobs, quick=quick,
-           evaluation=evaluation, **measuring, **training)  # fmt: skip
+    ablate(name, out=out, model=model, beside=beside, device=device, jobs=jobs, quick=quick, eval_count=eval_count,
+           eval_seeds=eval_seeds, evaluation=evaluation, **measuring, **training)  # fmt: skip
 
 
 def assignments(texts: list[str], target: str) -> dict[str, Any]:

@@ -86,7 +86,6 @@ def draw(
             policy, counts[index], noise, grid=generator.grid, mask_id=generator.mask_id, temperature=temperature,
             schedule=schedule or generator.schedule, order=order or generator.order,
             remask=generator.remask if remask is None else remask, scalars=scalars_at(table, counts[index]),
-           
         )  # fmt: skip
         tokens.append(drawn.tokens)
     return torch.cat(tokens), counts

@@ -146,8 +146,8 @@ def new_learner(
 def add_adapter(transformer: nn.Module, settings: Mapping[str, Any]) -> None:
     """Adds the adapter that the settings ask for, in place; nothing without one."""
     if settings["lora"] is not None:
-        how = {"alpha": settings["lora_alpha"], "targets": settings["lora_targets"], "seed": settings["seed"]}
-        add_lora(transformer, rank=settings["lora"], **how)
+        add_lora(transformer, rank=settings["lora"], alpha=settings["lora_alpha"], targets=settings["lora_targets"],
+                 seed=settings["seed"])  # fmt: skip
 
 
 def whole_generator(generator: Generator, settings: Mapping[str, Any]) -> Generator:

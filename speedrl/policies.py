@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from speedrl.method.divergences import SAMPLED
 from speedrl.method.divergences import kl as divergence
-from speedrl.method.likelihoods import guided, log_probs, needs_all_drawn
+from speedrl.method.likelihoods import guided, log_probs
 from speedrl.method.losses import expected_gain
 from speedrl.method.sampling import Noise, Trajectory
 from speedrl.models.checkpoint import Generator, Prompts, encode_prompts, join, repeat, take
@@ -181,8 +180,3 @@ def token_log_probs(policy: Policy, trajectory: Trajectory, *, mask_id: int) -> 
     token, _, _ = score_rows(policy, None, trajectory, part)
     place = (part.sample[part.row], part.step[part.row], part.position)
     return torch.zeros_like(trajectory.log_probs).index_put(place, token)
-
-
-def scores_all_drawn(likelihood: str, order: str, kl: str) -> bool:
-    """Whether training scores tokens that were drawn and discarded: for the exact likelihood, or for k1 to k3."""
-    return needs_all_drawn(likelihood, order) or kl in SAMPLED

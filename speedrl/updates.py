@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from speedrl.method.divergences import SAMPLED, count_weights
-from speedrl.method.likelihoods import step_log_prob
+from speedrl.method.likelihoods import needs_all_drawn, step_log_prob
 from speedrl.method.losses import normalise, policy_loss
 from speedrl.method.sampling import Trajectory
-from speedrl.policies import Policy, Rows, rows, score_logits, score_rows, scores_all_drawn
+from speedrl.policies import Policy, Rows, rows, score_logits, score_rows
 from speedrl.run.distributed import sum_gradients, total
 
 
@@ -86,14 +86,11 @@ def micro_batch_loss(
     less in few steps (`count_weights`). `slopes` [m, L, C] of the `codes` [V, C] add the expected gain of the last
     tokens. Statistics are sums, but for "ratio_max".
     """
-    part = rows(trajectory, trained, mask_id=mask_id, all_drawn=scores_all_drawn(likelihood, order, kl))
-    token, away, gain = score_rows(
-        policy, reference, trajectory, part, kl=kl, slopes=slopes, codes=codes, score=score
-    )
+    all_drawn = needs_all_drawn(likelihood, order) or kl in SAMPLED
+    part = rows(trajectory, trained, mask_id=mask_id, all_drawn=all_drawn)
+    token, away, gain = score_rows(policy, reference, trajectory, part, kl=kl, slopes=slopes, codes=codes, score=score)
     scale = keep * trajectory.steps / trained.sum(-1).clamp(min=1)  # [m]
-    ratio, sample, tokens = log_ratios(
-        token, trajectory, part, mask_id=mask_id, order=order, likelihood=likelihood
-    )
+    ratio, sample, tokens = log_ratios(token, trajectory, part, mask_id=mask_id, order=order, likelihood=likelihood)
     loss, stats = policy_loss(ratio, advantages[sample], tokens * scale[sample], clip_range=clip_range)
     place = part.sample[part.row]
     kept = trajectory.kept[place, part.step[part.row], part.position].float()

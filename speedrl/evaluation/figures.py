@@ -106,7 +106,7 @@ def width_of(text: str, size: int) -> int:
     return 0 if font is None else round(max(map(font.getlength, text.split("\n"))))
 
 
-def font_for(text: str, size: int) -> "ImageFont.FreeTypeFont | None":
+def font_for(text: str, size: int) -> "ImageFont.FreeTypeFont | ImageFont.ImageFont | None":
     """A font that has all letters of a text: Pillow's own for ASCII, else matplotlib's or a system font, else None."""
     from PIL import ImageFont
 

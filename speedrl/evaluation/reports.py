@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import track
 
 from speedrl.evaluation.figures import contact_sheet, save_image
-from speedrl.evaluation.measuring import evaluations, judge_if_there, nfe_of, one_cell, prompt_sets, table
+from speedrl.evaluation.measuring import SAMPLER, evaluations, judge_if_there, nfe_of, one_cell, prompt_sets, table
 from speedrl.generation import draw, step_counts
 from speedrl.models.checkpoint import Generator, decode, load_generator
 from speedrl.policies import make_policy
@@ -64,15 +64,13 @@ def report(
     own = "auto" if "steps.bias" in after.sampler else after.steps
     learned = set(step_counts(after, make_policy(after, everything), own).tolist())
     counts = [own, *(n for n in COMPARED_STEPS if {n} != learned and n <= after.grid[0] * after.grid[1])]
-    cells = [(BEFORE, before, before.steps)]
+    cells: list[tuple[str, Generator, int | str]] = [(BEFORE, before, before.steps)]
     cells += [(name, model, n) for n in counts for name, model in ((SEARCHED, searched), (AFTER, after))]
     rows = []
     for which, lines in sets.items():
-        found = []
+        found: list[dict[str, Any]] = []
         for name, model, steps in track(cells, f"comparing, {which} prompts", console=console, transient=True):
-            row = {"model": name, "prompts": which, "steps": steps, "guidance": model.guidance,
-                   "temperature": model.temperature, "schedule": model.schedule, "order": model.order,
-                   "remask": model.remask}  # fmt: skip
+            row = {"model": name, "prompts": which, "steps": steps} | {key: getattr(model, key) for key in SAMPLER}
             row |= one_cell(model, judge, scores, lines, which=which, steps=steps, count=count, seeds=seeds, warm=False)
             found.append(row)
         rows += sorted(found, key=lambda row: row["network_evaluations"])
@@ -103,5 +101,4 @@ def before_after(
 
 def with_sampler_of(one: Generator, other: Generator) -> Generator:
     """`other`, sampled as `one` is: by its searched scalars, step policy, guidance and so on."""
-    return other._replace(sampler=one.sampler, steps=one.steps, guidance=one.guidance, temperature=one.temperature,
-                          schedule=one.schedule, order=one.order, remask=one.remask)  # fmt: skip
+    return other._replace(**{name: getattr(one, name) for name in ("sampler", "steps", *SAMPLER)})

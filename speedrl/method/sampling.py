@@ -46,8 +46,7 @@ class Trajectory:
 
     def __getitem__(self, index: Tensor | slice) -> "Trajectory":
         """The samples at `index`, a slice or int64 [n] or bool [B]."""
-        given = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
-        return Trajectory(**{name: value[index] for name, value in given if value is not None})
+        return Trajectory(**{field.name: getattr(self, field.name)[index] for field in dataclasses.fields(self)})
 
     def __len__(self) -> int:
         return len(self.tokens)

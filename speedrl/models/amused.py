@@ -8,9 +8,9 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from diffusers import UVit2DModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.unets.uvit_2d import UVit2DModel
 from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint

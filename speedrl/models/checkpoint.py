@@ -6,6 +6,7 @@ their numbers only. What training adds to the sampler is in scheduler/: numbers 
 sampler.safetensors.
 """
 
+import inspect
 import json
 import math
 import re
@@ -13,7 +14,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,12 @@ from speedrl.system.files import write_atomically, write_json
 from speedrl.system.hub import from_hub
 from speedrl.system.platform import check_device, frugal_allocator, import_vq_model
 
+if TYPE_CHECKING:
+    from transformers import CLIPTextModelWithProjection
+
+    from speedrl.models.amused import AmusedTransformer
+
+Network = TypeVar("Network", bound=nn.Module)
 HUB_ID = re.compile(r"(\w[\w-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?")  # owner/name or owner/name@revision
 INSTEAD = "give a folder, a hub id owner/name, or embedded"
 SAMPLER = "sampler.safetensors"
@@ -41,10 +48,10 @@ NEGATIVE = (
 class Generator(NamedTuple):
     """A text-to-image generator, and how it wants to be sampled."""
 
-    transformer: nn.Module  # MeissonicTransformer or AmusedTransformer
-    vqvae: nn.Module  # diffusers.VQModel, float32 and frozen
-    text_encoder: nn.Module  # transformers.CLIPTextModelWithProjection, frozen
-    tokenizer: Callable  # transformers.CLIPTokenizer
+    transformer: "MeissonicTransformer | AmusedTransformer"
+    vqvae: Any  # diffusers.VQModel, float32 and frozen
+    text_encoder: "CLIPTextModelWithProjection"  # frozen
+    tokenizer: Any  # transformers.CLIPTokenizer
     config: dict  # transformer/config.json
     scheduler: dict  # scheduler/scheduler_config.json
     grid: tuple[int, int]  # rows and columns of tokens
@@ -56,7 +63,7 @@ class Generator(NamedTuple):
     temperature: float
     negative: str  # the prompt that guidance leads away from, "" for the empty one
     micro_conds: tuple[float, ...]  # width, height, top and left of the crop, aesthetic score
-    index: dict | None = None  # model_index.json, by which a diffusers pipeline loads the folder
+    model_index: dict | None = None  # model_index.json, by which a diffusers pipeline loads the folder
     schedule: str = "cosine"  # how many tokens stay masked, and which are revealed first
     order: str = "confidence"
     remask: float = 0.0  # share of the tokens that the last steps begin to draw again
@@ -93,79 +100,49 @@ def load_generator(
     An adapter is merged into its base, which is `base` in place of the one that it records. FileNotFoundError where
     something is missing, ValueError where something is wrong, each in one line.
     """
-    how = {"text_encoder": text_encoder, "size": size, "negative": negative, "micro_conds": micro_conds}
-    folder = find(source)
-    if is_adapter(folder):
-        scheduler = read_json(folder / "scheduler_config.json")
-        if how["text_encoder"] is None:
-            how["text_encoder"] = scheduler.pop("text_encoder", None)  # a merged model holds it itself
-        generator = load_folder(base_of(folder, base), scheduler, folder, device=device, dtype=dtype, **how)
-        load_lora(generator.transformer, folder)
-        merge_lora(generator.transformer)
-        return generator
-    if base is not None:
+    found = find(source)
+    adapted = is_adapter(found)
+    if base is not None and not adapted:
         raise ValueError(f"--base is for an adapter, but {source} is a whole model")
-    scheduler = read_json(folder / "scheduler/scheduler_config.json")
-    return load_folder(folder, scheduler, folder / "scheduler", device=device, dtype=dtype, **how)
-
-
-def load_folder(
-    folder: Path,
-    scheduler: dict,
-    beside: Path,
-    *,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    text_encoder: str | Path | None,
-    size: tuple[int, int] | None,
-    negative: str | None,
-    micro_conds: Sequence[float] | None,
-) -> Generator:
-    """`load_generator` for a folder that has all the parts, sampled as `scheduler` and the tensors in `beside` say."""
+    beside = found if adapted else found / "scheduler"
+    scheduler = read_json(beside / "scheduler_config.json")
+    if adapted and text_encoder is None:
+        text_encoder = scheduler.pop("text_encoder", None)  # a merged model holds it itself
+    folder = base_of(found, base) if adapted else found
     check_device(device)
     for place in {folder, beside}:
         if (place / "pace").is_dir():
             earlier = "was trained with --steps auto by an earlier version, which this one does not read"
             raise ValueError(f"{place} {earlier}: train it anew with --steps 1-16")
     config = read_json(folder / "transformer/config.json")
-    index = read_json(folder / "model_index.json") if (folder / "model_index.json").exists() else None
+    index = folder / "model_index.json"
 
     VQModel = import_vq_model()
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     amused = config.get("_class_name") == "UVit2DModel"
     transformer = load_module(
-        lambda: new_transformer(config, amused=amused), folder / "transformer", "diffusion_pytorch_model", dtype=dtype
+        lambda: new_transformer(config, amused=amused), folder / "transformer", dtype=dtype, device=device
     )
-    vqvae = load_module(
-        lambda: VQModel.from_config(read_json(folder / "vqvae/config.json")),
-        folder / "vqvae",
-        "diffusion_pytorch_model",
-        dtype=torch.float32,
-    )
+    vq_config = read_json(folder / "vqvae/config.json")
+    vqvae = load_module(lambda: VQModel.from_config(vq_config), folder / "vqvae", dtype=torch.float32, device=device)
     if text_encoder is None:
         text_config = read_json(folder / "text_encoder/config.json")
         text_model = load_module(
             lambda: CLIPTextModelWithProjection(CLIPTextConfig.from_dict(text_config)),
             folder / "text_encoder",
-            "model",
             dtype=dtype,
+            device=device,
         )
     else:
-        text_model = load_text_encoder(text_encoder, dtype=dtype)
-    if not (folder / "tokenizer/vocab.json").exists() and not (folder / "tokenizer/tokenizer.json").exists():
-        raise FileNotFoundError(f"{folder / 'tokenizer'} has no vocab.json: it is not a whole model")
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise ValueError(f"{folder / 'tokenizer'} cannot be read: {one_line(error)}") from error
+        text_model = load_text_encoder(text_encoder, dtype=dtype, device=device)
+    tokenizer = load_tokenizer(folder / "tokenizer")
 
-    transformer = transformer.to(device)
-    vqvae = vqvae.to(device, memory_format=torch.channels_last).requires_grad_(False)
+    vqvae.to(memory_format=torch.channels_last).requires_grad_(False)
     for module in vqvae.modules():
         if isinstance(module, nn.SiLU):
             module.inplace = True  # it follows a norm of its own: one copy less of a large image's largest tensor
-    text_model = text_model.to(device).requires_grad_(False)
+    text_model.requires_grad_(False)
     given = text_model.config.hidden_size
     wanted = config.get("encoder_hidden_size" if amused else "joint_attention_dim", given)
     if wanted != given:
@@ -179,6 +156,9 @@ def load_folder(
     sampler = load_sampler(scheduler.pop("tuning", None), beside, device=device)
     if height * width > 512 * 512:
         frugal_allocator()
+    if adapted:
+        load_lora(transformer, found)
+        merge_lora(transformer)
     vocabulary = transformer.embed.embeddings.num_embeddings
     return Generator(
         transformer=transformer,
@@ -198,7 +178,7 @@ def load_folder(
         temperature=scheduler.get("temperature", 2.0),
         negative=scheduler.get("negative_prompt", "" if amused else NEGATIVE) if negative is None else negative,
         micro_conds=tuple(micro_conds or scheduler.get("micro_conds", (width, height, 0.0, 0.0, 6.0))),
-        index=index,
+        model_index=read_json(index) if index.exists() else None,
         schedule=scheduler.get("masking_schedule", "cosine"),
         order=scheduler.get("reveal_order", "confidence"),
         remask=scheduler.get("remask_share", scheduler.get("revised_share", 0.0)),
@@ -207,18 +187,24 @@ def load_folder(
     )
 
 
+def load_tokenizer(folder: Path) -> Any:
+    """transformers' CLIPTokenizer of a folder."""
+    from transformers import CLIPTokenizer
+
+    if not (folder / "vocab.json").exists() and not (folder / "tokenizer.json").exists():
+        raise FileNotFoundError(f"{folder} has no vocab.json: it is not a whole model")
+    try:
+        return CLIPTokenizer.from_pretrained(folder)
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise ValueError(f"{folder} cannot be read: {one_line(error)}") from error
+
+
 def load_sampler(old: list | None, folder: Path, *, device: torch.device | str) -> dict[str, Tensor]:
     """The sampler's tensors by name, on a device; `old` is the table "search" as an earlier version wrote it."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     found = {"search": torch.tensor(old, dtype=torch.float32, device=device)} if old else {}
-    if not (folder / SAMPLER).exists():
-        return found
-    try:
-        return found | {name: value.to(device, copy=True) for name, value in load_file(folder / SAMPLER).items()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{folder / SAMPLER} is damaged or half written: {one_line(error)}") from error
+    if (folder / SAMPLER).exists():
+        found |= {name: value.to(device, copy=True) for name, value in read_weights(folder / SAMPLER).items()}
+    return found
 
 
 def save_sampler(sampler: dict[str, Tensor], folder: Path) -> None:
@@ -251,7 +237,9 @@ def grid_of(config: dict, size: tuple[int, int] | None, *, scale: int) -> tuple[
     return size[0] // scale, size[1] // scale
 
 
-def load_text_encoder(source: str | Path, *, dtype: torch.dtype) -> nn.Module:
+def load_text_encoder(
+    source: str | Path, *, dtype: torch.dtype, device: torch.device | str
+) -> "CLIPTextModelWithProjection":
     """The text half of a CLIP, a folder or a hub id. ValueError where weights are missing, naming the first."""
     from transformers import CLIPTextModelWithProjection
 
@@ -259,14 +247,15 @@ def load_text_encoder(source: str | Path, *, dtype: torch.dtype) -> nn.Module:
     folder = find_text_encoder(source)
     try:
         # transformers' own way, as a whole CLIP's file names its text half otherwise
-        model, info = CLIPTextModelWithProjection.from_pretrained(
+        loaded: Any = CLIPTextModelWithProjection.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, output_loading_info=True, variant=variant_in(folder, "model")
         )
     except Exception as error:  # transformers has many
         raise ValueError(f"{what} cannot be read: {one_line(error)}") from error
+    model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{what} lacks {len(missing)} weights ({', '.join(missing[:3])}): {instead}")
-    return model.eval()
+    return model.to(device).eval()
 
 
 def find_text_encoder(source: str | Path) -> Path:
@@ -286,13 +275,13 @@ def variant_in(folder: Path, name: str) -> str | None:
     return "fp16" if half and not plain else None
 
 
-def new_transformer(config: dict, *, amused: bool) -> nn.Module:
+def new_transformer(config: dict, *, amused: bool) -> "MeissonicTransformer | AmusedTransformer":
     """The transformer that a config.json describes; keys that are not of its class are left out."""
     if amused:
         from speedrl.models.amused import AmusedTransformer
 
         return AmusedTransformer(**{key: value for key, value in config.items() if not key.startswith("_")})
-    known = MeissonicTransformer.__init__.__kwdefaults__
+    known = inspect.signature(MeissonicTransformer).parameters
     return MeissonicTransformer(**{key: value for key, value in config.items() if key in known})
 
 
@@ -307,14 +296,14 @@ def save_generator(generator: Generator, out: Path, *, dtype: torch.dtype = torc
     partial, old = out.with_name(out.name + ".partial"), out.with_name(out.name + ".old")
     shutil.rmtree(partial, ignore_errors=True)
     text_config = generator.text_encoder.config.to_dict() | {"dtype": str(dtype).removeprefix("torch.")}
-    save_module(generator.transformer, generator.config, partial / "transformer", WEIGHTS["transformer"], dtype=dtype)
+    save_module(generator.transformer, generator.config, partial / "transformer", dtype=dtype)
     private = ("_use_default_values", "_name_or_path")
     vq_config = {"_class_name": "VQModel"} | {k: v for k, v in generator.vqvae.config.items() if k not in private}
-    save_module(generator.vqvae, vq_config, partial / "vqvae", WEIGHTS["vqvae"], dtype=dtype)
-    save_module(generator.text_encoder, text_config, partial / "text_encoder", WEIGHTS["text_encoder"], dtype=dtype)
+    save_module(generator.vqvae, vq_config, partial / "vqvae", dtype=dtype)
+    save_module(generator.text_encoder, text_config, partial / "text_encoder", dtype=dtype)
     write_json(partial / "scheduler/scheduler_config.json", generator.scheduler)
-    if generator.index is not None:
-        write_json(partial / "model_index.json", generator.index)
+    if generator.model_index is not None:
+        write_json(partial / "model_index.json", generator.model_index)
     save_sampler(generator.sampler, partial / "scheduler")
     generator.tokenizer.save_pretrained(partial / "tokenizer")
     generator.tokenizer.backend_tokenizer.model.save(str(partial / "tokenizer"))  # vocab.json, merges.txt, as released
@@ -423,12 +412,6 @@ def is_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").exists()
 
 
-def adapter_of(source: str | Path) -> Path | None:
-    """The folder of the adapter that a source is, or that a run has and no merged model beside it; else None."""
-    folder = find(source)
-    return folder if is_adapter(folder) else None
-
-
 def base_of(adapter: Path, base: str | Path | None = None) -> Path:
     """The folder of an adapter's base: `base`, or the one that it records. FileNotFoundError where that is gone."""
     recorded = read_config(adapter)["base_model_name_or_path"]
@@ -470,7 +453,7 @@ def resolve_text_encoder(source: str | Path) -> str:
 def resolved(source: str | Path, folder: Path) -> str:
     if Path(source).exists():
         return str(Path(source).resolve())
-    return f"{HUB_ID.fullmatch(str(source))[1]}@{folder.name}"  # the hub's cache names a snapshot by its commit
+    return f"{str(source).partition('@')[0]}@{folder.name}"  # the hub's cache names a snapshot by its commit
 
 
 def recorded_source(recorded: str, *, where: str, option: str = "--model") -> str:
@@ -553,22 +536,21 @@ class NoInitialisation(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def load_module(build: Callable[[], nn.Module], folder: Path, name: str, *, dtype: torch.dtype) -> nn.Module:
-    """A module with the weights of folder/name.safetensors, or of its shards or fp16 variant, as `dtype`, in eval mode.
+def load_module(
+    build: Callable[[], Network], folder: Path, *, dtype: torch.dtype, device: torch.device | str
+) -> Network:
+    """A module with the weights in a folder of WEIGHTS, whole, in shards or fp16, as `dtype`, in eval mode.
 
     Shapes and keys must match. The weights are copies: the file may be replaced later.
     """
-    path, files = weight_files(folder, name)
+    path, files = weight_files(folder, WEIGHTS[folder.name])
     try:
         # the parameters come from the file: no time and memory for random ones
         with torch.device("meta"), NoInitialisation(), warnings.catch_warnings(action="ignore"):
             module = build()
     except Exception as error:  # each library has its own for numbers that make no model
         raise ValueError(f"{folder / 'config.json'} describes no such model: {one_line(error)}") from error
-    state = {}
-    for file in files:
-        state |= read_weights(file)
-    own = module.state_dict()
+    own, state = module.state_dict(), {key: value for file in files for key, value in read_weights(file).items()}
     state = {key: value for key, value in state.items() if key in own or not key.endswith("position_ids")}
     wrong = {key for key in own.keys() & state.keys() if own[key].shape != state[key].shape}
     for what, keys in (
@@ -581,7 +563,7 @@ def load_module(build: Callable[[], nn.Module], folder: Path, name: str, *, dtyp
             raise ValueError(f"{path} {what} {len(keys)} of {len(own)} weights ({first}): it is another model's")
     module.load_state_dict({key: value.to(dtype, copy=True) for key, value in state.items()}, assign=True)
     count_positions(module)
-    return module.eval()
+    return module.to(device).eval()
 
 
 def weight_files(folder: Path, name: str) -> tuple[Path, list[Path]]:
@@ -623,13 +605,13 @@ def count_positions(module: nn.Module) -> None:
                 setattr(parent, key, torch.arange(buffer.shape[-1]).expand(buffer.shape))
 
 
-def save_module(module: nn.Module, config: dict, folder: Path, name: str, *, dtype: torch.dtype) -> None:
-    """Writes folder/config.json and folder/name.safetensors."""
+def save_module(module: nn.Module, config: dict, folder: Path, *, dtype: torch.dtype) -> None:
+    """Writes config.json and the weights to a folder of WEIGHTS."""
     from safetensors.torch import save_file
 
     write_json(folder / "config.json", config)
     state = {key: value.detach().to("cpu", dtype).contiguous() for key, value in module.state_dict().items()}
-    save_file(state, folder / f"{name}.safetensors", metadata={"format": "pt"})
+    save_file(state, folder / f"{WEIGHTS[folder.name]}.safetensors", metadata={"format": "pt"})
 
 
 def read_json(path: Path) -> dict:

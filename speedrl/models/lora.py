@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,8 +52,8 @@ def inject(transformer: nn.Module, config: dict) -> None:
     inject_adapter_in_model(LoraConfig(**config), transformer)
 
 
-def adapters(transformer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every layer with an adapter, by name."""
+def adapters(transformer: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Every layer with an adapter, one of peft's, by name."""
     for name, module in transformer.named_modules():
         if hasattr(module, "lora_A"):
             yield name, module
@@ -74,7 +75,7 @@ def without_lora(transformer: nn.Module) -> Iterator[None]:
 class WithoutLora:
     """The transformer under an adapter, where features and logits of the base are wanted: no copy of it is kept."""
 
-    def __init__(self, transformer: nn.Module):
+    def __init__(self, transformer: Any):
         self.transformer = transformer
 
     def features(self, *inputs: Tensor) -> Tensor:

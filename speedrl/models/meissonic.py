@@ -36,11 +36,11 @@ def rope_table(height: int, width: int, text: int, axes: tuple[int, ...], device
     columns = torch.arange(width, device=device).repeat(height)
     places = torch.stack([torch.zeros_like(rows), rows, columns], -1)
     places = torch.cat([torch.zeros(text, 3, dtype=places.dtype, device=device), places]).double()
-    angles = []
+    turns = []
     for axis, size in enumerate(axes):
         rates = 10000.0 ** -(torch.arange(0, size, 2, device=device, dtype=torch.float64) / size)
-        angles.append(places[:, axis, None] * rates)
-    angles = torch.cat(angles, -1)
+        turns.append(places[:, axis, None] * rates)
+    angles = torch.cat(turns, -1)
     return torch.stack([angles.cos(), angles.sin()]).float()
 
 
@@ -137,12 +137,11 @@ class Attention(nn.Module):
     def __init__(self, width: int, head: int, *, added: bool):
         super().__init__()
         self.heads = width // head
-        for name in ("to_q", "to_k", "to_v"):
-            setattr(self, name, nn.Linear(width, width))
+        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
         self.norm_q, self.norm_k = RMSNorm(head), RMSNorm(head)
         if added:
-            for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"):
-                setattr(self, name, nn.Linear(width, width))
+            self.add_q_proj, self.add_k_proj = nn.Linear(width, width), nn.Linear(width, width)
+            self.add_v_proj, self.to_add_out = nn.Linear(width, width), nn.Linear(width, width)
             self.norm_added_q, self.norm_added_k = RMSNorm(head), RMSNorm(head)
             self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
@@ -163,15 +162,18 @@ class Projected(nn.Module):
         super().__init__()
         self.proj = nn.Linear(width, inner)
 
+    def forward(self, x: Tensor) -> Tensor:
+        return gelu(self.proj(x))
+
 
 class FeedForward(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         # index 1 is the original's dropout, which has no weights
-        self.net = nn.ModuleList([Projected(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)])
+        self.net = nn.Sequential(Projected(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](gelu(self.net[0].proj(x)))
+        return self.net(x)
 
 
 class DoubleBlock(nn.Module):
@@ -334,8 +336,8 @@ class MeissonicTransformer(nn.Module):
         self.compiled = True
         for block in (*self.transformer_blocks, *self.single_transformer_blocks):
             block.compile(backend=backend)
-        self.into_blocks = torch.compile(self.into_blocks, backend=backend)
-        self.out_of_blocks = torch.compile(self.out_of_blocks, backend=backend)
+        for name in ("into_blocks", "out_of_blocks"):
+            setattr(self, name, torch.compile(getattr(self, name), backend=backend))
 
     def into_blocks(self, x: Tensor) -> Tensor:
         """Embeddings [B, H, W, width] -> what the blocks work on [B, H / 2, W / 2, width], or [B, H, W, width]."""

@@ -59,6 +59,7 @@ def run_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     spec = importlib.util.spec_from_file_location(f"_reward_{path.stem}", path)
+    assert spec and spec.loader  # as of every .py file
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     with first_on_path(str(path.resolve().parent)):
@@ -134,23 +135,24 @@ def parse_weights(text: str) -> dict[str, float]:
 
 def loader(name: str, *, device: torch.device | str, weights: str | None, bf16: bool | None) -> Callable[[], Score]:
     """What loads the quality `name` of `load_quality`. ValueError where there is none of that name."""
-    options = {"device": device, "bf16": bf16}
-    if name in ("hpsv2", "imagereward"):
-        return functools.partial({"hpsv2": hpsv2_score, "imagereward": imagereward_score}[name], weights=weights,
-                                 **options)  # fmt: skip
+    if name == "hpsv2":
+        return functools.partial(hpsv2_score, device=device, weights=weights, bf16=bf16)
+    if name == "imagereward":
+        return functools.partial(imagereward_score, device=device, weights=weights, bf16=bf16)
+    clip = functools.partial(clip_score, device=device, bf16=bf16)
     if name in PUBLISHED:
         architecture, published = PUBLISHED[name]
-        return functools.partial(clip_score, architecture, weights=weights or published, **options)
+        return functools.partial(clip, architecture, weights=weights or published)
     if name.startswith("clip:") and name != "clip:":
         architecture, _, published = name.removeprefix("clip:").partition(":")
         if not (weights or published):
             raise ValueError(f"reward {name}: say which weights, clip:ARCHITECTURE:WEIGHTS, or give --reward-weights")
-        return functools.partial(clip_score, architecture, weights=weights or published, **options)
+        return functools.partial(clip, architecture, weights=weights or published)
     if weights is not None:
         raise ValueError(f"reward {name}: --reward-weights are for hpsv2, imagereward and clip only")
     folder = EMBEDDED if name == "embedded" else Path(name)
     if (folder / "open_clip_config.json").is_file():
-        return functools.partial(clip_score, f"local-dir:{folder}", **options)
+        return functools.partial(clip, f"local-dir:{folder}")
     if name == "embedded":
         raise ValueError("reward embedded: it is not in this installation: rebuild it, see experiments/")
     if all(name.rpartition(":")) and not folder.exists():
@@ -203,7 +205,7 @@ def load_quality(
     line, where there is no such reward, it cannot be loaded, raises, or gives something else than B finite numbers in
     float32.
     """
-    name = next(iter(parse_quality(quality))) if name is None and callable(quality) else name or quality
+    name = name or (next(iter(parse_quality(quality))) if callable(quality) else quality)
     load = (lambda: quality) if callable(quality) else loader(quality, device=device, weights=weights, bf16=bf16)
     try:
         score = with_image_gradient(load())
@@ -252,11 +254,11 @@ def load_qualities(
         if not equals or name not in wanted:
             raise ValueError(f"--reward-weights {given!r}: write NAME=PATH with a name out of {', '.join(wanted)}")
         files[name] = path
-    how = {"device": device, "bf16": bf16, "prompts": prompts, "size": size}
     scores = {}
     for name in wanted:
         of = functions.get(name)
-        scores[name] = load_quality(of if callable(of) else name, weights=files.get(name), name=name, **how)
+        scores[name] = load_quality(of if callable(of) else name, device=device, weights=files.get(name), bf16=bf16,
+                                    prompts=prompts, size=size, name=name)  # fmt: skip
     return scores, wanted
 
 

@@ -69,14 +69,15 @@ def open_reward(
     prompts: Sequence[str] | None = None,
 ) -> Reward:
     """The reward of `load_qualities`, tried on the run's own prompts and at the generator's image size."""
-    tried = {"prompts": prompts, "size": generator.size}
-    scores, shares = load_qualities(quality, device=device, weights=weights, bf16=bf16, **tried)
+    scores, shares = load_qualities(quality, device=device, weights=weights, bf16=bf16, prompts=prompts,
+                                    size=generator.size)  # fmt: skip
     return Reward(scores, shares, clip=clip, device=device)
 
 
 def check_gradient(reward: Reward, generator: Generator, prompts: Sequence[str]) -> None:
     """ValueError where a rewarded score has no gradient at the images."""
     for name, score in reward.scores.items():
-        tried = {"device": reward.device, "prompts": prompts, "size": generator.size}
-        if reward.weights[name] and not differentiable(score, **tried):
+        if reward.weights[name] and not differentiable(
+            score, device=reward.device, prompts=prompts, size=generator.size
+        ):
             raise ValueError(f"--reward-gradient needs a gradient at the images, and the reward {name} has none")

@@ -9,6 +9,7 @@ and ValueError where a file is no such model's; both in one line.
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -93,7 +94,7 @@ def fill(module: nn.Module, state: dict[str, Tensor], path: Path) -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
-def sequence_first(model: nn.Module) -> nn.Module:
+def sequence_first(model: Any) -> Any:
     """Has an open_clip model's transformers work on [words, pictures, width], which gives the same features.
 
     PyTorch's attention transposes to that anyway, and its product with a transposed input is a batched one that copies
@@ -110,7 +111,7 @@ def sequence_first(model: nn.Module) -> nn.Module:
 
 
 def clip_features(
-    model: nn.Module, tokenizer: Callable, preprocess: Callable[[Tensor], Tensor], *,
+    model: Any, tokenizer: Callable, preprocess: Callable[[Tensor], Tensor], *,
     device: torch.device | str, bf16: bool | None = None, micro_batch: int = 64,
 ) -> tuple[Callable[[Tensor], Tensor], Callable[[list[str]], Tensor]]:  # fmt: skip
     """An open_clip model as two functions: of float [B, 3, H, W] in [0, 1], on any device, and of B prompts.

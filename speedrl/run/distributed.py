@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from speedrl.models.meissonic import MeissonicTransformer
 from speedrl.system.errors import one_line
 
 
@@ -125,11 +126,6 @@ def total(values: Tensor, *, largest: bool = False) -> Tensor:
     return values
 
 
-def any_rank(true: bool) -> bool:
-    """Whether it is true on any rank."""
-    return bool(total(torch.tensor(int(true)), largest=True)) if world() > 1 else true
-
-
 def all_gather_object(value: Any) -> list[Any]:
     """A picklable value of each rank, by rank."""
     values = [value]
@@ -201,19 +197,17 @@ def shard(transformer: nn.Module, *, device: torch.device | str, offload: bool =
 
     # what features returns is a view, and nothing changes it in place
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    if not hasattr(transformer, "single_transformer_blocks"):
+    if not isinstance(transformer, MeissonicTransformer):
         raise ValueError("--parallel fsdp shards Meissonic's transformer only: train this model with --parallel ddp")
     kind = torch.device(device).type
     low = torch.bfloat16 if bf16 and kind != "cpu" else None
-    how = {
-        "mesh": init_device_mesh(kind, (world(),)),
-        # what the blocks get is cast by the model itself: rotary angles stay in float32
-        "mp_policy": MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False),
-        "offload_policy": CPUOffloadPolicy(pin_memory=kind != "cpu") if offload else OffloadPolicy(),
-    }
+    mesh = init_device_mesh(kind, (world(),))
+    offloading = CPUOffloadPolicy(pin_memory=kind != "cpu") if offload else OffloadPolicy()
+    # what the blocks get is cast by the model itself: rotary angles stay in float32
+    precision = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
     blocks = (*transformer.transformer_blocks, *transformer.single_transformer_blocks, transformer.mlm_layer)
     for block in (*blocks, transformer):
-        fully_shard(block, **how)
+        fully_shard(block, mesh=mesh, mp_policy=precision, offload_policy=offloading)
     register_fsdp_forward_method(transformer, "features")
     for module in transformer.modules():
         if isinstance(module, FSDPModule):
@@ -230,6 +224,7 @@ def gathered_weights(transformer: nn.Module, *, sharded: bool) -> Iterator[None]
         return
     from torch.distributed.fsdp import FSDPModule
 
+    assert isinstance(transformer, FSDPModule)  # as `shard` made it
     modules = [module for module in transformer.modules() if isinstance(module, FSDPModule)]
     transformer.set_reshard_after_forward(False)
     for module in modules:

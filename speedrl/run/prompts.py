@@ -153,9 +153,10 @@ def in_table(path: Path, file: BinaryIO, first: str) -> list[str]:
             raise ValueError(f"{path}: {wanted}, but is {first.strip()[:80]!r}; name it so, or give {FORMATS}")
         found = (0, "\t" if path.suffix.lower() == ".tsv" else ",")
     column, delimiter = found
-    quotes = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL  # PartiPrompts has quotation marks as they are
-    try:
-        rows = list(csv.reader(io.StringIO(text_in(path, file), newline=""), delimiter=delimiter, quoting=quotes))
+    text = io.StringIO(text_in(path, file), newline="")
+    try:  # PartiPrompts has quotation marks as they are
+        rows = list(csv.reader(text, delimiter=delimiter,
+                               quoting=csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL))  # fmt: skip
     except csv.Error as error:
         raise ValueError(f"{path}: cannot be read as a table ({error}); give {FORMATS}") from None
     rows = [row for row in rows if any(cell.strip() for cell in row)]
@@ -226,8 +227,8 @@ def geneval() -> list[str]:
 
 
 SETS: dict[str, Callable[[], list[str]]] = {
-    "hpsv2": lambda: hpsv2(*STYLES),
-    **{f"hpsv2-{style}": (lambda style=style: hpsv2(style)) for style in STYLES},
+    "hpsv2": functools.partial(hpsv2, *STYLES),
+    **{f"hpsv2-{style}": functools.partial(hpsv2, style) for style in STYLES},
     "partiprompts": partiprompts,
     "geneval": geneval,
 }

@@ -21,14 +21,15 @@ FLAT = 5  # iterations without any spread of the reward that end a training
 class Run:
     """A training run in a folder. Made by `open_run`; every rank has one, and rank 0 writes and speaks."""
 
-    def __init__(self, out: Path, settings: Mapping[str, Any], *, iterations: int, stopped: Callable[[], int]):
-        self.out, self.settings, self.iterations_wanted, self.stopped = out, settings, iterations, stopped
+    def __init__(
+        self, out: Path, settings: Mapping[str, Any], *, checkpoint: Path | None, display: Display,
+        track: Callable[[Mapping[str, Any]], list[str]], stopped: Callable[[], int],
+    ):  # fmt: skip
+        self.out, self.settings, self.checkpoint = out, settings, checkpoint
+        self.display, self.track, self.stopped = display, track, stopped
         self.first, self.saved, self.inside = 0, 0, False
         self.skipped, self.skipped_total, self.flat = 0, 0, 0
         self.unwritten: list[str] = []
-        self.checkpoint: Path | None
-        self.display: Display
-        self.track: Callable[[Mapping[str, Any]], list[str]]
 
     def restore(
         self,
@@ -56,7 +57,7 @@ class Run:
     def iterations(self) -> Iterator[int]:
         """The iterations that are left."""
         self.inside = True
-        yield from range(self.first, self.iterations_wanted)
+        yield from range(self.first, self.settings["iterations"])
 
     def stage(self, text: str) -> None:
         """Says what takes time before the next iteration is done."""
@@ -102,7 +103,7 @@ class Run:
         `record` is what the checkpoint holds beside tensors. `Stopped` after SIGINT or SIGTERM.
         """
         stop = int(distributed.total(torch.tensor(self.stopped()), largest=True))
-        if done % self.settings["save_every"] == 0 or done == self.iterations_wanted or stop:
+        if done % self.settings["save_every"] == 0 or done == self.settings["iterations"] or stop:
             held = record | {"settings": self.settings, "skipped": self.skipped, "flat": self.flat,
                              "skipped_total": self.skipped_total}  # fmt: skip
             try:
@@ -115,12 +116,6 @@ class Run:
             what = f"stopped after iteration {done}" + ("" if self.saved == done else f", of which {self.saved} saved")
             raise Stopped(f"{what}; go on with the same command and --resume", stop)
 
-    def standing(self) -> str:
-        """What of the run is saved, for an error's message."""
-        if self.saved:
-            return f"the checkpoint of iteration {self.saved} stands: go on from it with --resume"
-        return "nothing was saved yet"
-
 
 @contextmanager
 def open_run(out: Path, settings: Mapping[str, Any], *, trackers: Sequence[str] = ()) -> Iterator[Run]:
@@ -131,12 +126,11 @@ def open_run(out: Path, settings: Mapping[str, Any], *, trackers: Sequence[str] 
     inside the loop that a user can mend says what is saved.
     """
     checkpoint, complaints = start(out, resume=settings["resume"])
-    console = Console(quiet=not distributed.is_main())
+    main = distributed.is_main()
+    track = open_trackers(trackers if main else (), out, settings, resume=settings["resume"])
+    console = Console(quiet=not main)
     with Display(total=settings["iterations"], console=console) as display, interruptible() as stopped:
-        run = Run(out, settings, iterations=settings["iterations"], stopped=stopped)
-        run.display, run.checkpoint = display, checkpoint
-        main = distributed.is_main()
-        run.track = open_trackers(trackers if main else (), out, settings, resume=settings["resume"])
+        run = Run(out, settings, checkpoint=checkpoint, display=display, track=track, stopped=stopped)
         for line in complaints:
             run.warn(line)
         try:
@@ -145,4 +139,5 @@ def open_run(out: Path, settings: Mapping[str, Any], *, trackers: Sequence[str] 
         except (ValueError, OSError) as error:
             if not run.inside:
                 raise
-            raise type(error)(f"{one_line(error)}; {run.standing()}") from error
+            stands = f"the checkpoint of iteration {run.saved} stands: go on from it with --resume"
+            raise type(error)(f"{one_line(error)}; {stands if run.saved else 'nothing was saved yet'}") from error

@@ -10,7 +10,7 @@ from speedrl.method.advantages import SCALES
 from speedrl.method.divergences import KINDS
 from speedrl.method.sampling import ORDERS
 from speedrl.method.schedules import mask_ratio
-from speedrl.models.checkpoint import adapter_of, check_guidance
+from speedrl.models.checkpoint import check_guidance, find, is_adapter
 from speedrl.run.trackers import TRACKERS
 
 CLIP_RANGE = 0.2  # as `train` has it where none is given
@@ -50,9 +50,8 @@ def check(settings: Mapping[str, Any], least: int, most: int) -> None:
             check_guidance(settings[name], option(name))
     if settings["remask"] is not None and not 0 <= settings["remask"] <= 1:
         raise ValueError(f"--remask is a share of the tokens, 0 to 1, got {settings['remask']}")
-    if settings["lora"] is not None and adapter_of(settings["model"]):
-        raise ValueError(f"{settings['model']} is an adapter already: export it with --merge, and "
-                         "train that model")  # fmt: skip
+    if settings["lora"] is not None and is_adapter(find(settings["model"])):
+        raise ValueError(f"{settings['model']} is an adapter already: export it with --merge, and train that model")
     for wrong, why in idle(settings, least, most):
         if wrong:
             raise ValueError(why)

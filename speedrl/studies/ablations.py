@@ -21,9 +21,8 @@ from speedrl.evaluation.measuring import (
 from speedrl.evaluation.pages import Section, write_page
 from speedrl.studies.intervals import caution, interval, paired, say
 from speedrl.studies.plots import plot_curves
-from speedrl.studies.runs import commands_of, metrics_file, refuse_other, run_all, run_folder
+from speedrl.studies.runs import DEFAULTS, commands_of, metrics_file, refuse_other, run_all, run_folder
 from speedrl.system.files import write_atomically, write_json
-from speedrl.training import train
 
 AGAIN = "the baseline again"  # with other seeds: what two arms differ by that are the same
 OFFSET = 1000  # of its seeds
@@ -47,7 +46,7 @@ def all_ablations() -> dict[str, dict[str, dict]]:
 
     weights = {f"ce, weight {weight:g}": {"kl": "ce", "kl_weight": weight} for weight in (0.2, 0.05, 0.8, 3.2)}
     kinds = {f"{kind}, weight 0.2": {"kl": kind, "kl_weight": 0.2} for kind in ("reverse", "k2", "k3")}
-    found = {
+    found: dict[str, dict[str, dict]] = {
         "speed-reward": each("steps_reward", 0.0, 0.08, 0.5, 4.0),
         "likelihood": {"exact": {"likelihood": "exact"}, "token": {"likelihood": "token"}}
         | {"token, random order": {"likelihood": "token", "order": "random"}, "sequence": {"likelihood": "sequence"}},
@@ -172,7 +171,7 @@ def ablate(
 
 def difference(own: dict, shared: dict) -> dict:
     """The options of a variant that are not those of a run without it: {} for a baseline that is the default."""
-    default = train.__kwdefaults__ | shared
+    default = DEFAULTS | shared
     return {name: value for name, value in own.items() if name not in default or value != default[name]}
 
 
@@ -187,9 +186,9 @@ def conclude(
     runs: Mapping[Path, dict],
 ) -> tuple[list[dict], Section]:
     """One ablation's rows and its part of the page; writes its files to `report`. `folders` by variant and seed."""
-    measured, failed, commands = {}, {}, []
+    measured: dict[str, dict[int, list[dict]]] = {variant: {} for variant in folders}
+    failed, commands = {}, []
     for variant, by_seed in folders.items():
-        measured[variant] = {}
         for seed, folder in by_seed.items():
             found = outcome[folder]
             if isinstance(found, str):

@@ -38,15 +38,20 @@ def save_figure(figure: "Figure", path: Path) -> None:
         )
 
 
+def by_iteration(run: Sequence[dict], metric: str) -> dict[int, float]:
+    """A metric of a run's metrics.jsonl by iteration, without those that have no value."""
+    return {row["iteration"]: row[metric] for row in run if row.get(metric) is not None}
+
+
 def over_iterations(runs: Sequence[Sequence[dict]], metric: str) -> tuple[list[int], list[float], list[float | None]]:
     """Iterations, means and half-widths of 95 % intervals over runs of a metric of their metrics.jsonl.
 
     Up to the last iteration that every run has reached; no interval from one run. Iterations without a value, as of a
     metric that some run did not log, are left out.
     """
-    by_iteration = [{row["iteration"]: row[metric] for row in run if row.get(metric) is not None} for run in runs]
-    common = sorted(set.intersection(*map(set, by_iteration))) if by_iteration else []
-    found = [interval([run[iteration] for run in by_iteration]) for iteration in common]
+    values = [by_iteration(run, metric) for run in runs]
+    common = sorted(set.intersection(*map(set, values))) if values else []
+    found = [interval([run[iteration] for run in values]) for iteration in common]
     return common, [mean for mean, _ in found], [width for _, width in found]
 
 
@@ -60,8 +65,8 @@ def over_stretches(
     """
     pairs = {}
     for seed in runs.keys() & others.keys():
-        one, other = ({row["iteration"]: row.get(metric) for row in of[seed]} for of in (runs, others))
-        pairs[seed] = {i: (one[i], other[i]) for i in one if None not in (one[i], other.get(i))}
+        one, other = by_iteration(runs[seed], metric), by_iteration(others[seed], metric)
+        pairs[seed] = {i: (one[i], other[i]) for i in one.keys() & other.keys()}
     common = sorted(set.intersection(*map(set, pairs.values()))) if pairs else []
     bounds = [round(len(common) * k / stretches) for k in range(stretches + 1)]
     found = []
@@ -98,16 +103,17 @@ def plot_curves(
             iterations, means, widths = over_iterations(list(runs.values()), metric)
             every = max(1, len(iterations) // 8)
             left.plot(iterations, means, label=name, markevery=every, markersize=5, **style)
-            if name == baseline and None not in widths:
-                low, high = ([m + sign * w for m, w in zip(means, widths, strict=True)] for sign in (-1, 1))
+            known = [width for width in widths if width is not None]  # all, or none of one run
+            if name == baseline and known:
+                low, high = ([m + sign * w for m, w in zip(means, known, strict=True)] for sign in (-1, 1))
                 left.fill_between(iterations, low, high, color=style["color"], alpha=0.15, linewidth=0)
             found = over_stretches(runs, variants[baseline], metric) if name != baseline else []
             if found:
                 middles, differences, bars = zip(*found, strict=True)
                 apart = (middles[-1] - middles[0]) / max(1, len(middles) - 1) or 1  # side by side, not on one another
                 places = [middle + apart * 0.6 * (k / len(variants) - 0.5) for middle in middles]
-                bars = None if None in bars else bars
-                right.errorbar(places, differences, yerr=bars, markersize=5, capsize=2, linewidth=1, **style)
+                right.errorbar(places, differences, yerr=None if None in bars else bars, markersize=5, capsize=2,
+                               linewidth=1, **style)  # fmt: skip
         right.axhline(0, color="0.6", linewidth=1, zorder=0)
         left.set_title(label, fontsize=10)
         right.set_title(f"the same, less that of {baseline}, by seed", fontsize=10)

@@ -23,7 +23,7 @@ from speedrl.system.errors import one_line
 from speedrl.system.files import write_atomically, write_json
 from speedrl.training import train
 
-DEFAULTS = train.__kwdefaults__
+DEFAULTS = dict(train.__kwdefaults__ or {})
 
 
 def run_folder(out: Path, own: dict, seed: int) -> Path:
@@ -76,7 +76,8 @@ def run_all(
     """The rows of every run, or in one line why it failed. KeyboardInterrupt with what to do, once all have stopped."""
     if jobs > 1:
         return side_by_side(runs, evaluation=evaluation, devices=devices, jobs=jobs, console=console)
-    outcome, began = {}, time.time()
+    began = time.time()
+    outcome: dict[Path, list[dict] | str] = {}
     for number, (folder, options) in enumerate(runs.items()):
         left = (time.time() - began) / max(number, 1) * (len(runs) - number)
         about = f", about {left / 60:.0f} minutes left" if number else ""
@@ -95,7 +96,8 @@ def side_by_side(
     runs: Mapping[Path, dict], *, evaluation: dict, devices: Sequence[str], jobs: int, console: Console
 ) -> dict[Path, list[dict] | str]:
     """As `run_all`, `jobs` processes at a time: one that dies takes no other with it."""
-    waiting, outcome, threads = list(runs), {}, max(1, (os.cpu_count() or 1) // jobs)
+    waiting, threads = list(runs), max(1, (os.cpu_count() or 1) // jobs)
+    outcome: dict[Path, list[dict] | str] = {}
     running: dict[int, tuple[Path, subprocess.Popen]] = {}  # by place, which decides the device
     length = {folder: options.get("iterations", DEFAULTS["iterations"]) for folder, options in runs.items()}
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
@@ -155,6 +157,7 @@ def outcome_of(folder: Path, status: int) -> list[dict] | str:
 def child(folder: Path) -> None:
     """The other side of `start_process`."""
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    found: dict[str, Any]
     try:
         found = {"rows": one_run(folder, job["options"], job["evaluation"], device=job["device"])}
     except KeyboardInterrupt:

@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -32,7 +32,7 @@ class Stopped(KeyboardInterrupt):
 
 
 @contextmanager
-def interruptible():
+def interruptible() -> Iterator[Callable[[], int]]:
     """Turns SIGINT (Ctrl-C) and SIGTERM into a request, so that an iteration ends whole.
 
     Yields a function that gives the signal's number, 0 before. A second Ctrl-C stops at once; not one within a second,

@@ -11,6 +11,7 @@ import types
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -64,7 +65,7 @@ def import_torchvision() -> None:
         torchvision._speedrl_library = library  # the declarations live as long as the module
 
 
-def import_vq_model() -> type:
+def import_vq_model() -> type[Any]:
     """diffusers' `VQModel`, without all the networks beside it, whose imports take a second and a half.
 
     Its file needs none of what the packages on the way to it import in their `__init__`, so these are passed over
