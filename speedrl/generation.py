@@ -75,11 +75,12 @@ def draw(
     tokens = []
     for index in torch.arange(len(prompts), device=counts.device).split(batch):
         policy: Callable[..., Tensor] = whole[index]
-        most = int(counts[index].max())
-        noise = draw_noise(len(index), most + bool(generator.random_share), length, seed=seed, device=counts.device,
-                           names=[names[i] for i in index.tolist()])  # fmt: skip
+        named = [names[i] for i in index.tolist()]
+        most, device = int(counts[index].max()), counts.device
+        noise = draw_noise(len(index), most, length, seed=seed, device=device, names=named)
         if generator.random_share:
-            beyond = Noise(noise.uniform[:, most], noise.gumbel[:, most])  # what no step uses
+            beyond = draw_noise(len(index), 1, length, seed=seed, device=device, names=[f"start,{n}" for n in named])
+            beyond = Noise(*(part[:, 0] for part in beyond))
             policy = from_random(policy, beyond, share=generator.random_share, mask_id=generator.mask_id,
                                  codes=generator.codes)  # fmt: skip
         drawn = rollout(

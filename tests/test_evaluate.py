@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from speedrl.evaluation.measuring import (
     plot,
     prompt_sets,
     table,
+    written_in,
 )
 
 PROMPTS = ["a dog", "a cat", "nothing of note"]
@@ -84,6 +86,13 @@ def test_rows_and_files(judge, tiny_generator_folder, tmp_path, capsys):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert "R@1" in capsys.readouterr().out
     assert len(columns_of(rows)[1]) == markdown(rows).count("\n") - 2 == 8
+
+
+def test_the_file_of_a_users_reward_is_found_so_that_an_edit_counts(tmp_path):
+    mine = tmp_path / "mine.py"
+    mine.touch()
+    assert written_in(f"{mine}:score") == mine and written_in("tests.test_evaluate:score") == Path(__file__)
+    assert written_in("hpsv2") is None and written_in(f"{tmp_path / 'none.py'}:score") is None
 
 
 def test_what_is_there_is_kept_and_the_rest_computed(judge, tiny_generator_folder, tmp_path, monkeypatch):

@@ -85,7 +85,7 @@ def test_the_models_own_settings_are_the_defaults(tiny_generator):
     assert not torch.equal(tokens, tokens_of(tiny_generator, schedule="arccos"))
 
 
-def test_a_generator_that_starts_from_random_tokens_sees_its_share_of_them(tiny_generator):
+def test_a_generator_that_starts_from_random_tokens_sees_its_share_of_them(tiny_generator, monkeypatch):
     seen = []
 
     def policy(tokens, timestep, samples, positions):
@@ -103,6 +103,9 @@ def test_a_generator_that_starts_from_random_tokens_sees_its_share_of_them(tiny_
     tokens = tokens_of(distilled, steps=1)
     assert not torch.equal(tokens, tokens_of(tiny_generator, steps=1))
     assert torch.equal(tokens, tokens_of(distilled, steps=1, batch=2))
+    monkeypatch.setattr("speedrl.generation.step_counts", lambda model, whole, steps: torch.tensor([1, 4, 1, 2, 1]))
+    mixed, _ = draw(distilled, PROMPTS)
+    assert torch.equal(mixed[0], tokens[0]), "whatever steps the others of its batch take"
 
 
 @pytest.mark.parametrize("steps", [1, 16])

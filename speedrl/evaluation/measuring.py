@@ -1,6 +1,7 @@
 """Evaluation: how good, how true to the prompt, how diverse and how fast, over a list of step counts."""
 
 import hashlib
+import importlib.util
 import itertools
 import json
 import statistics
@@ -102,8 +103,9 @@ def evaluate(
             raise ValueError(f"--{name} must be at least 1, got {value}")
     check_samplers(guidance, temperature, schedule, order, remask)
     sets = prompt_sets(prompts, held_out)
-    weights = {model: fingerprint(*parts_of(model, (loading or {}).get("base"))) for model in models}
-    if "auto" in steps and (fixed := [model for model in models if not has_step_policy(model)]):
+    base = (loading or {}).get("base")
+    weights = {model: fingerprint(*parts_of(model, base)) for model in models}
+    if "auto" in steps and (fixed := [model for model in models if not has_step_policy(model, base)]):
         raise ValueError(f"--steps auto is for models that were trained with a range of steps, and {fixed[0]} was not: "
                          "give numbers")  # fmt: skip
     check_device(device)
@@ -117,6 +119,7 @@ def evaluate(
         scores = load_qualities(quality, device=device, weights=reward_weights, prompts=tried)[0]
     judged_by = fingerprint(EMBEDDED.parent / "judge", *(EMBEDDED if n == "embedded" else Path(n) for n in scores))
     scored_by = [(line, *dated(Path(line.partition("=")[2]))) for line in reward_weights]
+    scored_by += [(name, *dated(path)) for name in scores if (path := written_in(name))]
     protocol = [count, seeds, quality, scored_by, judged_by, device, sorted((loading or {}).items())]
 
     rows, sheet, labels, done = [], [], [], 0
@@ -204,11 +207,11 @@ def check_samplers(
             raise ValueError(f"--remask is a share of the tokens, 0 to 1, got {share}")
 
 
-def has_step_policy(model: str | Path) -> bool:
-    """Whether a model on disk was trained with a range of steps; no weights are read."""
+def has_step_policy(model: str | Path, base: str | Path | None = None) -> bool:
+    """Whether a model on disk was trained with a range of steps; no weights are read. `base` is that of an adapter."""
     from safetensors import safe_open
 
-    for path in (folder / "sampler.safetensors" for folder in parts_of(model)):
+    for path in (folder / "sampler.safetensors" for folder in parts_of(model, base)):
         if path.exists():
             with safe_open(path, "pt") as file:
                 return "steps.bias" in file.keys()  # noqa: SIM118
@@ -342,6 +345,15 @@ def dated(path: Path) -> tuple[int, int]:
     """Size and time of change of a file too large to be read for its hash."""
     found = path.stat()
     return found.st_size, found.st_mtime_ns
+
+
+def written_in(quality: str) -> Path | None:
+    """The file of a quality that is FILE.py:FUNCTION or MODULE:FUNCTION; None for others."""
+    module, colon, _ = quality.rpartition(":")
+    if not colon:
+        return None
+    found = module if module.endswith(".py") else getattr(importlib.util.find_spec(module), "origin", None)
+    return Path(found) if found and Path(found).exists() else None
 
 
 def identity(row: dict) -> tuple:

@@ -77,6 +77,8 @@ def export(
         if str(settings["steps"]).startswith("auto"):
             earlier = "was trained with --steps auto by an earlier version, which this one does not read"
             raise ValueError(f"it {earlier}: train it anew with --steps 1-16")
+        if merge and settings["lora"] is None:
+            raise ValueError("--merge is for an adapter, and the run trained whole weights: leave it out")
         settings["model"] = str(model or recorded_source(settings["model"], where=f"the checkpoint {folder}"))
         generator = load_generator(settings["model"], **(settings["loading"] or {}))
         table = record.get("search", record.get("tuning"))
@@ -89,8 +91,6 @@ def export(
         read_tensors(folder, wanted)
         learned = {name.removeprefix(kind): value for name, value in wanted.items()}
         saved = save_trained(Path(out), generator, learned, None if table is None else torch.tensor(table), settings)
-        if merge and settings["lora"] is None:
-            raise ValueError("--merge is for an adapter, and the run trained whole weights: leave it out")
         if merge:
             save_generator(load_generator(saved), Path(out) / "model")
         return Path(out) / "model" if merge else saved

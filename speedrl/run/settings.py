@@ -62,8 +62,8 @@ def idle(settings: Mapping[str, Any], least: int, most: int) -> list[tuple[Any, 
     has: Callable[[str], Any] = settings.get
     without_reward, held = has("quality") == "none", has("kl") != "none" and has("kl_weight")
     return [
-        (not has("iterations") and not has("search"),
-         "--iterations 0 searches the sampler and does not train: give --search above 0, or --iterations"),
+        (not has("iterations") and (without_reward or not has("search")),
+         "--iterations 0 searches the sampler and does not train: it needs a --quality and --search above 0"),
         (has("steps_reward") and least == most,
          f"--steps-reward {has('steps_reward'):g} cannot act with --steps {most}, where every image costs the same: "
          f"give a range, like --steps 1-{max(2, most)}, or --steps-reward 0"),

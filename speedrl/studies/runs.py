@@ -121,8 +121,9 @@ def side_by_side(
                                 description=f"{len(outcome)} of {len(runs)} runs, iterations")  # fmt: skip
                 time.sleep(0.2)
         except KeyboardInterrupt:  # the processes had it too: their trainings end with a checkpoint
-            for _, process in running.values():
+            for _, process in running.values():  # all before any is waited for: a second signal stops at once
                 process.send_signal(signal.SIGINT)
+            for _, process in running.values():
                 process.wait()
             raise KeyboardInterrupt(f"stopped after {len(outcome)} of {len(runs)}; the same command goes on") from None
     return outcome
