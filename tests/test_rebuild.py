@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -234,6 +235,15 @@ def test_the_card_says_what_was_measured(parts):
     assert "| base, best samplers, R@1 in 32 steps to that in 8 | 1.500 | 1.25 | yes |" in text
     assert "The seed is 3" in text and set(card.LICENCES) == set(data.PACKAGES)
     assert "| base | training | 8 | 16 |" in text, "the curves' rows"
+
+
+def test_a_stage_may_end_with_the_tokens(tmp_path):
+    stage = Path(train_base.__file__).parent / "stage"
+    train_base.load_stage(stage, tmp_path / "base", tmp_path / "vq")
+    assert train_vq.updates(tmp_path / "vq", "tokens") == 8000 and not (tmp_path / "base/start.json").exists()
+    grounds = torch.tensor([*compose.COLOURS.values()], dtype=torch.uint8)[:, None, None].expand(-1, 64, 64, 3)
+    tokens = train_vq.tokens_of(train_vq.load_tokens(tmp_path / "vq"), grounds)
+    assert (tokens == tokens[:, :1]).all() and len(set(tokens[:, 0].tolist())) == 5, "a ground is one token"
 
 
 def test_a_stage_carries_the_averaged_weights_to_another_cache(vq, base, tmp_path):

@@ -399,13 +399,14 @@ def save_stage(base: Path, vq: Path, out: Path) -> None:
 
 
 def load_stage(stage: Path, base: Path, vq: Path) -> None:
-    """Puts what `save_stage` wrote where the stages look for it, unless something is there."""
+    """Puts what `save_stage` wrote where the stages look for it, unless something is there. A stage may end with the
+    tokens, before any base."""
     if not (vq / "tokens.safetensors").exists():
         shutil.copytree(stage / "vq", vq, dirs_exist_ok=True)
     if not (base / "tokenizer/vocab.json").exists():
         shutil.copytree(stage / "tokenizer", base / "tokenizer", dirs_exist_ok=True)
     for name in ("safetensors", "json"):
-        if not (base / f"start.{name}").exists():
+        if (stage / f"base.{name}").exists() and not (base / f"start.{name}").exists():
             shutil.copy(stage / f"base.{name}", base / f"start.{name}")
 
 
