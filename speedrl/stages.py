@@ -23,7 +23,7 @@ def draw_images(
     steps: Tensor,
     *,
     seed: int,
-    first: int = 0,
+    names: Sequence[str] | None = None,
     guidance: float | None = None,
     temperature: float | None = None,
     schedule: str | None = None,
@@ -33,12 +33,12 @@ def draw_images(
 ) -> Tensor:
     """Images float32 [B, 3, H, W] of B prompts, each in its own number of steps int64 [B]; None is the generator's own.
 
-    Image i starts from the noise of sample first + i of the seed.
+    Image i starts from the noise of sample i of the seed, or of the sample that `names` names.
     """
     length = generator.grid[0] * generator.grid[1]
     policy = make_policy(generator, prompts, guidance=guidance)
     device = policy.empty.text.device
-    noise = draw_noise(len(steps), int(steps.max()), length, seed=seed, first=first, device=device)
+    noise = draw_noise(len(steps), int(steps.max()), length, seed=seed, names=names, device=device)
     drawn = rollout(
         policy, steps.to(device), noise, grid=generator.grid, mask_id=generator.mask_id, scalars=scalars,
         temperature=generator.temperature if temperature is None else temperature,
@@ -54,7 +54,7 @@ def search_sampler(
     quality: Quality,
     choices: Tensor,
     *,
-    rounds: int = 16,
+    rounds: int = 64,
     groups: int = 5,
     group_size: int = 8,
     seed: int = 0,
@@ -64,8 +64,9 @@ def search_sampler(
     """Searches the sampler's scalars for the step counts `choices`, int64 [K], on the given prompts, without training.
 
     Each round draws `group_size` images of `groups` prompts, the counts in turn, each with its own scalars, and moves
-    the scalars along the gradient of the expected quality (`method.search`). It starts from `table` or from the given
-    sampler; `sampler` is what `draw_images` takes. -> table float32 [7, 4] for `scalars_at`.
+    the scalars along the gradient of the expected quality (`method.search`). Pairs of images start from the same noise
+    and try opposite scalars. It starts from `table` or from the given sampler; `sampler` is what `draw_images` takes.
+    -> table float32 [7, 4] for `scalars_at`.
     """
     search, random = new_search(table), torch.Generator().manual_seed(seed)
     size = groups * group_size
@@ -75,7 +76,8 @@ def search_sampler(
         # a group shares its count, so that its images compare
         counts = choices[(torch.arange(groups) + number) % len(choices)].repeat_interleave(group_size)
         scalars, noise = ask(search, counts, seed=seed, round=number)
-        images = draw_images(generator, texts, counts, seed=seed, first=number * size, scalars=scalars, **sampler)
+        names = [f"search,{number},{i // 2}" for i in range(size)]
+        images = draw_images(generator, texts, counts, seed=seed, names=names, scalars=scalars, **sampler)
         advantages = group_advantages(quality(images, texts).view(groups, -1), std="none").flatten()
         search = tell(search, counts, noise, advantages)
     return search.table

@@ -60,7 +60,7 @@ def train(
     train_steps: int | None = None,
     # sampler
     guidance: float | None = None, reference_guidance: float | None = None, order: str | None = None,
-    schedule: str | None = None, temperature: float | None = None, remask: float | None = None, search: int = 16,
+    schedule: str | None = None, temperature: float | None = None, remask: float | None = None, search: int = 64,
     # reward
     quality_gate: float | None = None, quality_clip: float | None = None, reward_weights: Sequence[str] = (),
     # memory, speed, ranks and output

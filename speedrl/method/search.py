@@ -53,8 +53,13 @@ def scalars_at(table: Tensor | None, steps: Tensor) -> Scalars:
 
 
 def ask(search: Search, steps: Tensor, *, seed: int, round: int) -> tuple[Scalars, Tensor]:
-    """Scalars of B samples drawn around the present ones, and the standard normal noise float32 [B, 4] in them."""
-    noise = torch.randn(len(steps), len(SPREAD), generator=seeded(f"{seed},{round},search"))
+    """Scalars of B samples drawn around the present ones, and the standard normal noise float32 [B, 4] in them.
+
+    Samples 2i and 2i + 1 have opposite noise. Where they draw the same prompt from the same noise in the same steps,
+    what these do to the reward cancels (symmetric sampling, Sehnke et al., section 2.2).
+    """
+    half = torch.randn((len(steps) + 1) // 2, len(SPREAD), generator=seeded(f"{seed},{round},search"))
+    noise = torch.stack([half, -half], 1).flatten(0, 1)[: len(steps)]
     logs = octave_weights(steps.cpu()) @ search.table + noise * torch.tensor(SPREAD)
     return Scalars(*logs.exp().to(steps.device).unbind(1)), noise
 
