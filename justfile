@@ -43,7 +43,7 @@ ablate *options:
 # All trainings start from the base with one searched sampler; it is saved without guidance, so the reference's is given.
 # Not for the ablation search: `speedrl ablate search`.
 results name *options:
-    test -d runs/searched/model || .venv/bin/speedrl train --iterations 0 --steps-reward 0.5 --no-compare --out runs/searched
+    test -d runs/searched/model || .venv/bin/speedrl train --iterations 0 --no-compare --out runs/searched
     .venv/bin/speedrl ablate {{name}} --model runs/searched --beside embedded --out runs/results \
         --prompts speedrl/models/embedded/prompts/train.txt --set search=0 --set reference_guidance=1.3 \
         {{ if name == "speed-reward" { "" } else { "--set steps_reward=0.5" } }} \

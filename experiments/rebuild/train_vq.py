@@ -232,6 +232,30 @@ def updates(folder: Path, part: str) -> int:
     return int(effort(folder, part)["updates"])
 
 
+def restore(state: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
+    """Loads what `keep` wrote; returns the updates that it has had and the seconds that they took."""
+    saved = torch.load(state, weights_only=True, map_location="cpu")
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    return saved["step"], saved.get("seconds", 0.0)
+
+
+def keep(state: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, step: int, seconds: float) -> None:
+    """Writes what a training goes on from."""
+    value = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds}
+    write_atomically(state, lambda partial: torch.save(value, partial))
+
+
+def descend(loss: Tensor, optimizer: torch.optim.Optimizer, *, lr: float) -> None:
+    """One update at the rate `lr`, its gradient clipped to norm 1."""
+    loss.backward()
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
 def train_tokens(
     images: np.ndarray,
     out: Path,
@@ -258,13 +282,9 @@ def train_tokens(
     pool = torch.from_numpy(images)
     model = load_tokens(out, device=device).train() if began else Tokens()
     model = model.to(device, memory_format=torch.channels_last)
-    learned = list(model.parameters())
-    optimizer = torch.optim.AdamW(learned, lr=lr, betas=(0.9, 0.98), weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=1e-4)
     if state.exists():
-        saved = torch.load(state, weights_only=True, map_location=device)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        first, seconds = saved["step"], saved.get("seconds", 0.0)
+        first, seconds = restore(state, model, optimizer)
         torch.manual_seed(seed + first)
 
     def batch_of() -> Tensor:
@@ -296,17 +316,10 @@ def train_tokens(
             model.follow(flat, index)
             if step % 40 == 0 and step < 0.8 * steps:
                 model.replace_dead(flat)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1 - first) / 50, 1.02 - step / steps)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(learned, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        descend(loss, optimizer, lr=lr * min(1, (step + 1 - first) / 50, 1.02 - step / steps))
         log.add(step, loss.detach(), error)
         if step % save_every == save_every - 1:
-            value = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1,
-                     "seconds": seconds + log.seconds}  # fmt: skip
-            write_atomically(state, lambda partial, value=value: torch.save(value, partial))
+            keep(state, model, optimizer, step=step + 1, seconds=seconds + log.seconds)
     tensors = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
     write_atomically(out / "tokens.safetensors", lambda partial: save_file(tensors, partial))
     write_json(out / "tokens.json", {"updates": steps, "seconds": seconds + log.seconds})
@@ -344,10 +357,7 @@ def train_decoder(
     learned = [*model.decoder.parameters(), *model.post_quant_conv.parameters()]
     optimizer = torch.optim.AdamW(learned, lr=lr, betas=(0.9, 0.98), weight_decay=1e-4)
     if state.exists():
-        saved = torch.load(state, weights_only=True, map_location=device)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        first, seconds = saved["step"], saved.get("seconds", 0.0)
+        first, seconds = restore(state, model, optimizer)
         torch.manual_seed(seed + first)
     log = Log("decoder", first, steps)
     for step in range(first, steps):
@@ -356,17 +366,10 @@ def train_decoder(
         with bf16_autocast(device):
             found = decode(model, tokens[index].to(device))
         loss = distance(found, target)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1 - first) / 50, 1.02 - step / steps)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(learned, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        descend(loss, optimizer, lr=lr * min(1, (step + 1 - first) / 50, 1.02 - step / steps))
         log.add(step, loss.detach(), (found.detach() - target).square().mean())
         if step % save_every == save_every - 1:
-            value = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1,
-                     "seconds": seconds + log.seconds}  # fmt: skip
-            write_atomically(state, lambda partial, value=value: torch.save(value, partial))
+            keep(state, model, optimizer, step=step + 1, seconds=seconds + log.seconds)
     model.to("cpu").save_pretrained(out)
     write_json(out / "decoder.json", {"updates": steps, "seconds": seconds + log.seconds})
     state.unlink(missing_ok=True)
