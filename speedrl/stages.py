@@ -122,10 +122,12 @@ def prepare_sampler(
     *,
     rounds: int,
     seed: int,
+    between: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor | None, float]:
     """The sampler's table for `scalars_at`, None without one, and the quality gap: of a checkpoint's record, or new.
 
     `rounds` of search start from the generator's own table, if it has one; the gap is that of the searched sampler.
+    `between` is called after each batch of images: what it raises ends the stage.
     """
     if "gap" in record:
         return (None if record["search"] is None else torch.tensor(record["search"])), record["gap"]
@@ -133,6 +135,7 @@ def prepare_sampler(
     del sampler["reference_guidance"]
 
     def quality(images: Tensor, texts: list[str]) -> Tensor:
+        between()
         return reward.observe(reward.parts(images, texts), len(texts)).cpu()
 
     table = generator.sampler.get("search")

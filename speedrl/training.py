@@ -135,7 +135,8 @@ def train(
         warn_of_prompts(run.warn, generator, texts, how)
         run.stage(f"searching the sampler, {search} rounds" if search else "measuring the base")
         with autocast, distributed.gathered_weights(learner.transformer, sharded=sharded):
-            stages = partial(prepare_sampler, record, generator, texts, reward, how, choices, rounds=search, seed=seed)
+            stages = partial(prepare_sampler, record, generator, texts, reward, how, choices, rounds=search, seed=seed,
+                             between=run.stop_if_asked)  # fmt: skip
             table, gap = distributed.on_all_ranks(stages)
         run.stage("compiling: the first iteration takes a minute or two" if compiles else "the first iteration")
         for iteration in run.iterations():

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import speedrl.run.checkpoints
+import speedrl.stages
 import speedrl.training
 import speedrl.updates
 from speedrl.cli import app
@@ -519,6 +520,23 @@ def test_a_signal_saves_says_how_to_go_on_and_exits_as_schedulers_expect(options
     train(out=tmp_path / "whole", iterations=done + 1, **options)
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
     assert same_tensors(tmp_path / "run/model", tmp_path / "whole/model")
+
+
+def test_a_signal_during_the_search_stops_it_and_the_same_command_starts_again(options, tmp_path, monkeypatch):
+    plain, drawn = speedrl.stages.draw_images, []
+
+    def interrupted(*arguments, **how):
+        drawn.append(1)
+        if len(drawn) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return plain(*arguments, **how)
+
+    monkeypatch.setattr(speedrl.stages, "draw_images", interrupted)
+    again = options | {"search": 8, "iterations": 1}
+    with pytest.raises(Stopped, match="before the first iteration") as found:
+        train(out=tmp_path / "run", **again)
+    assert found.value.status == 130 and len(drawn) == 2
+    assert train(out=tmp_path / "run", **again).exists()
 
 
 KILLS = int(os.environ.get("SPEEDRL_KILLS", "3"))  # 50 for the long test

@@ -63,6 +63,11 @@ class Run:
         """Says what takes time before the next iteration is done."""
         self.display.stage(text)
 
+    def stop_if_asked(self) -> None:
+        """`Stopped` after SIGINT or SIGTERM, where there is nothing to save: before the first iteration."""
+        if number := self.stopped():
+            raise Stopped("stopped before the first iteration; start again with the same command", number)
+
     def warn(self, text: str) -> None:
         """Says something once."""
         self.display.warn(text)
