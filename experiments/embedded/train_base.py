@@ -1,4 +1,8 @@
-"""The embedded generator: the Meissonic transformer and its text encoder, trained together on composed emoji."""
+"""The embedded generator: the Meissonic transformer and its text encoder, trained together on composed emoji.
+
+The learning rate warms up, stays constant, and falls over the last updates of the last stage. So a training can go on
+in a later session, from a checkpoint or from the weights of a finished stage.
+"""
 
 import json
 import math
@@ -16,52 +20,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from experiments.embedded import compose
-from experiments.embedded.train_vq import PATCH, nearest, patches
+from experiments.embedded.train_vq import CODES, GRID, load_tokens, load_vqmodel, tokens_of
 from speedrl.models.checkpoint import Generator, save_generator
 from speedrl.models.meissonic import MeissonicTransformer
-from speedrl.system.files import write_atomically
+from speedrl.system.files import write_atomically, write_json
 from speedrl.system.platform import bf16_autocast, import_torchvision
 
-WIDTH, WORDS, CODES, MASK = 192, 16, 1024, 1031
+WIDTH, WORDS, MASK = 192, 16, CODES
 TRANSFORMER = dict(
     num_layers=1, num_single_layers=4, attention_head_dim=64, num_attention_heads=3, joint_attention_dim=WIDTH,
     pooled_projection_dim=WIDTH, axes_dims_rope=(8, 28, 28), vocab_size=MASK + 1, codebook_size=CODES,
     downsample=True, upsample=True,
 )  # fmt: skip
-# of a few tried, the best
-SAMPLING = {"num_inference_steps": 32, "guidance_scale": 1.3, "temperature": 0.5, "negative_prompt": ""}
-
-
-def token_tables(sprites: np.ndarray, centres: Tensor) -> dict[int, np.ndarray]:
-    """Tokens of every thing on every colour, per size: int16 [concepts, styles, colours, size / 4, size / 4].
-
-    Places are whole cells, so a picture's tokens are these blocks pasted on a flat ground: the same tokens that
-    painting and encoding the picture gives, without painting it.
-    """
-    concepts, styles = sprites.shape[:2]
-    tables = {}
-    for size in (compose.SMALL, compose.BIG):
-        side = size // 4
-        table = np.zeros((concepts, styles, len(compose.COLOURS), side, side), np.int16)
-        for thing in track(range(concepts), f"tokens at {size} pixels"):
-            pictures = np.stack([
-                compose.paint(compose.Picture((thing,), style, colour, (size,), ((0, 0),)), sprites)
-                for style in range(styles) for colour in compose.COLOURS
-            ])  # fmt: skip
-            index = nearest(patches(torch.from_numpy(pictures)).flatten(0, 1), centres).numpy().reshape(-1, 16, 16)
-            table[thing] = index[:, :side, :side].reshape(styles, -1, side, side)
-        tables[size] = table
-    return tables
-
-
-def paste(picture: compose.Picture, tables: dict[int, np.ndarray]) -> np.ndarray:
-    """Tokens of a picture: int16 [16, 16]."""
-    colour = list(compose.COLOURS).index(picture.colour)
-    grid = np.full((16, 16), CODES - len(compose.COLOURS) + colour, np.int16)
-    for thing, size, (x, y) in zip(picture.things, picture.sizes, picture.places, strict=True):
-        block = tables[size][thing, picture.style, colour]
-        grid[y // 4 : (y + size) // 4, x // 4 : (x + size) // 4] = block
-    return grid
+# at low temperatures a base that is trained little fills images with their ground, which is one token
+SAMPLING = {"num_inference_steps": 32, "guidance_scale": 1.5, "temperature": 4.0, "negative_prompt": ""}
 
 
 def train_tokenizer(captions: list[str], out: Path, *, size: int = 2048) -> None:
@@ -86,9 +58,8 @@ def train_tokenizer(captions: list[str], out: Path, *, size: int = 2048) -> None
     vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
     out.mkdir(parents=True, exist_ok=True)
     (out / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
-    (out / "merges.txt").write_text(
-        "#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n", encoding="utf-8"
-    )
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (out / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     clip = CLIPTokenizer(vocab=str(out / "vocab.json"), merges=str(out / "merges.txt"), model_max_length=WORDS)
     clip.save_pretrained(out)
 
@@ -161,63 +132,140 @@ class Muon(torch.optim.Optimizer):
                     parameter.add_(update, alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
 
 
+def placements() -> tuple[list[tuple[int, tuple[int, int]]], Tensor]:
+    """Every size and place that an image may have, and how often each is drawn, float32 [placements]."""
+    sizes = {compose.SMALL: compose.SMALL_SHARE, compose.BIG: 1 - compose.SMALL_SHARE}
+    found = [(size, place) for size in sizes for place in compose.places(size)]
+    return found, torch.tensor([sizes[size] / len(compose.places(size)) for size, _ in found])
+
+
 def read_pool(out: Path) -> dict[str, Tensor]:
-    """What `make_pool` wrote: tokens int16 [N, 256] and caption ids int16 [N, WORDS]."""
+    """What `make_pool` wrote: tokens int16 [N, 256] and captions' ids int16 [N, captions, WORDS]."""
     return load_file(out / "pool.safetensors")
 
 
 def make_pool(
-    tables: dict[int, np.ndarray],
-    names: list[str],
-    tags: list[list[str]],
-    out: Path,
-    *,
-    pictures: int = 300_000,
-    empty: float = 0.1,
-    seed: int = 0,
-) -> None:
-    """Draws the pictures to train on into out/pool.safetensors, for `read_pool`, and trains out/tokenizer.
+    sprites: np.ndarray, names: list[str], tags: list[list[str]], vq: Path, out: Path,
+    *, captions: int = 4, seed: int = 0, device: str = "cpu",
+) -> None:  # fmt: skip
+    """Writes all images that can be composed, as tokens, to out/pool.safetensors, for `read_pool`.
 
-    A share `empty` of the captions is empty, for guidance.
+    In the order thing, design, ground, placement: all `placements` of one stand beside each other. Each image has
+    `captions` captions. Trains out/tokenizer.
     """
     from transformers import CLIPTokenizer
 
     tokenizer(names, tags, out)
-    tokens_of, rng = CLIPTokenizer.from_pretrained(out / "tokenizer"), np.random.default_rng(seed)
-    tokens, ids = np.empty((pictures, 256), np.int16), np.empty((pictures, WORDS), np.int16)
-    for first in track(range(0, pictures, 1000), "compositions"):
-        part = slice(first, min(first + 1000, pictures))
-        drawn = [compose.draw(rng, concepts=len(names)) for _ in range(part.stop - part.start)]
-        tokens[part] = np.stack([paste(picture, tables) for picture in drawn]).reshape(len(drawn), -1)
-        captions = [compose.caption(picture, names, tags, rng) for picture in drawn]
-        captions = ["" if rng.random() < empty else caption for caption in captions]
-        ids[part] = tokens_of(
-            captions, padding="max_length", truncation=True, max_length=WORDS, return_tensors="np"
-        ).input_ids
-    made = {"tokens": torch.from_numpy(tokens), "ids": torch.from_numpy(ids)}
+    words, rng = CLIPTokenizer.from_pretrained(out / "tokenizer"), np.random.default_rng(seed)
+    model, (placed, _) = load_tokens(vq, device=device), placements()
+    count = len(compose.STYLES) * len(compose.COLOURS) * len(placed)  # images of one thing
+    tokens = torch.empty(len(names), count, GRID**2, dtype=torch.int16)
+    ids = torch.empty(len(names), count, captions, WORDS, dtype=torch.int16)
+    for thing in track(range(len(names)), "base: tokens of all images"):
+        contents = [
+            compose.Composition(thing, style, colour, *placement)
+            for style in range(len(compose.STYLES)) for colour in compose.COLOURS for placement in placed
+        ]  # fmt: skip
+        painted = torch.from_numpy(np.stack([compose.paint(content, sprites) for content in contents]))
+        tokens[thing] = tokens_of(model, painted)
+        texts = [compose.caption(content, names, tags, rng) for content in contents for _ in range(captions)]
+        texts = words(texts, padding="max_length", truncation=True, max_length=WORDS, return_tensors="pt")
+        ids[thing] = texts.input_ids.unflatten(0, (count, captions))
+    made = {"tokens": tokens.flatten(0, 1), "ids": ids.flatten(0, 1)}
     write_atomically(out / "pool.safetensors", lambda partial: save_file(made, partial))
 
 
-def corrupt(tokens: Tensor, *, scored: int = 128) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def draw_batch(data: dict[str, Tensor], empty: Tensor, weight: Tensor, *, batch: int, share: float = 0.1):
+    """Tokens int64 [batch, 256] and caption ids int64 [batch, WORDS] of `data`, placements drawn by `weight`.
+
+    A share of the captions is `empty`, int64 [WORDS], for guidance.
+    """
+    tokens, ids = data["tokens"], data["ids"]
+    device = tokens.device
+    index = torch.randint(len(tokens) // len(weight), (batch,), device=device) * len(weight)
+    index = index + torch.multinomial(weight, batch, replacement=True)
+    chosen = ids[index, torch.randint(ids.shape[1], (batch,), device=device)].long()
+    said = torch.rand(batch, 1, device=device) >= share
+    return tokens[index].long(), torch.where(said, chosen, empty)
+
+
+def with_random_codes(noisy: Tensor, early: Tensor, *, share: float) -> Tensor:
+    """For a `share` of the samples `early`, bool [B], random codes in place of a random share of the masks: [B, L].
+
+    A sampler whose first state has random codes (Di[M]O's hybrid initialisation, arXiv 2503.15457) needs such a base.
+    """
+    device = noisy.device
+    chosen = early & (torch.rand(len(noisy), device=device) < share)
+    random = torch.rand(noisy.shape, device=device) < torch.rand(len(noisy), 1, device=device)
+    return torch.where(chosen[:, None] & random & (noisy == MASK), torch.randint_like(noisy, CODES), noisy)
+
+
+def corrupt(tokens: Tensor, *, scored: int = 128, hybrid: float = 0.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Masks a cosine-distributed share of each sample: (masked tokens [B, L], timestep [B], places [B, scored],
-    weights [B, scored]). The loss is taken at `scored` of the masked places, all of them if they are fewer: first those
-    of things, then some of the flat ones, which weigh for all of them.
+    weights [B, scored]). The loss is taken at `scored` of the masked places, which weigh for all of them.
 
     The timestep is the sampler's countdown, N - 1 - s of a step count N drawn from 1 to 64, log-uniform: the base
-    sees every countdown beside every share of masked tokens, so that any step count is in its range.
+    sees every countdown beside every share of masked tokens, so that any step count is in its range. A share `hybrid`
+    of the samples of which nine tenths are masked has random codes in place of some masks; the loss is the same.
     """
     (batch, length), device = tokens.shape, tokens.device
     # evenly spread over the batch: less noise from batch to batch
     progress = (torch.rand(1, device=device) + torch.arange(batch, device=device) / batch).remainder(1)
-    count = (torch.cos(progress * math.pi / 2) * length).ceil().clamp(min=1)
-    masked = torch.rand(batch, length, device=device).argsort(-1) < count[:, None]
+    count = (torch.cos(progress * math.pi / 2) * length).ceil().clamp(min=1).long()
+    order = torch.rand(batch, length, device=device).argsort(-1)  # the first `count` of it are masked
+    masked = order.argsort(-1) < count[:, None]
     steps = torch.exp(torch.rand(batch, device=device) * math.log(64.99)).floor()
     timestep = steps - 1 - (progress * steps).floor()
-    ground = tokens >= CODES - len(compose.FLAT)
-    places = (torch.rand(batch, length, device=device) + ground).masked_fill(~masked, 3).argsort(-1)[:, :scored]
-    of_ground, used = ground.gather(1, places), masked.gather(1, places)
-    share = (ground & masked).sum(-1, keepdim=True) / (of_ground & used).sum(-1, keepdim=True).clamp(min=1)
-    return torch.where(masked, MASK, tokens), timestep, places, used * torch.where(of_ground, share, 1.0)
+    used = torch.arange(scored, device=device) < count[:, None]
+    weights = used * (count / used.sum(-1))[:, None]
+    noisy = torch.where(masked, MASK, tokens)
+    if hybrid:
+        noisy = with_random_codes(noisy, count >= 0.9 * length, share=hybrid)
+    return noisy, timestep, order[:, :scored], weights
+
+
+def rate(step: int, *, first: int, steps: int, decay: int, warmup: int = 100) -> float:
+    """The learning rate of an update, as a share of the highest: from `first` on it rises over `warmup` updates, stays,
+    and falls linearly to 0 over the last `decay` of `steps`."""
+    return min(1.0, (step - first + 1) / warmup, (steps - step) / decay if decay else 1.0)
+
+
+def new_model(words) -> torch.nn.ModuleDict:
+    """Transformer and text encoder with random weights; every block starts as the identity."""
+    model = torch.nn.ModuleDict({"transformer": MeissonicTransformer(**TRANSFORMER), "text": new_text_encoder(words)})
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            torch.nn.init.normal_(module.weight, std=0.02)
+    for block in (*model["transformer"].transformer_blocks, *model["transformer"].single_transformer_blocks):
+        for name, module in block.named_modules():
+            if name.startswith("norm") and isinstance(module, torch.nn.Linear):
+                torch.nn.init.zeros_(module.weight)
+                torch.nn.init.zeros_(module.bias)
+    torch.nn.init.normal_(model["transformer"].mlm_layer.conv2.weight, std=0.02)
+    return model
+
+
+def optimizers_of(model: torch.nn.Module, *, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the blocks' matrices, AdamW for the rest."""
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ("_blocks." in name or ".layers." in name)]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    return [Muon(matrices, lr=lr), torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)]
+
+
+@torch.no_grad()
+def follow(average: dict[str, Tensor], model: torch.nn.Module, keep: float) -> None:
+    """Moves the moving average of the weights."""
+    for name, value in model.state_dict().items():
+        average[name].lerp_(value, 1 - keep) if value.is_floating_point() else average[name].copy_(value)
+
+
+def mean_gradient(learned: list[torch.nn.Parameter], ranks: int) -> None:
+    """Replaces every gradient by its mean over the processes."""
+    gradient = torch.cat([p.grad.flatten() for p in learned])
+    dist.all_reduce(gradient)
+    for p, part in zip(learned, gradient.div_(ranks).split([p.numel() for p in learned]), strict=True):
+        p.grad.copy_(part.view_as(p))
 
 
 def train(
@@ -225,127 +273,156 @@ def train(
     out: Path,
     *,
     steps: int,
+    decay: int = 0,
+    minutes: float = math.inf,
     batch: int = 64,
     lr: float = 1.6e-3,
-    decay: float = 0.998,
+    ema: float = 0.999,
+    hybrid: float = 0.0,
     seed: int = 0,
     save_every: int = 250,
     device: str = "cpu",
-) -> None:
-    """Trains on `data`, of `read_pool`, for `steps` updates of `batch` pictures, with Muon on matrices and AdamW on the
-    rest; resumes from `out/state.pt`.
+) -> int:
+    """Trains on `data`, of `read_pool`, up to `steps` updates of `batch` images, or for `minutes`, and returns the
+    number of updates that the weights have had.
 
-    The rate rises over 100 steps and falls linearly to 0. What counts in the end is the exponential moving average of
-    the weights. Under torch.distributed each process takes its share of a batch.
+    Goes on from `out/state.pt`, or from a stage's weights, `out/start.safetensors` with `out/start.json`. The rate is
+    that of `rate`, `hybrid` that of `corrupt`. What counts in the end is the exponential moving average of the weights.
+    Under torch.distributed each process takes its share of a batch.
     """
     from transformers import CLIPTokenizer
 
     torch.manual_seed(seed)
-    tokens_of = CLIPTokenizer.from_pretrained(out / "tokenizer")
-    transformer, text_encoder = MeissonicTransformer(**TRANSFORMER), new_text_encoder(tokens_of)
-    model = torch.nn.ModuleDict({"transformer": transformer, "text": text_encoder})
-    for module in model.modules():
-        if isinstance(module, torch.nn.Embedding):
-            torch.nn.init.normal_(module.weight, std=0.02)
-    for block in (*model["transformer"].transformer_blocks, *model["transformer"].single_transformer_blocks):
-        for name, module in block.named_modules():
-            if name.startswith("norm") and isinstance(module, torch.nn.Linear):
-                torch.nn.init.zeros_(module.weight)  # blocks start as identities
-                torch.nn.init.zeros_(module.bias)
-    torch.nn.init.normal_(model["transformer"].mlm_layer.conv2.weight, std=0.02)
-    model.to(device)
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ("_blocks." in name or ".layers." in name)]
-    chosen = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in chosen]
-    optimizers = [
-        Muon(matrices, lr=lr),
-        torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
-    average = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    words = CLIPTokenizer.from_pretrained(out / "tokenizer")
+    model = new_model(words).to(device)
+    optimizers = optimizers_of(model, lr=lr)
     # a process a core beats threads: one sum of gradients a step in place of a barrier at every operation
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
-    rank = dist.get_rank() if dist.is_initialized() else 0
+    ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     batch //= ranks
-    torch.manual_seed(seed + 1000 * rank)
     data = {name: value.to(device) for name, value in data.items()}
-    first, state = 0, out / "state.pt"
+    done, first, seconds, state, start = 0, 0, 0.0, out / "state.pt", out / "start.safetensors"
+    if not state.exists() and start.exists():
+        model.load_state_dict({name: value.float() for name, value in load_file(start).items()}, strict=False)
+        stage = json.loads((out / "start.json").read_text(encoding="utf-8"))
+        done, first, seconds = stage["updates"], stage["updates"], stage.get("seconds", 0.0)
+    average = {name: value.detach().clone() for name, value in model.state_dict().items()}
     if state.exists():
-        saved = torch.load(state, weights_only=True)
+        saved = torch.load(state, weights_only=True, map_location=device)
         model.load_state_dict(saved["model"])
-        average = {name: value.to(device) for name, value in saved["average"].items()}
+        average = saved["average"]
         for optimizer, value in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(value)
-        first = saved["step"]
-        torch.manual_seed(seed + 1000 * rank + first)
+        done, first, seconds = saved["step"], saved["first"], saved.get("seconds", 0.0)
+    torch.manual_seed(seed + 1000 * rank + done)
     learned = [p for p in model.parameters() if p.requires_grad]
     micro = torch.tensor([[compose.SIDE, compose.SIDE, 0.0, 0.0, 6.0]], device=device).expand(batch, -1)
-    autocast = bf16_autocast(device)
+    empty = words("", padding="max_length", max_length=WORDS, return_tensors="pt").input_ids[0].to(device)
+    weight, autocast = placements()[1].to(device), bf16_autocast(device)
 
     @torch.compile
     def objective(tokens, ids, noisy, timestep, places, weights) -> Tensor:
         with autocast:
             text = model["text"](ids, output_hidden_states=True)
             features = model["transformer"].features(
-                noisy.view(-1, 16, 16), timestep, text.hidden_states[-2], text.text_embeds, micro
+                noisy.view(-1, GRID, GRID), timestep, text.hidden_states[-2], text.text_embeds, micro
             )
             logits = model["transformer"].head(features.gather(1, places[..., None].expand(-1, -1, features.shape[-1])))
         loss = F.cross_entropy(logits.float().flatten(0, 1), tokens.gather(1, places).flatten(), reduction="none")
         return (loss * weights.flatten()).sum() / weights.sum()
 
-    began, recent = time.time(), []
-    for step in range(first, steps):
-        rate = lr * min((step + 1) / 100, (steps - step) / steps)
-        drawn = torch.randint(len(data["ids"]), (batch,), device=device)
-        tokens, ids = data["tokens"][drawn].long(), data["ids"][drawn].long()
-        loss = objective(tokens, ids, *corrupt(tokens))
+    def save(step: int) -> None:
+        value = {"model": model.state_dict(), "average": average, "step": step, "first": first,
+                 "seconds": seconds + time.monotonic() - began,
+                 "optimizers": [optimizer.state_dict() for optimizer in optimizers]}  # fmt: skip
+        write_atomically(state, lambda partial: torch.save(value, partial))
+
+    began, recent, over = time.monotonic(), [], torch.zeros(1)
+    for step in range(done, steps):
+        tokens, ids = draw_batch(data, empty, weight, batch=batch)
+        loss = objective(tokens, ids, *corrupt(tokens, hybrid=hybrid))
         loss.backward()
         if ranks > 1:
-            gradient = torch.cat([p.grad.flatten() for p in learned])
-            dist.all_reduce(gradient)
-            for p, part in zip(learned, gradient.div_(ranks).split([p.numel() for p in learned]), strict=True):
-                p.grad.copy_(part.view_as(p))
+            mean_gradient(learned, ranks)
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = lr * rate(step, first=first, steps=steps, decay=decay)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            keep = min(decay, (step + 1) / (step + 10))
-            for name, value in model.state_dict().items():
-                average[name].lerp_(value, 1 - keep) if value.is_floating_point() else average[name].copy_(value)
+        follow(average, model, min(ema, (step + 1 - first) / (step + 10 - first)))
         recent.append(loss.detach())
-        if step % 25 == 24 and rank == 0:
-            speed = (step + 1 - first) / (time.time() - began)
-            left = f"{(steps - step) / speed / 60:.0f} min left"
-            print(
-                f"base {step + 1}/{steps} loss {torch.stack(recent).mean():.3f} {speed:.2f} steps/s {left}", flush=True
-            )
+        if step % 25 == 24:
+            passed = time.monotonic() - began
+            over.fill_(passed > 60 * minutes)
+            if ranks > 1:
+                dist.broadcast(over, 0)  # all stop at the same update
+            if rank == 0:
+                speed = (step + 1 - done) / passed
+                left = max(0, min((steps - step - 1) / speed / 60, minutes - passed / 60))
+                print(
+                    f"base {step + 1}/{steps} loss {torch.stack(recent).mean():.3f}, {speed:.2f} steps/s, "
+                    f"{left:.0f} min left",
+                    flush=True,
+                )
             recent = []
-        if (step % save_every == save_every - 1 or step == steps - 1) and rank == 0:
-            value = {"model": model.state_dict(), "average": average, "step": step + 1,
-                     "optimizers": [optimizer.state_dict() for optimizer in optimizers]}  # fmt: skip
-            write_atomically(state, lambda partial, value=value: torch.save(value, partial))
+        stops = step == steps - 1 or bool(over)
+        if rank == 0 and (step % save_every == save_every - 1 or stops):
+            save(step + 1)
+        if stops:
+            return step + 1
+    return max(done, steps)
+
+
+def effort(base: Path) -> dict[str, float]:
+    """Updates of the weights of `base/state.pt`, and the seconds that they took, as far as they were recorded."""
+    saved = torch.load(base / "state.pt", weights_only=True, map_location="cpu", mmap=True)
+    return {"updates": saved["step"], "seconds": saved.get("seconds", 0.0)}
+
+
+def average_of(base: Path) -> dict[str, Tensor]:
+    """The averaged weights of `base/state.pt`."""
+    return torch.load(base / "state.pt", weights_only=True, map_location="cpu")["average"]
+
+
+def save_stage(base: Path, vq: Path, out: Path) -> None:
+    """What a later session goes on from, in float16: the averaged weights, both tokenizers, the number of updates."""
+    saved = torch.load(base / "state.pt", weights_only=True, map_location="cpu")
+    weights = {name: v.half() if v.is_floating_point() else v for name, v in saved["average"].items()}
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "base.safetensors", lambda partial: save_file(weights, partial))
+    write_json(out / "base.json", effort(base))
+    shutil.copytree(base / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
+    (out / "vq").mkdir(exist_ok=True)
+    for name in ("tokens.safetensors", "tokens.json", "decoder.json"):
+        shutil.copy(vq / name, out / "vq")
+    load_vqmodel(vq).half().save_pretrained(out / "vq")
+
+
+def load_stage(stage: Path, base: Path, vq: Path) -> None:
+    """Puts what `save_stage` wrote where the stages look for it, unless something is there. A stage may end with the
+    tokens, before any base."""
+    if not (vq / "tokens.safetensors").exists():
+        shutil.copytree(stage / "vq", vq, dirs_exist_ok=True)
+    if not (base / "tokenizer/vocab.json").exists():
+        shutil.copytree(stage / "tokenizer", base / "tokenizer", dirs_exist_ok=True)
+    for name in ("safetensors", "json"):
+        if (stage / f"base.{name}").exists() and not (base / f"start.{name}").exists():
+            shutil.copy(stage / f"base.{name}", base / f"start.{name}")
 
 
 def export(base: Path, vq: Path, out: Path) -> None:
-    """The averaged weights of `base/state.pt`, the tokenizer and the VQModel as a generator's folder, in float16."""
-    import_torchvision()
-    from diffusers import VQModel
+    """The averaged weights, the tokenizer and the VQModel as a generator's folder, in float16."""
     from transformers import CLIPTokenizer
 
-    average = torch.load(base / "state.pt", weights_only=True, map_location="cpu")["average"]
-    tokens_of = CLIPTokenizer.from_pretrained(base / "tokenizer")
-    transformer, text = MeissonicTransformer(**TRANSFORMER), new_text_encoder(tokens_of)
-    for name, module in (("transformer.", transformer), ("text.", text)):
-        module.load_state_dict({k.removeprefix(name): v for k, v in average.items() if k.startswith(name)})
-    side = compose.SIDE // PATCH
+    words = CLIPTokenizer.from_pretrained(base / "tokenizer")
+    model = new_model(words)
+    model.load_state_dict(average_of(base))
     config = {"_class_name": "Transformer2DModel", "guidance_embeds": False, "in_channels": WIDTH, "patch_size": 1,
-              "sample_size": side} | TRANSFORMER  # fmt: skip
+              "sample_size": GRID} | TRANSFORMER  # fmt: skip
     scheduler = {"_class_name": "Scheduler", "mask_token_id": MASK, "masking_schedule": "cosine"} | SAMPLING
     generator = Generator(
-        transformer, VQModel.from_pretrained(vq), text, tokens_of, config, scheduler, (side, side), (compose.SIDE,) * 2,
-        MASK, CODES, steps=SAMPLING["num_inference_steps"], guidance=SAMPLING["guidance_scale"],
+        model["transformer"], load_vqmodel(vq), model["text"], words, config, scheduler, (GRID, GRID),
+        (compose.SIDE,) * 2, MASK, CODES, steps=SAMPLING["num_inference_steps"], guidance=SAMPLING["guidance_scale"],
         temperature=SAMPLING["temperature"], negative="", micro_conds=(),
     )  # fmt: skip
     fresh = base / "generator"

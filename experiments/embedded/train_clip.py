@@ -1,9 +1,9 @@
-"""The embedded model's quality reward: a small CLIP, trained on composed pictures and their captions.
+"""The embedded model's quality reward: a small CLIP, trained on composed images and their captions.
 
 It must see the right concept, what the caption says of it, and what few-step sampling does wrong: patches of several
-designs and backgrounds in one picture. So half of its pictures went through the tokenizer's decoder, whose texture is
-not to be held against the generator, and every caption must also prefer its picture to that picture with patches of
-others in it. It is saved in open_clip's layout and shares nothing with the generator's text encoder.
+designs and grounds in one image. So half of its images went through the tokenizer's decoder, whose texture is not to
+be held against the generator, and every caption must also prefer its image to that image with patches of others in
+it. It is saved in open_clip's layout and shares nothing with the generator's text encoder.
 """
 
 import math
@@ -19,14 +19,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from experiments.embedded import compose
-from experiments.embedded.train_base import CODES, train_tokenizer
-from experiments.embedded.train_vq import PATCH, nearest, patches
+from experiments.embedded.compose import PLACES, Composition
+from experiments.embedded.train_base import train_tokenizer
+from experiments.embedded.train_vq import PATCH, images_of, load_tokens, load_vqmodel, tokens_of
 from speedrl.rewards.scorers import clip_encoders
 from speedrl.system.files import write_atomically, write_json
 from speedrl.system.platform import import_torchvision
 
 WORDS = 16
-PLACES = ("", "on the left", "on the right", "at the top", "at the bottom")
 MODEL = {
     "embed_dim": 128,
     "vision_cfg": {"image_size": compose.SIDE, "layers": [1, 2, 2, 2], "width": 16},
@@ -39,12 +39,10 @@ MODEL = {
 PREPROCESS = {"size": compose.SIDE, "mode": "RGB", "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}
 
 
-def facts(picture: compose.Picture) -> list[int]:
-    """What a caption may say of a picture: first and last thing, style, colour, size, place."""
-    alone = len(picture.things) == 1
-    place = PLACES.index(compose.place_words(picture)) if alone else 0
-    colour = list(compose.COLOURS).index(picture.colour)
-    return [picture.things[0], picture.things[-1], picture.style, colour, int(picture.sizes[0] == compose.BIG), place]
+def facts(content: Composition) -> list[int]:
+    """What a caption may say of an image: thing, style, colour, size, place."""
+    colour, place = list(compose.COLOURS).index(content.colour), PLACES.index(compose.place_words(content))
+    return [content.thing, content.style, colour, int(content.size == compose.BIG), place]
 
 
 def said(caption: str, names: list[str]) -> list[int]:
@@ -52,7 +50,7 @@ def said(caption: str, names: list[str]) -> list[int]:
     text = caption.split(",")[0]  # tags follow the comma
     longest_first = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
     pattern = rf"(?<![\w-])(?:{longest_first})(?![\w-])"
-    things = [names.index(name) for name in re.findall(pattern, text)]
+    (thing,) = (names.index(name) for name in re.findall(pattern, text))
     rest = re.sub(pattern, "_", text)
     ground = re.search(r" on a (\w+) background$", rest)
     rest = rest[: ground.start()] if ground else rest
@@ -60,18 +58,17 @@ def said(caption: str, names: list[str]) -> list[int]:
     style = [i for i, word in enumerate(compose.STYLES) if word in rest.split()]
     size = [i for i, word in enumerate(("small", "big")) if word in rest.split()]
     colour = [list(compose.COLOURS).index(ground[1])] if ground else []
-    return [things[0], things[-1], *(found[0] if found else -1 for found in (style, colour, size, place))]
+    return [thing, *(found[0] if found else -1 for found in (style, colour, size, place))]
 
 
 def holds(said: Tensor, facts: Tensor) -> Tensor:
-    """Whether a caption is true of a picture: int64 [T, 6] and [N, 6] -> bool [T, N]. Relations are not looked at."""
+    """Whether a caption is true of an image: int64 [T, 5] and [N, 5] -> bool [T, N]."""
     said, facts = said[:, None], facts[None]
-    things = (said[..., :2, None] == facts[..., None, :2]).any(-1).all(-1)
-    return things & ((said[..., 2:] == facts[..., 2:]) | (said[..., 2:] < 0)).all(-1)
+    return ((said == facts) | (said < 0)).all(-1)
 
 
 def siblings(facts: Tensor, chosen: Tensor) -> Tensor:
-    """For each of the pictures `chosen`, another (or the same) whose first thing is the same: int64 [B] -> [B]."""
+    """For each of the images `chosen`, another (or the same) whose first thing is the same: int64 [B] -> [B]."""
     order = facts[:, 0].argsort()
     count = torch.bincount(facts[:, 0])
     start = count.cumsum(0) - count
@@ -79,9 +76,9 @@ def siblings(facts: Tensor, chosen: Tensor) -> Tensor:
     return order[start[thing] + (torch.rand(len(chosen)) * count[thing]).long()]
 
 
-def cut(pictures: Tensor) -> Tensor:
+def cut(images: Tensor) -> Tensor:
     """uint8 [N, 64, 64, 3] -> its patches, uint8 [N, 256, 48]."""
-    return rearrange(pictures, "n (h p) (w q) c -> n (h w) (p q c)", p=PATCH, q=PATCH)
+    return rearrange(images, "n (h p) (w q) c -> n (h w) (p q c)", p=PATCH, q=PATCH)
 
 
 def join(cells: Tensor) -> Tensor:
@@ -106,25 +103,17 @@ def mixed(tokens: Tensor, donors: Tensor, share: Tensor) -> tuple[Tensor, Tensor
     return differs & (rank < share[:, None] * tokens.shape[1]), donor
 
 
-def tokens_of(pictures: Tensor, centres: Tensor) -> Tensor:
-    """uint8 [N, 64, 64, 3] -> int64 [N, 256]."""
-    parts = [nearest(patches(part).flatten(0, 1), centres) for part in pictures.split(1000)]
-    return torch.cat(parts).view(len(pictures), -1)
-
-
 def corrupted(
-    pictures: Tensor, tokens: Tensor, facts: Tensor, *, low: float, high: float, codes: int = CODES
+    images: Tensor, tokens: Tensor, facts: Tensor, grounds: Tensor, *, low: float, high: float
 ) -> tuple[Tensor, Tensor]:
-    """Each picture with a share between `low` and `high` of its patches replaced by those of others.
+    """Each image with a share between `low` and `high` of its patches replaced by those of others.
 
-    uint8 [N, 64, 64, 3], int64 [N, 256], int64 [N, 6] -> the mixtures and their tokens, shaped as the first two.
-    The donors are mostly two pictures of the same thing, else any two pictures, or an empty ground.
+    uint8 [N, 64, 64, 3], int64 [N, 256], int64 [N, 5], and the tokens of the empty grounds, int64 [colours, 256] -> the
+    mixtures and their tokens, shaped as the first two. The donors are mostly two images of the same thing, else any two
+    images, or an empty ground.
     """
     count, places = tokens.shape
-    grounds = torch.tensor(list(compose.COLOURS.values()), dtype=torch.uint8)
-    cells = cut(torch.cat([pictures, grounds[:, None, None].expand(-1, compose.SIDE, compose.SIDE, -1)]))
-    flat = torch.arange(codes - len(grounds), codes)  # the last codes are the flat colours
-    tokens = torch.cat([tokens, flat[:, None].expand(-1, places)])
+    cells, tokens = cut(torch.cat([images, ground_images()])), torch.cat([tokens, grounds])
     chosen = torch.arange(count)
     same = torch.stack([siblings(facts, chosen), siblings(facts, chosen)], 1)
     other = torch.randint(count, (count, 2))
@@ -137,66 +126,58 @@ def corrupted(
     return join(mixture), torch.where(mask, tokens[source, torch.arange(places)], tokens[:count])
 
 
-@torch.inference_mode()
-def decoded(tokens: Tensor, vqvae_folder: Path, *, batch: int = 64) -> Tensor:
-    """What the tokenizer's decoder makes of tokens: int64 [N, 256] -> uint8 [N, 64, 64, 3]."""
-    import_torchvision()
-    from diffusers import VQModel
-
-    model = VQModel.from_pretrained(vqvae_folder).eval().to(memory_format=torch.channels_last)
-    found = []
-    for part in track(tokens.split(batch), "decoding"):
-        shape = (len(part), compose.SIDE // PATCH, compose.SIDE // PATCH, model.config.latent_channels)
-        picture = model.decode(part, force_not_quantize=True, shape=shape).sample
-        found.append((picture.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1))
-    return torch.cat(found)
+def ground_images() -> Tensor:
+    """The empty grounds: uint8 [colours, 64, 64, 3]."""
+    colours = torch.tensor(list(compose.COLOURS.values()), dtype=torch.uint8)
+    return colours[:, None, None].expand(-1, compose.SIDE, compose.SIDE, -1).contiguous()
 
 
 def prepare(
-    sprites: np.ndarray, names: list[str], tags: list[list[str]], vqvae_folder: Path, centres: Tensor, out: Path,
-    *, pictures: int, captions: int, seed: int,
+    sprites: np.ndarray, names: list[str], tags: list[list[str]], vq: Path, out: Path,
+    *, images: int, captions: int, seed: int,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """The training set, kept in `out/pictures.pt` until the training is over. The first half of it is decoded.
+    """The training set, kept in `out/images.pt` until the training is over. The first half of it is decoded.
 
-    pictures, twins: uint8 [N, 64, 64, 3]; facts int64 [N, 6]; ids int64 [N, captions, WORDS]; said int64
-    [N, captions, 6]. Trains the tokenizer of texts into `out`.
+    images, twins: uint8 [N, 64, 64, 3]; facts int64 [N, 5]; ids int64 [N, captions, WORDS]; said int64
+    [N, captions, 5]. Trains the tokenizer of texts into `out`.
     """
     from transformers import CLIPTokenizer
 
-    kept = out / "pictures.pt"
+    kept = out / "images.pt"
     if kept.exists():
         return torch.load(kept, weights_only=True)
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    drawn = [compose.draw(rng, concepts=len(names)) for _ in range(pictures)]
-    texts = [[compose.caption(picture, names, tags, rng) for _ in range(captions)] for picture in drawn]
+    drawn = [compose.draw(rng, concepts=len(names)) for _ in range(images)]
+    texts = [[compose.caption(content, names, tags, rng) for _ in range(captions)] for content in drawn]
     flat = [text for of_one in texts for text in of_one]
     train_tokenizer(flat, out)
     ids = CLIPTokenizer.from_pretrained(out)(
         flat, padding="max_length", truncation=True, max_length=WORDS, return_tensors="pt"
     ).input_ids
-    clean = torch.from_numpy(np.stack([compose.paint(picture, sprites) for picture in track(drawn, "pictures")]))
-    table = torch.tensor([facts(picture) for picture in drawn])
-    tokens, half = tokens_of(clean, centres), pictures // 2
-    twins, twin_tokens = corrupted(clean, tokens, table, low=0.1, high=0.6)
-    clean[:half] = decoded(tokens[:half], vqvae_folder)
-    twins[:half] = decoded(twin_tokens[:half], vqvae_folder)
+    clean = torch.from_numpy(np.stack([compose.paint(content, sprites) for content in track(drawn, "reward: images")]))
+    table = torch.tensor([facts(content) for content in drawn])
+    tokenizer, decoder, half = load_tokens(vq), load_vqmodel(vq), images // 2
+    tokens, grounds = tokens_of(tokenizer, clean), tokens_of(tokenizer, ground_images())
+    twins, twin_tokens = corrupted(clean, tokens, table, grounds, low=0.1, high=0.6)
+    clean[:half] = images_of(decoder, tokens[:half])
+    twins[:half] = images_of(decoder, twin_tokens[:half])
     values = {
-        "pictures": clean, "twins": twins, "facts": table, "ids": ids.view(pictures, captions, -1),
-        "said": torch.tensor([said(text, names) for text in flat]).view(pictures, captions, -1),
+        "images": clean, "twins": twins, "facts": table, "ids": ids.view(images, captions, -1),
+        "said": torch.tensor([said(text, names) for text in flat]).view(images, captions, -1),
     }  # fmt: skip
     write_atomically(kept, lambda partial: torch.save(values, partial))
     return values
 
 
-def augmented(pictures: Tensor) -> Tensor:
+def augmented(images: Tensor) -> Tensor:
     """uint8 [B, 64, 64, 3] -> float32 [B, 3, 64, 64] in about [-1, 1], so that no single pixel or shade is worth much.
 
     Half are moved by up to 4 pixels (the others keep the generator's patch grid), all change a little in colour, a
     quarter each is blurred or has noise.
     """
-    count, side = len(pictures), compose.SIDE
-    x = rearrange(pictures.float() / 127.5 - 1, "b h w c -> b c h w")
+    count, side = len(images), compose.SIDE
+    x = rearrange(images.float() / 127.5 - 1, "b h w c -> b c h w")
     moved = torch.randint(-4, 5, (2, count)) * (torch.rand(count) < 0.5)
     rows, columns = ((torch.arange(side) + by[:, None]).clamp(0, side - 1) for by in moved)
     x = x[torch.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
@@ -210,7 +191,7 @@ def augmented(pictures: Tensor) -> Tensor:
 def contrast(images: Tensor, text: Tensor, scale: Tensor, true: Tensor) -> Tensor:
     """Symmetric softmax loss over features of norm 1: images [B + K, D] of which K are twins, text [B, D], true [B, B].
 
-    A caption chooses among all pictures, twins too; a picture among the captions. Pairs that happen to be true as
+    A caption chooses among all images, twins too; an image among the captions. Pairs that happen to be true as
     well are left out.
     """
     count = len(text)
@@ -247,13 +228,13 @@ def save(model: torch.nn.Module, config: dict, out: Path) -> None:
 
 
 def train(
-    sprites: np.ndarray, names: list[str], tags: list[list[str]], vqvae_folder: Path, centres: Tensor, out: Path,
-    *, steps: int = 2400, batch: int = 64, pictures: int = 12_000, captions: int = 4, lr: float = 2e-3,
+    sprites: np.ndarray, names: list[str], tags: list[list[str]], vq: Path, out: Path,
+    *, steps: int = 2400, batch: int = 64, images: int = 12_000, captions: int = 4, lr: float = 2e-3,
     decay: float = 0.05, naming_weight: float = 0.25, seed: int = 0, save_every: int = 200,
 ) -> None:  # fmt: skip
     """Trains for `steps` updates with AdamW, warmed up and then on a cosine, and saves the reward to `out`.
 
-    Half of a batch are pictures of the same things as the other half, so that what else captions say matters; half of
+    Half of a batch are images of the same things as the other half, so that what else captions say matters; half of
     it also has its corrupted twin. Resumes from `out/state.pt`; does nothing where the weights are saved already.
     """
     import_torchvision()
@@ -263,21 +244,18 @@ def train(
     if (out / "open_clip_model.safetensors").exists():
         return
     out.mkdir(parents=True, exist_ok=True)
-    data = prepare(
-        sprites, names, tags, vqvae_folder, centres, out, pictures=pictures, captions=captions, seed=seed
-    )  # fmt: skip
+    data = prepare(sprites, names, tags, vq, out, images=images, captions=captions, seed=seed)
     torch.manual_seed(seed)
     vocabulary = len(CLIPTokenizer.from_pretrained(out))
     config = MODEL | {"text_cfg": MODEL["text_cfg"] | {"vocab_size": vocabulary}}
     model = CLIP(**config).train().to(memory_format=torch.channels_last)
     # both towers also name what is there, by prototypes that are thrown away: the contrast alone learns colours for
     # the first quarter of the training and nothing else
-    thing, *others = (
+    prototypes = [
         torch.nn.Parameter(torch.randn(choices, config["embed_dim"]))
         for choices in (len(names), len(compose.STYLES), len(compose.COLOURS), 2, len(PLACES))
-    )
-    prototypes = [thing, thing, *others]  # first and last thing are named alike
-    learned = [*model.parameters(), thing, *others]
+    ]
+    learned = [*model.parameters(), *prototypes]
     plain = [p for p in learned if p.ndim < 2]
     matrices = [p for p in learned if p.ndim >= 2]
     optimizer = torch.optim.AdamW(
@@ -304,11 +282,11 @@ def train(
     for step in track(range(first, steps), "reward"):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 100) * (0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2)
-        drawn = torch.randint(len(data["pictures"]), (batch // 2,))
+        drawn = torch.randint(len(data["images"]), (batch // 2,))
         chosen = torch.cat([drawn, siblings(data["facts"], drawn)])
         which = torch.randint(data["ids"].shape[1], (batch,))
         told, shown = data["said"][chosen, which], data["facts"][chosen]
-        images = augmented(torch.cat([data["pictures"][chosen], data["twins"][drawn]]))
+        images = augmented(torch.cat([data["images"][chosen], data["twins"][drawn]]))
         loss, by_name = objective(images, data["ids"][chosen, which], holds(told, shown), shown, told)
         (loss + naming_weight * by_name).backward()
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
@@ -328,58 +306,58 @@ def train(
             write_atomically(state, lambda partial, value=value: torch.save(value, partial))
     save(model, config, out)
     state.unlink(missing_ok=True)
-    (out / "pictures.pt").unlink()
+    (out / "images.pt").unlink()
 
 
 def report(
-    sprites: np.ndarray, names: list[str], tags: list[list[str]], vqvae_folder: Path, centres: Tensor, folder: Path,
-    *, pictures: int = 3, seed: int = 1,
+    sprites: np.ndarray, names: list[str], tags: list[list[str]], vq: Path, folder: Path,
+    *, images: int = 3, seed: int = 1,
 ) -> dict:  # fmt: skip
-    """What the reward in `folder` sees, on fresh pictures, `pictures` of each concept, real and decoded.
+    """What the reward in `folder` sees, on fresh images, `images` of each concept, real and decoded.
 
     Retrieval of the concept's name among all ("r1"); whether, of captions that differ in one word, it prefers the
     true one (colour, style, size, place); and per corruption the mean score and the share of pairs that the clean
-    picture wins, scored by its own caption.
+    image wins, scored by its own caption.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     drawn = []
     for thing in range(len(names)):
-        for _ in range(pictures):
-            drawn.append(compose.draw(rng, concepts=len(names), pair=0.0)._replace(things=(thing,)))
-    texts = [compose.caption(picture, names, tags, rng) for picture in drawn]
-    clean = torch.from_numpy(np.stack([compose.paint(picture, sprites) for picture in drawn]))
-    table = torch.tensor([facts(picture) for picture in drawn])
+        drawn += [compose.draw(rng, concepts=len(names))._replace(thing=thing) for _ in range(images)]
+    texts = [compose.caption(content, names, tags, rng) for content in drawn]
+    clean = torch.from_numpy(np.stack([compose.paint(content, sprites) for content in drawn]))
+    table = torch.tensor([facts(content) for content in drawn])
     encode_images, encode_prompts = clip_encoders(f"local-dir:{folder}")
 
-    def features(pictures: Tensor) -> Tensor:
-        return torch.cat([encode_images(part.permute(0, 3, 1, 2) / 255) for part in pictures.split(128)])
+    def features(images: Tensor) -> Tensor:
+        return torch.cat([encode_images(part.permute(0, 3, 1, 2) / 255) for part in images.split(128)])
 
     def article(words: str) -> str:
         return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
     captioned, named = encode_prompts(texts), encode_prompts([article(name) for name in names])
-    tokens = tokens_of(clean, centres)
-    mixtures = {share: corrupted(clean, tokens, table, low=share, high=share) for share in (0.1, 0.3, 0.6)}
+    tokenizer, decoder = load_tokens(vq), load_vqmodel(vq)
+    tokens, grounds = tokens_of(tokenizer, clean), tokens_of(tokenizer, ground_images())
+    mixtures = {share: corrupted(clean, tokens, table, grounds, low=share, high=share) for share in (0.1, 0.3, 0.6)}
     found = {}
     for domain in ("real", "decoded"):
-        show = (lambda pixels, _: pixels) if domain == "real" else (lambda _, codes: decoded(codes, vqvae_folder))
+        show = (lambda pixels, _: pixels) if domain == "real" else (lambda _, codes: images_of(decoder, codes))
         base = show(clean, tokens)
-        images = features(base)
-        result = {"r1": ((images @ named.T).argmax(-1) == table[:, 0]).float().mean().item()}
+        shown = features(base)
+        result = {"r1": ((shown @ named.T).argmax(-1) == table[:, 0]).float().mean().item()}
         for column, label, words in (
-            (2, "style", [f"a {style} {{}}" for style in compose.STYLES]),
-            (3, "colour", [f"a {{}} on a {colour} background" for colour in compose.COLOURS]),
-            (4, "size", ["a small {}", "a big {}"]),
-            (5, "place", [f"a {{}} {place}" for place in PLACES[1:]]),
+            (1, "style", [f"a {style} {{}}" for style in compose.STYLES]),
+            (2, "colour", [f"a {{}} on a {colour} background" for colour in compose.COLOURS]),
+            (3, "size", ["a small {}", "a big {}"]),
+            (4, "place", [f"a {{}} {place}" for place in PLACES[1:]]),
         ):
-            rows = torch.arange(len(table)) if column != 5 else torch.nonzero(table[:, 5])[:, 0]
+            rows = torch.arange(len(table)) if column != 4 else torch.nonzero(table[:, 4])[:, 0]
             prompts = [word.format(names[table[row, 0]]) for row in rows for word in words]
-            scores = (images[rows, None] * encode_prompts(prompts).view(len(rows), len(words), -1)).sum(-1)
-            result[label] = (scores.argmax(-1) == table[rows, column] - int(column == 5)).float().mean().item()
-        own = (images * captioned).sum(-1)
+            scores = (shown[rows, None] * encode_prompts(prompts).view(len(rows), len(words), -1)).sum(-1)
+            result[label] = (scores.argmax(-1) == table[rows, column] - int(column == 4)).float().mean().item()
+        own = (shown * captioned).sum(-1)
         result |= {"clean": own.mean().item(), "std": own.std().item()}
-        wrong = (images * named[torch.randint(len(names), (len(images),))]).sum(-1)
+        wrong = (shown * named[torch.randint(len(names), (len(shown),))]).sum(-1)
         result["another concept"] = wrong.mean().item()
         worse = {f"mixed {share:.0%}": show(*mixtures[share]) for share in mixtures}
         pixels = base.permute(0, 3, 1, 2).float()
@@ -393,7 +371,7 @@ def report(
             worse[f"noise {sigma}"] = noisy.clamp(0, 255).permute(0, 2, 3, 1)
         for label, value in worse.items():
             score = (features(value) * captioned).sum(-1)
-            differs = (value != base).flatten(1).any(1)  # a donor may be the picture itself
+            differs = (value != base).flatten(1).any(1)  # a donor may be the image itself
             wins = (own > score)[differs].float().mean().item()
             result[label] = {"mean": score[differs].mean().item(), "clean wins": wins}
         found[domain] = result

@@ -1,29 +1,33 @@
-"""The picture tokenizer: diffusers' VQModel with a codebook made of the pictures' own 4x4 patches.
+"""The image tokenizer: learned vector quantisation, 16x16 tokens for 64x64 pixels, 1,024 codes.
 
-Codes come from k-means on patches, so that a thing gets the same tokens wherever it stands (places lie on a grid of
-whole tokens). The encoder's weights are written down: it takes each patch's principal components. The decoder is
-trained on top and smooths what the patches cut. A VQ-VAE trained from scratch in the same time was far worse.
+Two trainings. The first makes the tokens: an encoder and a decoder that work at 16x16 only, where convolutions are
+cheap, and the codebook. After a tenth of the updates without quantisation, k-means on the encoder's outputs makes the
+codebook, which follows them by exponential moving averages from there on; codes that are hardly used are replaced. The
+encoder normalises each position alone and sees 20x20 pixels, so that a thing gets the same tokens wherever it stands.
+
+The second trains the decoder that is shipped, a VQModel of diffusers, on these tokens. It may go on while the base is
+trained, and after that: the tokens stay. VQModel's own encoder is not trained, as nothing encodes images but this.
 """
 
-import math
+import json
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from rich.progress import track
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from experiments.embedded import compose
-from speedrl.system.files import write_atomically
-from speedrl.system.platform import import_torchvision
+from speedrl.system.files import write_atomically, write_json
+from speedrl.system.platform import bf16_autocast, import_torchvision
 
-PATCH = 4
-
-
-def patches(pictures: Tensor) -> Tensor:
-    """uint8 [N, 64, 64, 3] -> float32 [N, 256, 48] in [-1, 1]."""
-    return rearrange(pictures.float() / 127.5 - 1, "n (h p) (w q) c -> n (h w) (p q c)", p=PATCH, q=PATCH)
+CODES, GRID, PATCH = 1024, 16, 4
+LATENT, WIDTH = 24, 128
+CHANNELS = (16, 32, 96)  # of the VQModel, from 64x64 down to 16x16
 
 
 def nearest(points: Tensor, centres: Tensor) -> Tensor:
@@ -32,20 +36,88 @@ def nearest(points: Tensor, centres: Tensor) -> Tensor:
     return torch.cat([(part @ centres.T - half).argmax(-1) for part in points.split(16384)])
 
 
-def kmeans(points: Tensor, flat: Tensor, *, codes: int, iterations: int = 25, seed: int = 0) -> Tensor:
-    """k-means centres [codes, D], the last of them the flat colours, which fill pictures and must be exact."""
-    generator = torch.Generator().manual_seed(seed)
-    centres = points[torch.randperm(len(points), generator=generator)[: codes - len(flat)]].clone()
-    for _ in track(range(iterations), "codebook"):
+def kmeans(points: Tensor, *, codes: int, iterations: int = 20) -> Tensor:
+    """k-means centres [codes, D] of points [M, D]; an empty cluster starts again at a random point."""
+    centres = points[torch.randint(len(points), (codes,))]
+    for _ in range(iterations):
         index = nearest(points, centres)
-        count = torch.bincount(index, minlength=len(centres)).float()[:, None]
+        count = torch.bincount(index, minlength=codes).to(points.dtype)[:, None]
         total = torch.zeros_like(centres).index_add_(0, index, points)
-        spare = points[torch.randint(len(points), (len(centres),), generator=generator)]
+        spare = points[torch.randint(len(points), (codes,))]
         centres = torch.where(count > 0, total / count.clamp(min=1), spare)
-    return torch.cat([centres, flat])
+    return centres
 
 
-def new_vqmodel(*, codes: int = 1024, latent: int = 24, channels: tuple[int, ...] = (16, 32, 64)):
+class Mixer(nn.Module):
+    """Residual 3x3 and 1x1 convolution, normalised at each position alone."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(width, 1, 1))
+        self.near = nn.Conv2d(width, width, 3)
+        self.out = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, width, H, W] -> [B, width, H, W]"""
+        normal = (x * (x.float().square().mean(1, keepdim=True) + 1e-6).rsqrt() * self.scale).to(x.dtype)
+        # the ground goes on beyond the border (torch.compile has no replicating padding for channels last)
+        normal = torch.cat([normal[:, :, :1], normal, normal[:, :, -1:]], 2)
+        normal = torch.cat([normal[..., :1], normal, normal[..., -1:]], 3)
+        return x + self.out(F.silu(self.near(normal)))
+
+
+class Tokens(nn.Module):
+    """The encoder, the codebook as moving averages of the points nearest to each code, and the training's decoder."""
+
+    def __init__(self, *, codes: int = CODES, latent: int = LATENT, width: int = WIDTH):
+        super().__init__()
+        self.encoder = nn.Sequential(
+            nn.Conv2d(3, width, PATCH, stride=PATCH), Mixer(width), Mixer(width), nn.Conv2d(width, latent, 1)
+        )
+        self.decoder = nn.Sequential(
+            nn.Conv2d(latent, width, 1), *(Mixer(width) for _ in range(4)), nn.Conv2d(width, 3 * PATCH**2, 1)
+        )
+        self.register_buffer("count", torch.ones(codes))
+        self.register_buffer("total", torch.randn(codes, latent))
+
+    @property
+    def centres(self) -> Tensor:
+        """[codes, latent]"""
+        return self.total / self.count[:, None]
+
+    def encode(self, images: Tensor) -> Tensor:
+        """What is quantised: float32 [B, 3, 64, 64] in [0, 1] -> float32 [B, 256, latent]."""
+        return rearrange(self.encoder(images), "b d h w -> b (h w) d").float()
+
+    def decode(self, points: Tensor) -> Tensor:
+        """Images of [B, 256, latent]: float32 [B, 3, 64, 64]."""
+        grid = rearrange(points, "b (h w) d -> b d h w", h=GRID).contiguous(memory_format=torch.channels_last)
+        return rearrange(self.decoder(grid), "b (p q c) h w -> b c (h p) (w q)", p=PATCH, q=PATCH).float()
+
+    @torch.no_grad()
+    def restart(self, points: Tensor) -> None:
+        """k-means on points [M, latent]."""
+        self.total.copy_(kmeans(points, codes=len(self.count)))
+        self.count.fill_(1.0)
+
+    @torch.no_grad()
+    def follow(self, points: Tensor, index: Tensor, *, decay: float = 0.98) -> None:
+        """One update by points [M, latent] and their codes int64 [M]. Counts are in units of the mean use."""
+        share = len(self.count) / len(points)
+        self.count.lerp_(torch.bincount(index, minlength=len(self.count)) * share, 1 - decay)
+        self.total.lerp_(torch.zeros_like(self.total).index_add_(0, index, points) * share, 1 - decay)
+
+    @torch.no_grad()
+    def replace_dead(self, points: Tensor, *, least: float = 0.02) -> int:
+        """Puts codes that are used less than `least` of the mean at random points, and tells how many."""
+        dead = (self.count < least).nonzero()[:, 0]
+        self.total[dead] = points[torch.randint(len(points), (len(dead),), device=points.device)]
+        self.count[dead] = 1.0
+        return len(dead)
+
+
+def new_vqmodel(*, codes: int = CODES, latent: int = LATENT, channels: tuple[int, ...] = CHANNELS) -> nn.Module:
+    """A VQModel with random weights."""
     import_torchvision()
     from diffusers import VQModel
 
@@ -64,126 +136,240 @@ def new_vqmodel(*, codes: int = 1024, latent: int = 24, channels: tuple[int, ...
     )
 
 
-@torch.no_grad()
-def write_encoder(model, axes: Tensor, mean: Tensor, *, constant: float = 256.0) -> None:
-    """Makes the encoder give each patch's coordinates (patch - mean) @ axes.T, axes [24, 48] and mean [48] in the
-    order of `patches`: the nearest code is then that of `nearest` but for what lies outside of the axes.
+def load_vqmodel(folder: Path) -> nn.Module:
+    """A trained VQModel, in eval mode."""
+    import_torchvision()
+    from diffusers import VQModel
 
-    Pixels go through the two strided convolutions, space to depth, past residual blocks that add nothing. The last
-    normalisation does no harm as every coordinate stands beside its negative and each group holds two large constants;
-    SiLU does none as silu(z) - silu(-z) = z.
-    """
-    encoder, (latent, groups) = model.encoder, (len(axes), model.config.norm_num_groups)
-    for parameter in (*encoder.parameters(), *model.quant_conv.parameters()):
-        parameter.zero_()
-    for channel in range(3):
-        encoder.conv_in.weight[channel, channel, 1, 1], encoder.conv_in.bias[channel] = 2, -1  # [0, 1] to [-1, 1]
-    first, second, third = encoder.down_blocks
-    for row, column, channel in np.ndindex(2, 2, 3):  # 2x2 pixels -> 12 channels
-        first.downsamplers[0].conv.weight[(row * 2 + column) * 3 + channel, channel, row, column] = 1
-    second.resnets[0].conv_shortcut.weight[:12, :12, 0, 0] = torch.eye(12)
-    weight = second.downsamplers[0].conv.weight
-    for index, (row, column, channel) in enumerate(np.ndindex(PATCH, PATCH, 3)):
-        weight[:latent, (row % 2 * 2 + column % 2) * 3 + channel, row // 2, column // 2] = axes[:, index]
-    second.downsamplers[0].conv.bias[:latent] = -axes @ mean
-    spread, width = third.resnets[0].conv_shortcut, len(encoder.conv_norm_out.weight) // groups
-    held = latent // groups  # coordinates in each group
-    for group, part in np.ndindex(groups, held):
-        here, coordinate = group * width + 2 * part, group * held + part
-        spread.weight[here, coordinate], spread.weight[here + 1, coordinate] = 1, -1
-        encoder.conv_out.weight[coordinate, here, 1, 1], encoder.conv_out.weight[coordinate, here + 1, 1, 1] = 1, -1
-    for group in range(groups):
-        spread.bias[group * width + 2 * held], spread.bias[group * width + 2 * held + 1] = constant, -constant
-    encoder.conv_norm_out.weight[:] = constant * (2 / width) ** 0.5  # what a group's deviation is
-    model.quant_conv.weight[:, :, 0, 0] = torch.eye(latent)
+    return VQModel.from_pretrained(folder).eval().to(memory_format=torch.channels_last)
 
 
-def edges(pictures: Tensor) -> tuple[Tensor, Tensor]:
-    return pictures.diff(dim=-1), pictures.diff(dim=-2)
+def load_tokens(folder: Path, *, device: str = "cpu") -> Tokens:
+    """What `train_tokens` saved."""
+    model = Tokens()
+    model.load_state_dict({name: value.float() for name, value in load_file(folder / "tokens.safetensors").items()})
+    return model.eval().to(device, memory_format=torch.channels_last)
 
 
-def codebook(pictures: np.ndarray, path: Path, *, codes: int = 1024, seed: int = 0) -> Tensor:
-    """k-means centres of the patches of uint8 [N, 64, 64, 3], float32 [codes, 48], kept in `path`."""
-    if not path.exists():
-        torch.manual_seed(seed)
-        flat = torch.tensor([c * PATCH**2 for c in compose.FLAT]).float() / 127.5 - 1
-        points = patches(torch.from_numpy(pictures[:5000])).flatten(0, 1)
-        drawn = points[torch.cdist(points, flat).amin(-1) > 0.5]
-        drawn = drawn[torch.randperm(len(drawn))[:200_000]]
-        centres = kmeans(drawn, flat, codes=codes, seed=seed)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda partial: torch.save(centres, partial))
-    return torch.load(path, weights_only=True)
+def to_input(images: Tensor) -> Tensor:
+    """uint8 [B, 64, 64, 3] -> float32 [B, 3, 64, 64] in [0, 1]."""
+    return rearrange(images.float() / 255, "b h w c -> b c h w").contiguous(memory_format=torch.channels_last)
 
 
-def train(
-    pictures: np.ndarray,
-    centres: Tensor,
+@torch.inference_mode()
+def tokens_of(model: Tokens, images: Tensor, *, batch: int = 128) -> Tensor:
+    """Tokens of uint8 [N, 64, 64, 3]: int64 [N, 256]."""
+    device, found = model.total.device, []
+    for part in images.split(batch):
+        with bf16_autocast(device):
+            points = model.encode(to_input(part.to(device)))
+        found.append(nearest(points.flatten(0, 1), model.centres).view(len(part), -1).cpu())
+    return torch.cat(found)
+
+
+def decode(vqmodel: nn.Module, tokens: Tensor) -> Tensor:
+    """Images of tokens int64 [B, 256] by the decoder that is shipped: float32 [B, 3, 64, 64]."""
+    points = rearrange(vqmodel.quantize.embedding(tokens), "b (h w) d -> b d h w", h=GRID)
+    points = points.contiguous(memory_format=torch.channels_last)
+    return vqmodel.decoder(vqmodel.post_quant_conv(points)).float()
+
+
+@torch.inference_mode()
+def images_of(vqmodel: nn.Module, tokens: Tensor, *, batch: int = 128, label: str = "decoding") -> Tensor:
+    """Images of tokens int64 [N, 256]: uint8 [N, 64, 64, 3]."""
+    found = []
+    for part in track(tokens.split(batch), label):
+        images = decode(vqmodel, part.to(vqmodel.device))
+        found.append((images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu())
+    return torch.cat(found)
+
+
+def edges(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Differences of neighbouring pixels, along both axes."""
+    return images.diff(dim=-1), images.diff(dim=-2)
+
+
+def distance(images: Tensor, target: Tensor) -> Tensor:
+    """L1, squared error, and L1 of the edges, which keeps outlines sharp."""
+    sharp = sum((a - b).abs().mean() for a, b in zip(edges(images), edges(target), strict=True))
+    return (images - target).abs().mean() + 2 * (images - target).square().mean() + 0.5 * sharp
+
+
+class Log:
+    """Lines with the mean loss, PSNR, speed and time left of a training that began at update `first`."""
+
+    def __init__(self, label: str, first: int, steps: int):
+        self.label, self.first, self.steps = label, first, steps
+        self.began, self.recent = time.monotonic(), []
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
+
+    def add(self, step: int, loss: Tensor, error: Tensor, *, every: int = 25) -> None:
+        """Loss and squared error of an update."""
+        self.recent.append((loss.item(), error.item()))
+        if step % every == every - 1:
+            speed = (step + 1 - self.first) / self.seconds
+            loss, error = np.mean(self.recent, 0)
+            psnr, left = -10 * np.log10(error), (self.steps - step - 1) / speed / 60
+            print(
+                f"{self.label} {step + 1}/{self.steps} loss {loss:.4f}, {psnr:.1f} dB, {speed:.2f} steps/s, "
+                f"{left:.0f} min left",
+                flush=True,
+            )
+            self.recent = []
+
+
+def effort(folder: Path, part: str) -> dict[str, float]:
+    """Updates of the tokens or the decoder in a folder, and the seconds that they took, as far as recorded."""
+    path = folder / f"{part}.json"
+    return {"updates": 0, "seconds": 0.0} | (json.loads(path.read_text(encoding="utf-8")) if path.exists() else {})
+
+
+def updates(folder: Path, part: str) -> int:
+    """How many updates the tokens or the decoder in a folder have had; 0 where there are none."""
+    return int(effort(folder, part)["updates"])
+
+
+def restore(state: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
+    """Loads what `keep` wrote; returns the updates that it has had and the seconds that they took."""
+    saved = torch.load(state, weights_only=True, map_location="cpu")
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    return saved["step"], saved.get("seconds", 0.0)
+
+
+def keep(state: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, step: int, seconds: float) -> None:
+    """Writes what a training goes on from."""
+    value = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds}
+    write_atomically(state, lambda partial: torch.save(value, partial))
+
+
+def descend(loss: Tensor, optimizer: torch.optim.Optimizer, *, lr: float) -> None:
+    """One update at the rate `lr`, its gradient clipped to norm 1."""
+    loss.backward()
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def train_tokens(
+    images: np.ndarray,
     out: Path,
     *,
-    latent: int = 24,
-    steps: int = 8000,
-    batch: int = 16,
+    steps: int = 2500,
+    batch: int = 32,
     lr: float = 2e-3,
-    noise: float = 1.0,
     seed: int = 0,
-    save_every: int = 200,
+    save_every: int = 100,
     device: str = "cpu",
 ) -> None:
-    """Trains a decoder of the codes `centres` on uint8 [N, 64, 64, 3] and saves a VQModel's folder to `out`.
+    """Trains `Tokens` on uint8 [N, 64, 64, 3] up to `steps` updates, at a rate that falls linearly, into
+    out/tokens.safetensors.
 
-    Pictures in and out are in [0, 1], as Meissonic's. So that the decoder forgives a generator's small errors, a random
-    share of each picture's codes are drawn anew, in proportion to exp(-squared distance / noise) of their patches in
-    [-1, 1]. Resumes from `out/state.pt`.
+    Resumes from `out/tokens.pt`, or goes on from the tokens in `out`, whose codes then keep about their meaning.
     """
+    first, state, plain = updates(out, "tokens"), out / "tokens.pt", steps // 10
+    seconds = effort(out, "tokens")["seconds"]
+    if first >= steps:
+        return
+    began = first  # a finished training goes on: there is a codebook
     torch.manual_seed(seed)
     out.mkdir(parents=True, exist_ok=True)
-    images = torch.from_numpy(pictures)
-    model = new_vqmodel(codes=len(centres), latent=latent)
-    mean = centres.mean(0)
-    axes = torch.linalg.svd(centres - mean, full_matrices=False)[2][:latent]
-    write_encoder(model, axes, mean)
-    with torch.no_grad():
-        model.quantize.embedding.weight.copy_((centres - mean) @ axes.T)
-    model.to(memory_format=torch.channels_last).to(device)
-    centres = centres.to(device)
-    learned = [*model.decoder.parameters(), *model.post_quant_conv.parameters()]
-    optimizer = torch.optim.AdamW(learned, lr=lr, weight_decay=1e-4)
-    done = 0
-    if (out / "state.pt").exists():
-        saved = torch.load(out / "state.pt", weights_only=True, map_location=device)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        done = saved["done"]
-        torch.manual_seed(seed + done)
+    pool = torch.from_numpy(images)
+    model = load_tokens(out, device=device).train() if began else Tokens()
+    model = model.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=1e-4)
+    if state.exists():
+        first, seconds = restore(state, model, optimizer)
+        torch.manual_seed(seed + first)
 
-    near = torch.softmax(-torch.cdist(centres, centres).square() / noise, -1)
-    near[-len(compose.FLAT) :] = torch.eye(len(centres), device=device)[-len(compose.FLAT) :]  # grounds stay
-    reached = near.cumsum(-1)
+    def batch_of() -> Tensor:
+        return to_input(pool[torch.randint(len(pool), (batch,))].to(device))
 
-    def objective(target: Tensor, index: Tensor) -> Tensor:
-        share = torch.rand(batch, 1, device=device).expand(-1, index.numel() // batch).flatten()
-        other = torch.searchsorted(reached[index], torch.rand(len(index), 1, device=device))[:, 0]
-        other = other.clamp(max=len(centres) - 1)
-        index = torch.where(torch.rand(index.shape, device=device) < share, other, index)
-        codes_of = rearrange(model.quantize.embedding(index), "(n h w) c -> n c h w", h=16, w=16).detach()
-        picture = model.decoder(model.post_quant_conv(codes_of))
-        sharp = sum((a - b).abs().mean() for a, b in zip(edges(picture), edges(target), strict=True))
-        return 2 * ((picture - target).abs().mean() + sharp)
+    autocast = bf16_autocast(device)
 
-    for step in track(range(done, steps), "tokenizer of pictures"):
-        chosen = images[torch.randint(len(images), (batch,))].to(device)
-        target = rearrange(chosen.float() / 255, "n h w c -> n c h w").contiguous(memory_format=torch.channels_last)
-        loss = objective(target, nearest(patches(chosen).flatten(0, 1), centres))
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / 50) * (0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(learned, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if step % 50 == 0:
-            print(f"decoder {step}/{steps} loss {loss.item():.4f}", flush=True)
+    @torch.compile
+    def objective(target: Tensor, centres: Tensor, quantised: Tensor) -> tuple[Tensor, ...]:
+        with autocast:
+            points = model.encode(target)
+        flat = points.detach().flatten(0, 1)  # in float32: many codes lie close together
+        index = (flat @ centres.T - centres.square().sum(-1) / 2).argmax(-1)
+        chosen = centres[index].view_as(points)
+        codes = points + quantised * (chosen - points).detach()
+        with autocast:
+            found = model.decode(codes)
+        loss = distance(found, target) + 0.25 * quantised * F.mse_loss(points, chosen)
+        return loss, (found.detach() - target).square().mean(), flat, index
+
+    log = Log("tokens", first, steps)
+    for step in range(first, steps):
+        if step == plain and not began:
+            with torch.no_grad(), autocast:
+                model.restart(torch.cat([model.encode(batch_of()).flatten(0, 1) for _ in range(16)]))
+        quantised = step >= plain or bool(began)
+        loss, error, flat, index = objective(batch_of(), model.centres, torch.tensor(float(quantised)))
+        if quantised:
+            model.follow(flat, index)
+            if step % 40 == 0 and step < 0.8 * steps:
+                model.replace_dead(flat)
+        descend(loss, optimizer, lr=lr * min(1, (step + 1 - first) / 50, 1.02 - step / steps))
+        log.add(step, loss.detach(), error)
         if step % save_every == save_every - 1:
-            value = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "done": step + 1}
-            write_atomically(out / "state.pt", lambda partial, value=value: torch.save(value, partial))
+            keep(state, model, optimizer, step=step + 1, seconds=seconds + log.seconds)
+    tensors = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
+    write_atomically(out / "tokens.safetensors", lambda partial: save_file(tensors, partial))
+    write_json(out / "tokens.json", {"updates": steps, "seconds": seconds + log.seconds})
+    state.unlink(missing_ok=True)
+
+
+def train_decoder(
+    images: np.ndarray,
+    out: Path,
+    *,
+    steps: int = 3000,
+    batch: int = 16,
+    lr: float = 2e-3,
+    seed: int = 0,
+    save_every: int = 100,
+    device: str = "cpu",
+) -> None:
+    """Trains the decoder of a VQModel on the tokens of uint8 [N, 64, 64, 3] up to `steps` updates, at a rate that falls
+    linearly, and saves its folder to `out`.
+
+    `out` holds what `train_tokens` saved. Resumes from `out/decoder.pt`, or goes on from the decoder in `out`, which
+    may be that of other tokens.
+    """
+    first, state = updates(out, "decoder"), out / "decoder.pt"
+    seconds = effort(out, "decoder")["seconds"]
+    if first >= steps:
+        return
+    torch.manual_seed(seed)
+    pool, tokenizer = torch.from_numpy(images), load_tokens(out, device=device)
+    tokens = tokens_of(tokenizer, pool)
+    model = load_vqmodel(out) if (out / "config.json").exists() else new_vqmodel()
+    with torch.no_grad():
+        model.quantize.embedding.weight.copy_(tokenizer.centres)
+    model = model.train().to(device, memory_format=torch.channels_last)
+    learned = [*model.decoder.parameters(), *model.post_quant_conv.parameters()]
+    optimizer = torch.optim.AdamW(learned, lr=lr, betas=(0.9, 0.98), weight_decay=1e-4)
+    if state.exists():
+        first, seconds = restore(state, model, optimizer)
+        torch.manual_seed(seed + first)
+    log = Log("decoder", first, steps)
+    for step in range(first, steps):
+        index = torch.randint(len(pool), (batch,))
+        target = to_input(pool[index].to(device))
+        with bf16_autocast(device):
+            found = decode(model, tokens[index].to(device))
+        loss = distance(found, target)
+        descend(loss, optimizer, lr=lr * min(1, (step + 1 - first) / 50, 1.02 - step / steps))
+        log.add(step, loss.detach(), (found.detach() - target).square().mean())
+        if step % save_every == save_every - 1:
+            keep(state, model, optimizer, step=step + 1, seconds=seconds + log.seconds)
     model.to("cpu").save_pretrained(out)
+    write_json(out / "decoder.json", {"updates": steps, "seconds": seconds + log.seconds})
+    state.unlink(missing_ok=True)

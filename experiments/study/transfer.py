@@ -2,8 +2,8 @@
 
 On the embedded model: trained runs and the base they set out from, on prompts of training's concepts, of held-out ones,
 and on compositions that no training prompt has, by two judges of other architectures and trainings, and by how far the
-background has one colour. The compositions are a size, design, place and background all said at once, and where the
-model draws two things, two that are never named together. No judge enters any reward:
+background has one colour. The compositions are a size, design, place and background all said at once. No judge enters
+any reward:
 
     EfficientNet   EfficientNet-Lite0, ImageNet's labels: the judge of `speedrl eval`
     SSCD           ResNet-50, no labels: taught to find copies of an image (Pizzi et al., arXiv 2202.10261)
@@ -43,7 +43,6 @@ COLUMNS = {
     "sscd_r5": "R@5 SSCD", "background": "one background", "diversity": "diversity",
 }  # fmt: skip
 SIZES = {"small": compose.SMALL, "big": compose.BIG}
-PAIRS = hasattr(compose, "PAIR")  # whether some images show two things
 Features = Callable[[Tensor], Tensor]  # images [B, 3, H, W] in [0, 1] -> [B, F]
 
 
@@ -76,26 +75,6 @@ def load_sscd(*, side: int = 288, batch: int = 32) -> Features:
         return torch.cat(found)
 
     return features
-
-
-def named_together(prompts: list[str], names: list[str]) -> set[frozenset[str]]:
-    """The concepts that each prompt names."""
-    return {frozenset(concepts_in(prompt, names)) for prompt in prompts}
-
-
-def pairs(
-    concepts: list[dict], things: list[int], training: list[str], rng: np.random.Generator, *, count: int
-) -> tuple[list[str], list]:
-    """`count` prompts of two of `things` that no training prompt names together, and an image's content for each."""
-    names, tags = [c["name"] for c in concepts], [c["tags"] for c in concepts]
-    known, found = named_together(training, names), {}
-    while len(found) < count:
-        picture = compose.draw(rng, concepts=len(names), pair=1.0)
-        picture = picture._replace(things=tuple(int(i) for i in rng.choice(things, 2, replace=False)))
-        both, prompt = {names[i] for i in picture.things}, compose.caption(picture, names, tags, rng)
-        if set(concepts_in(prompt, names)) == both and frozenset(both) not in known:
-            found.setdefault(prompt, picture)
-    return [*found], [*found.values()]
 
 
 def said_in_full(
@@ -171,7 +150,7 @@ def main(
     out: Annotated[Path, Option(help="Where the results go.")] = Path("runs/transfer"),
     cache: Annotated[Path, Option(help="Where packages and images stay, as of the rebuild.")] = Path("runs/rebuild"),
     steps: Annotated[str, Option(help="Step counts, without guidance.")] = "4,8,16",
-    prompts: Annotated[int, Option(help="Prompts of each kind of composition.")] = 60,
+    prompts: Annotated[int, Option(help="Prompts of new compositions.")] = 60,
     count: Annotated[int, Option(help="Images of each prompt.")] = 4,
     seed: Annotated[int, Option(help="Of the compositions.")] = 0,
 ) -> None:
@@ -194,9 +173,8 @@ def main(
         found = [(prompt, names.index(concepts_in(prompt, names)[0])) for prompt in lines]
         real[which] = [build_judge.meant(p, thing, names[thing], rng, count=1)[0] for p, thing in found]
     seen = [i for i, name in enumerate(names) if name not in judge.held_out]
-    kinds = {"two things, never trained together": pairs} if PAIRS else {}
-    for which, kind in (kinds | {"everything said": said_in_full}).items():
-        lists[which], real[which] = kind(concepts, seen, training, rng, count=prompts)
+    which = "everything said"
+    lists[which], real[which] = said_in_full(concepts, seen, training, rng, count=prompts)
 
     images, label = build_judge.prototype_images(other, rng)
     second = Recogniser(sscd, *build_judge.prototypes(sscd(images), label, concepts=len(names)))
@@ -237,11 +215,10 @@ def main(
     found = sorted(rows.values(), key=lambda row: [*lists].index(row["prompts"]))
     words = in_words(found, base="base", trained="trained", costs=set(counts))
     about = (
-        f"{len(lists['training'])} training, {len(lists['held-out'])} held-out and {prompts} prompts of each "
-        f"composition, {count} images of each. Run i of the base and trained run i have sampling seed i; ± is half the "
+        f"{len(lists['training'])} training, {len(lists['held-out'])} held-out and {prompts} "
+        f"prompts of new compositions, {count} images of each. Run i of the base and trained run i have sampling seed i; ± is half the "
         f"width of the 95 % interval over {len(model)}. Real images: one of each prompt."
     )
-    about += " Of two things, an image is right that shows either." * PAIRS
     header, lines = table(found)
     rule = ["---", "---", *["--:"] * (len(header) - 2)]
     text = "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *lines))

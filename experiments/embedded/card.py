@@ -1,4 +1,4 @@
-"""The model card of the embedded model, from what was measured: `python -m experiments.rebuild.card`.
+"""The model card of the embedded model, from what was measured: `python -m experiments.embedded.card`.
 
 Writes README.md, curves.png and sheet.png into the generator's folder, as a model's page on the hub has them.
 """
@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import typer
 from typer import Option
 
-from experiments.rebuild import compose, data
-from experiments.rebuild.train_vq import GRID
+from experiments.embedded import compose, data
+from experiments.embedded.train_vq import GRID
 from speedrl.cli import in_one_line
 from speedrl.evaluation.measuring import markdown
 from speedrl.system.files import write_atomically
