@@ -21,6 +21,7 @@ from typer import Option
 
 from experiments.alternatives.distil import distil
 from experiments.alternatives.finetune import finetune
+from experiments.study.comparing import plot_pareto, welch
 from speedrl.cli import in_one_line, loading
 from speedrl.evaluation.figures import contact_sheet, save_image
 from speedrl.evaluation.judging import load_judge
@@ -34,8 +35,7 @@ from speedrl.models.checkpoint import load_generator, save_generator
 from speedrl.rewards.loading import load_quality
 from speedrl.stages import search_sampler
 from speedrl.studies.ablations import over_runs
-from speedrl.studies.intervals import caution, half_width, say, welch
-from speedrl.studies.plots import plot_pareto
+from speedrl.studies.intervals import caution, half_width, say
 from speedrl.studies.runs import command, trained_once
 from speedrl.system.errors import one_line
 from speedrl.system.files import write_atomically, write_json
