@@ -170,7 +170,7 @@ def loading(options: dict[str, Any]) -> dict[str, Any]:
 
         dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
         if precision not in dtypes:
-            raise ValueError(f"unknown precision {precision!r}: choose fp32, bf16 or fp16")
+            raise ValueError(f"--precision must be fp32, bf16 or fp16, got {precision!r}")
         found["dtype"] = dtypes[precision]
     return {name: value for name, value in found.items() if value is not None}
 
