@@ -80,15 +80,20 @@ def quality_figure(found: dict) -> "Figure":
 
 
 def front_figure(found: dict) -> "Figure":
-    """Quality against the mean number of steps that each variant's step policy takes."""
-    rows = [row for row in found["rows"] if row["steps"] == "auto"]
-    figure, axes, panels = panels_of(rows)
-    for k, model in enumerate(dict.fromkeys(row["model"] for row in rows)):
+    """Quality against network evaluations: each variant with the steps that its step policy takes, and the searched
+    base's curve."""
+    own = [row for row in found["rows"] if row["steps"] == "auto"]
+    guidance = {row["guidance"] for row in own}
+    base = [row for row in found["rows"] if row["model"] == SEARCHED and row["guidance"] in guidance]
+    figure, axes, panels = panels_of(own)
+    for k, model in enumerate([SEARCHED, *dict.fromkeys(row["model"] for row in own)]):
+        style = look(k) | ({} if model == SEARCHED else {"linestyle": ""})
         for (which, metric), panel in panels.items():
-            own = (row for row in rows if (row["model"], row["prompts"]) == (model, which))
-            for place, mean, width in points(own, "steps_mean", metric):
-                panel.errorbar(place, mean, yerr=width, label=model, capsize=2, markersize=7,
-                               **look(k) | {"linestyle": ""})  # fmt: skip
-            panel.set_xlabel("mean steps of an image")
+            rows = (row for row in [*base, *own] if (row["model"], row["prompts"]) == (model, which))
+            if found_at := points(rows, "network_evaluations", metric):
+                places, means, widths = zip(*found_at, strict=True)
+                panel.errorbar(places, means, yerr=widths, label=model, capsize=2, markersize=6, **style)
+    for panel in panels.values():
+        label_evaluations(panel, base + own)
     legend(figure, axes, columns=3)
     return figure

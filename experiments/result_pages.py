@@ -138,7 +138,7 @@ def ablations_page(found: Mapping[str, dict]) -> str:
     """The Markdown of docs/ablations.md."""
     text = ABLATIONS.format(again=AGAIN)
     for name in (name for name in found if name != MAIN):
-        figure = f"![Quality against mean steps, by weight of the speed reward]({FRONTIER})\n" if name == SPEED else ""
+        figure = f"![Quality by weight of the speed reward, and the base]({FRONTIER})\n" if name == SPEED else ""
         text += f"## {name}\n\n{section(found[name], figure=figure)}\n"
     missing = [name for name in all_ablations() if name not in found and name != MAIN]
     if missing:

@@ -18,7 +18,7 @@ from typer import Argument, Option
 
 QUALITY = (
     "Names and weights, like hpsv2=1,clip=0.5: embedded, hpsv2, imagereward, clip, a folder, MODULE:FUNCTION, "
-    "FILE.py:FUNCTION; or none, to train by the divergence alone."
+    "FILE.py:FUNCTION; or none"
 )
 PROMPTS = (
     "A file: text with one prompt a line, JSON, JSONL, CSV or TSV; or a set by name: hpsv2, hpsv2-photo, -anime, "
@@ -96,7 +96,7 @@ MEMORY_ADVICE = {
 
 app = typer.Typer(
     no_args_is_help=True,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     help="Fewer sampling steps for masked image generators, by reinforcement learning.",
 )
 
@@ -170,7 +170,7 @@ def loading(options: dict[str, Any]) -> dict[str, Any]:
 
         dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
         if precision not in dtypes:
-            raise ValueError(f"unknown precision {precision!r}: choose fp32, bf16 or fp16")
+            raise ValueError(f"--precision must be fp32, bf16 or fp16, got {precision!r}")
         found["dtype"] = dtypes[precision]
     return {name: value for name, value in found.items() if value is not None}
 
@@ -295,7 +295,7 @@ def train(
     *,
     model: Annotated[str, Option(help="embedded, a folder, a run's folder or a hub id.")],
     prompts: Annotated[str | None, Option(help=PROMPTS)],
-    quality: Annotated[str, Option(help=QUALITY)],
+    quality: Annotated[str, Option(help=f"{QUALITY}, to train by the divergence alone.")],
     steps: Annotated[str, Option(help="Step counts that the policy learns to choose from, like 1-16; 8: always 8.")],
     steps_reward: Annotated[
         float,
@@ -434,7 +434,7 @@ def evaluate(
     held_out: Annotated[str | None, Option(help="Another, of prompts that no training saw.")],
     count: Annotated[int, Option(help="Images of each prompt and seed.")],
     seeds: Annotated[int, Option(help="Repetitions, for the spread.")],
-    quality: Annotated[str, Option(help=QUALITY)],
+    quality: Annotated[str, Option(help=f"{QUALITY}, to measure no reward.")],
     reward_weights: Annotated[list[str], Option(help=REWARD_WEIGHTS)],
     images: Annotated[int, Option(help="Columns of the contact sheet, 0 for none.")],
     figure: Annotated[bool, Option(help="Plot quality against network evaluations.")],
@@ -488,7 +488,7 @@ def ablate(
     group_size: Annotated[int | None, Option(help="Images of each prompt. [default: as train]")] = None,
     lr: Annotated[float | None, Option(help="Learning rate. [default: as train]")] = None,
     prompts: Annotated[str | None, Option(help=PROMPTS)] = None,
-    quality: Annotated[str | None, Option(help=QUALITY)] = None,
+    quality: Annotated[str | None, Option(help=f"{QUALITY}. [default: as train]")] = None,
     set: Annotated[
         list[str], Option(metavar="OPTION=VALUE", help="Any other option of train, like lora=16; may be repeated.")
     ],

@@ -64,7 +64,7 @@ def training_prompts(model: str, prompts: str | Path | Sequence[str] | None = No
     if prompts is not None:
         return open_prompts(prompts)
     if model != "embedded":
-        raise ValueError(f"{model} comes without prompts: give a file with one prompt a line by --prompts")
+        raise ValueError("--prompts is missing, and only the embedded model has its own: give a file, a prompt a line")
     return open_prompts(find(model) / "prompts/train.txt")
 
 

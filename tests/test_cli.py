@@ -3,6 +3,7 @@
 import gc
 import inspect
 import os
+import re
 import subprocess
 import sys
 import time
@@ -185,6 +186,19 @@ def test_help_is_quick_and_needs_no_installation(program):
     )
     assert result.returncode == 0 and "sample" in result.stdout and "train" in result.stdout
     assert time.time() - began < 5  # seconds; torch alone would take about half of them
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("sample", "[default: auto for a model that has one, else 8]"),
+        ("train", "[default: 1 if the model's is below 2, else the model's]"),
+        ("eval", "[default: the model's, and 1]"),
+    ],
+)
+def test_help_says_what_an_option_is_without_a_value(command, words):
+    shown = run(command, "--help").output
+    assert words in " ".join(re.sub(r"[│╭╰─╮╯]", " ", shown).split())
 
 
 def test_the_garbage_collector_works_again_after_loading():

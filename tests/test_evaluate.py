@@ -73,7 +73,8 @@ def test_measure(judge):
 
 
 def test_rows_and_files(judge, tiny_generator_folder, tmp_path, capsys):
-    options = dict(out=tmp_path, prompts=PROMPTS, held_out=["a bird"], count=2, seeds=2, images=2, batch=4)
+    out = tmp_path / "[red] run"  # no markup
+    options = dict(out=out, prompts=PROMPTS, held_out=["a bird"], count=2, seeds=2, images=2, batch=4)
     rows = evaluate([tiny_generator_folder], steps=(1, 2), **options)
     assert len(rows) == 2 * 2 * 2  # steps, guidance 3 and 1, prompts
     assert {row["prompts"] for row in rows} == {"given", "given held-out"}
@@ -81,10 +82,11 @@ def test_rows_and_files(judge, tiny_generator_folder, tmp_path, capsys):
         assert row["network_evaluations"] == row["steps"] * (2 if row["guidance"] == 3 else 1)
         assert row["temperature"] == 1.5 and row["seconds_per_image"] > 0
         assert row["reward"] is not None and row["reward_spread"] is not None
-    assert kept(tmp_path) == rows
+    assert kept(out) == rows
     for name in ("images.png", "quality_against_nfe.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-    assert "R@1" in capsys.readouterr().out
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    shown = capsys.readouterr().out
+    assert "R@1" in shown and f"in {out}\n" in shown
     assert len(columns_of(rows)[1]) == markdown(rows).count("\n") - 2 == 8
 
 

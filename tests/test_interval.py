@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from speedrl.studies.intervals import caution, half_width, interval, paired, say, welch
+from experiments.study.comparing import welch
+from speedrl.studies.intervals import caution, half_width, interval, paired, say
 
 
 def test_interval_is_scipys_and_covers_the_mean_as_often_as_it_says():

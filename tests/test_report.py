@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 
 import experiments.before_after
 import speedrl.evaluation.reports
+from experiments.study.comparing import plot_pareto
 from speedrl.evaluation.reports import report
-from speedrl.studies.plots import look, over_iterations, over_stretches, plot_curves, plot_pareto
+from speedrl.studies.plots import look, over_iterations, over_stretches, plot_curves
 
 
 def run(*values, metric="quality", first=1):

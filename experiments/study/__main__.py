@@ -21,6 +21,7 @@ from typer import Option
 
 from experiments.alternatives.distil import distil
 from experiments.alternatives.finetune import finetune
+from experiments.study.comparing import plot_pareto, welch
 from speedrl.cli import in_one_line, loading
 from speedrl.evaluation.figures import contact_sheet, save_image
 from speedrl.evaluation.judging import load_judge
@@ -34,8 +35,7 @@ from speedrl.models.checkpoint import load_generator, save_generator
 from speedrl.rewards.loading import load_quality
 from speedrl.stages import search_sampler
 from speedrl.studies.ablations import over_runs
-from speedrl.studies.intervals import caution, half_width, say, welch
-from speedrl.studies.plots import plot_pareto
+from speedrl.studies.intervals import caution, half_width, say
 from speedrl.studies.runs import command, trained_once
 from speedrl.system.errors import one_line
 from speedrl.system.files import write_atomically, write_json
@@ -246,7 +246,7 @@ def main(
 ) -> None:
     """Compare reinforcement learning with what else makes few steps good."""
     quiet_allocator()
-    began, console = time.time(), Console()
+    began, console = time.time(), Console(markup=False, highlight=False)
     grid = [float(lr) for lr in lrs.split(",")]
     costs = sorted({int(cost) for cost in budgets.split(",")})
     if quick:
@@ -286,13 +286,13 @@ def main(
         try:
             one = at([method.steps or budget], guidance=guidance, remask=how.remask)
             lr, rewards = chosen_lr(method, folder, grid, iterations=iterations, selection=selection, settings=one)
-            console.print(f"learning rate {lr:g} of {rewards}", highlight=False)
+            console.print(f"learning rate {lr:g} of {rewards}")
             models = [trained(method, folder, lr=lr, seed=seed, iterations=iterations) for seed in range(seeds)]
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"stopped in {folder}; the same command goes on") from None
         except Exception as error:  # one method that fails is no reason to lose the others
             failed[name] = one_line(error)
-            console.print(f"{name} failed: {failed[name]}", highlight=False)
+            console.print(f"{name} failed: {failed[name]}")
             continue
         picked[name] = {"lr": lr, "rewards": rewards}
         made = [
@@ -321,7 +321,7 @@ def main(
     shown = next(lines for name, lines in texts.items() if name != "selection")[:10]
     sheet = equal_evaluations(methods, budget, shown, device=device)
     save_image(sheet, out / "report" / "equal_evaluations.png")
-    console.print(f"wrote {out / 'report' / 'index.html'}", soft_wrap=True, highlight=False)
+    console.print(f"wrote {out / 'report' / 'index.html'}", soft_wrap=True)
 
 
 def conclude(

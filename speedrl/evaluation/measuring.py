@@ -111,7 +111,7 @@ def evaluate(
     check_device(device)
     kept = read_results(out / "results.json")
     kept = {key: row for key, row in kept.items() if weights.get(row["model"], row["weights"]) == row["weights"]}
-    console = Console()
+    console = Console(markup=False, highlight=False)
     judge = judge_if_there(device, console)
     scores = {}
     if quality is not None:
@@ -125,7 +125,7 @@ def evaluate(
     rows, sheet, labels, done = [], [], [], 0
     shown = next(iter(sets.values()))[:images]
     bar = (BarColumn(), TaskProgressColumn(), TextColumn("left"), TimeRemainingColumn())
-    with Progress(TextColumn("{task.description}"), *bar, console=console, transient=True) as progress:
+    with Progress(TextColumn("{task.description}", markup=False), *bar, console=console, transient=True) as progress:
         task = progress.add_task("loading", total=None)
         for number, model in enumerate(models):
             generator = load_generator(model, device=device, **(loading or {}))
@@ -183,7 +183,7 @@ def evaluate(
         save_image(contact_sheet(sheet, labels=labels, titles=shown, scale=scale), out / "images.png")
         written.append("images.png")
     console.print(table(rows, width=console.width))
-    console.print(f"wrote {', '.join(written)} in {out}", soft_wrap=True, highlight=False)
+    console.print(f"wrote {', '.join(written)} in {out}", soft_wrap=True)
     return rows
 
 
@@ -328,7 +328,7 @@ def judge_if_there(device: str, console: Console) -> Judge | None:
     try:
         return load_judge(device=device)
     except FileNotFoundError as error:
-        console.print(f"no judge, so no recall, Fréchet distance or diversity: {error}")
+        console.print(f"no judge, so no recall, Fréchet distance or diversity: {error}", soft_wrap=True)
         return None
 
 

@@ -50,7 +50,7 @@ def report(
     saves here. Writes OUT/comparison.json and OUT/before_after.png, the three models on `images` held-out prompts, and
     prints the table.
     """
-    out, console = Path(out), Console()
+    out, console = Path(out), Console(markup=False, highlight=False)
     before, after = load_generator(base, device=device, **(loading or {})), load_generator(str(trained), device=device)
     searched = with_sampler_of(after, before)
     if compile and device != "cpu":
@@ -79,7 +79,7 @@ def report(
     shown = [*sets.values()][-1][:images]  # held-out prompts, where there are some
     save_image(before_after(cells[:3], shown), out / "before_after.png")
     console.print(table(rows, width=console.width))
-    console.print(f"wrote {out / 'before_after.png'} and {out / 'comparison.json'}", soft_wrap=True, highlight=False)
+    console.print(f"wrote {out / 'before_after.png'} and {out / 'comparison.json'}", soft_wrap=True)
     return rows
 
 

@@ -75,6 +75,4 @@ def tell(search: Search, steps: Tensor, noise: Tensor, advantages: Tensor, *, ra
     deviation = (of_octave.T @ advantages.square() / of_octave.sum(0).clamp(min=1e-6)).sqrt() + 1e-4
     direction = of_octave.T @ (noise * advantages[:, None]) / (len(steps) * deviation[:, None])
     lengths = rate / (1 + search.seen / 8)
-    return Search(
-        search.table + lengths[:, None] * torch.tensor(SPREAD) * direction, search.seen + of_octave.mean(0)
-    )
+    return Search(search.table + lengths[:, None] * torch.tensor(SPREAD) * direction, search.seen + of_octave.mean(0))

@@ -50,12 +50,12 @@ class Display:
     """Trends, a live table of the last iterations and a progress bar; plain lines where the output is no terminal."""
 
     def __init__(self, *, total: int, rows: int = 8, console: Console | None = None):
-        self.console = console or Console()
+        self.console = console or Console(markup=False, highlight=False)
         self.recent: deque[Mapping[str, object]] = deque(maxlen=rows)
         self.history: dict[str, list[float]] = {name: [] for name in TRENDS}
         self.said: set[str] = set()
         self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TextColumn("left"), TimeRemainingColumn(), console=self.console,
         )  # fmt: skip
         self.task = self.progress.add_task("training", total=total)
@@ -82,7 +82,7 @@ class Display:
         if self.live:
             self.live.update(self.render())
         else:
-            self.console.print(text, soft_wrap=True, highlight=False, markup=False)
+            self.console.print(text, soft_wrap=True)
 
     def render(self) -> Group:
         """The trends, the table and the bar."""
@@ -109,7 +109,7 @@ class Display:
         """Says something once, above the table."""
         if text not in self.said:
             self.said.add(text)
-            self.console.print(f"warning: {text}", soft_wrap=True, highlight=False, markup=False)
+            self.console.print(f"warning: {text}", soft_wrap=True)
 
     def show(self, row: Mapping[str, object]) -> None:
         """An iteration's metrics."""
@@ -122,4 +122,4 @@ class Display:
             self.live.update(self.render())
         else:
             shown = "  ".join(f"{name} {number(value)}" for name, value in row.items())
-            self.console.print(shown, soft_wrap=True, highlight=False, markup=False)
+            self.console.print(shown, soft_wrap=True)

@@ -133,7 +133,7 @@ def open_run(out: Path, settings: Mapping[str, Any], *, trackers: Sequence[str] 
     checkpoint, complaints = start(out, resume=settings["resume"])
     main = distributed.is_main()
     track = open_trackers(trackers if main else (), out, settings, resume=settings["resume"])
-    console = Console(quiet=not main)
+    console = Console(quiet=not main, markup=False, highlight=False)
     with Display(total=settings["iterations"], console=console) as display, interruptible() as stopped:
         run = Run(out, settings, checkpoint=checkpoint, display=display, track=track, stopped=stopped)
         for line in complaints:

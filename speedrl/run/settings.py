@@ -36,7 +36,7 @@ def check(settings: Mapping[str, Any], least: int, most: int) -> None:
         if name not in TRACKERS:
             raise ValueError(f"--tracker must be {' or '.join(TRACKERS)}, got {name!r}")
     if settings["group_size"] < 2:
-        raise ValueError("--group-size must be at least 2: advantages compare the samples of one prompt")
+        raise ValueError(f"--group-size must be at least 2 images of a prompt, got {settings['group_size']}")
     if (size := settings["groups"] * settings["group_size"]) >= 2**31:
         raise ValueError(f"--groups times --group-size is too many images: {size}")
     if settings["schedule"] is not None:

@@ -111,7 +111,7 @@ def ablate(
     their standard deviation (n - 1; None for one seed), not that over sampling seeds, and METRIC_interval, half the
     width of the 95 % interval of the mean. ValueError where no variant ran.
     """
-    out, console = Path(out), Console()
+    out, console = Path(out), Console(markup=False, highlight=False)
     if not seeds:
         raise ValueError("there is no seed to train from: give at least one by --seeds")
     if jobs < 1:
@@ -161,9 +161,9 @@ def ablate(
     minutes = (time.time() - began) / 60
     about = f"Seeds {', '.join(map(str, seeds))}. This call took {minutes:.0f} minutes; finished runs were kept."
     write_page(report / "index.html", f"Ablations of {model}", [Section("What this is", [about]), *sections])
-    console.print(f"wrote {report / 'index.html'}", soft_wrap=True, highlight=False)
+    console.print(f"wrote {report / 'index.html'}", soft_wrap=True)
     if failed := {folder: why for folder, why in outcome.items() if isinstance(why, str)}:
-        console.print(f"{len(failed)} of {len(runs)} runs failed", highlight=False)
+        console.print(f"{len(failed)} of {len(runs)} runs failed")
         if len(failed) == len(runs):
             raise ValueError(f"no variant of {name} ran: {'; '.join(sorted(set(failed.values())))}")
     return every

@@ -40,26 +40,6 @@ def paired(values: dict[int, float], baseline: dict[int, float], *, level: float
     return {"difference": mean, "interval": width, "seeds": len(both), "outside": outside}
 
 
-def welch(
-    mean: float, spread: float | None, count: int, *, other: tuple[float, float | None, int], level: float = 0.95
-) -> dict:
-    """As `paired`, of two independent samples: mean, standard deviation (n - 1) and size of each.
-
-    Welch's interval, with the Welch-Satterthwaite degrees of freedom: the spreads may differ.
-    """
-    difference, seeds = mean - other[0], min(count, other[2])
-    if spread is None or other[1] is None or seeds < 2:
-        return {"difference": difference, "interval": None, "seeds": seeds, "outside": None}
-    a, b = spread**2 / count, other[1] ** 2 / other[2]
-    width = 0.0
-    if a + b > 0:
-        from scipy.stats import t
-
-        freedom = (a + b) ** 2 / (a**2 / (count - 1) + b**2 / (other[2] - 1))
-        width = float(t.ppf((1 + level) / 2, freedom)) * (a + b) ** 0.5
-    return {"difference": difference, "interval": width, "seeds": seeds, "outside": abs(difference) > width}
-
-
 def say(name: str, found: dict, *, digits: int = 3) -> str:
     """A difference of `paired` in words: "R@1 is 0.021 ± 0.015 lower, outside the noise"."""
     difference, width = found["difference"], found["interval"]

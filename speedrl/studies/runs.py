@@ -88,7 +88,7 @@ def run_all(
             raise KeyboardInterrupt(f"stopped in {folder}; the same command goes on") from None
         except Exception as error:  # whatever stops one variant is no reason to lose the others
             outcome[folder] = one_line(error)
-            console.print(f"{folder} failed: {outcome[folder]}", soft_wrap=True, highlight=False)
+            console.print(f"{folder} failed: {outcome[folder]}", soft_wrap=True)
     return outcome
 
 
@@ -101,7 +101,7 @@ def side_by_side(
     running: dict[int, tuple[Path, subprocess.Popen]] = {}  # by place, which decides the device
     length = {folder: options.get("iterations", DEFAULTS["iterations"]) for folder, options in runs.items()}
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    with Progress(TextColumn("{task.description}"), *columns, console=console) as progress:
+    with Progress(TextColumn("{task.description}", markup=False), *columns, console=console) as progress:
         task = progress.add_task("iterations", total=sum(length.values()), completed=sum(map(iterations_of, runs)))
         try:
             while waiting or running:
@@ -116,7 +116,7 @@ def side_by_side(
                         outcome[folder] = outcome_of(folder, process.returncode)
                         del running[place]
                         if isinstance(failed := outcome[folder], str):
-                            progress.console.print(f"{folder} failed: {failed}", soft_wrap=True, highlight=False)
+                            progress.console.print(f"{folder} failed: {failed}", soft_wrap=True)
                 progress.update(task, completed=sum(map(iterations_of, runs)),
                                 description=f"{len(outcome)} of {len(runs)} runs, iterations")  # fmt: skip
                 time.sleep(0.2)
