@@ -215,9 +215,9 @@ def main(
     found = sorted(rows.values(), key=lambda row: [*lists].index(row["prompts"]))
     words = in_words(found, base="base", trained="trained", costs=set(counts))
     about = (
-        f"{len(lists['training'])} training, {len(lists['held-out'])} held-out and {prompts} "
-        f"prompts of new compositions, {count} images of each. Run i of the base and trained run i have sampling seed i; ± is half the "
-        f"width of the 95 % interval over {len(model)}. Real images: one of each prompt."
+        f"{len(lists['training'])} training, {len(lists['held-out'])} held-out and {prompts} prompts of new "
+        f"compositions, {count} images of each. Run i of the base and trained run i have sampling seed i; ± is half "
+        f"the width of the 95 % interval over {len(model)}. Real images: one of each prompt."
     )
     header, lines = table(found)
     rule = ["---", "---", *["--:"] * (len(header) - 2)]
