@@ -240,7 +240,8 @@ def test_the_card_says_what_was_measured(parts):
 def test_a_stage_may_end_with_the_tokens(tmp_path):
     stage = Path(train_base.__file__).parent / "stage"
     train_base.load_stage(stage, tmp_path / "base", tmp_path / "vq")
-    assert train_vq.updates(tmp_path / "vq", "tokens") == 8000 and not (tmp_path / "base/start.json").exists()
+    assert train_vq.updates(tmp_path / "vq", "tokens") == 8000 and train_vq.updates(tmp_path / "vq", "decoder") == 12000
+    assert not (tmp_path / "base/start.json").exists()
     grounds = torch.tensor([*compose.COLOURS.values()], dtype=torch.uint8)[:, None, None].expand(-1, 64, 64, 3)
     tokens = train_vq.tokens_of(train_vq.load_tokens(tmp_path / "vq"), grounds)
     assert (tokens == tokens[:, :1]).all() and len(set(tokens[:, 0].tolist())) == 5, "a ground is one token"
@@ -248,6 +249,7 @@ def test_a_stage_may_end_with_the_tokens(tmp_path):
 
 def test_a_stage_carries_the_averaged_weights_to_another_cache(vq, base, tmp_path):
     train_base.save_stage(base, vq, tmp_path / "stage")
+    assert str(vq) not in (tmp_path / "stage/vq/config.json").read_text(encoding="utf-8")
     train_base.load_stage(tmp_path / "stage", tmp_path / "base", tmp_path / "vq")
     assert json.loads((tmp_path / "base/start.json").read_text(encoding="utf-8")) == train_base.effort(base)
     assert train_base.effort(base)["updates"] == 2

@@ -31,8 +31,8 @@ class Size(NamedTuple):
     token_steps: int = 8_000
     decoder_steps: int = 12_000
     tokenizer_batch: int = 32
-    base_steps: int = 60_000
-    base_decay: int = 15_000  # the last updates, in which the rate falls
+    base_steps: int = 24_000
+    base_decay: int = 24_000  # the last updates, in which the rate falls
     base_batch: int = 64
     reward_steps: int = 2_400
     reward_images: int = 12_000

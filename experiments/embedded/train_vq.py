@@ -141,7 +141,9 @@ def load_vqmodel(folder: Path) -> nn.Module:
     import_torchvision()
     from diffusers import VQModel
 
-    return VQModel.from_pretrained(folder).eval().to(memory_format=torch.channels_last)
+    model = VQModel.from_pretrained(folder)
+    model.register_to_config(_name_or_path="")  # no folder of this machine in what is saved of it
+    return model.eval().to(memory_format=torch.channels_last)
 
 
 def load_tokens(folder: Path, *, device: str = "cpu") -> Tokens:
