@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import CLIPTokenizer
 
 from experiments.embedded import build_judge, card, compose, data, measure, train_base, train_clip, train_vq
 
@@ -237,11 +239,13 @@ def test_the_card_says_what_was_measured(parts):
     assert "| base | training | 8 | 16 |" in text, "the curves' rows"
 
 
-def test_a_stage_may_end_with_the_tokens(tmp_path):
+def test_the_last_stage_is_what_a_new_cache_goes_on_from(tmp_path):
     stage = Path(train_base.__file__).parent / "stage"
     train_base.load_stage(stage, tmp_path / "base", tmp_path / "vq")
     assert train_vq.updates(tmp_path / "vq", "tokens") == 8000 and train_vq.updates(tmp_path / "vq", "decoder") == 12000
-    assert not (tmp_path / "base/start.json").exists()
+    assert json.loads((tmp_path / "base/start.json").read_text(encoding="utf-8"))["updates"] == 13500
+    words = CLIPTokenizer.from_pretrained(tmp_path / "base/tokenizer")
+    train_base.new_model(words).load_state_dict(load_file(tmp_path / "base/start.safetensors"))
     grounds = torch.tensor([*compose.COLOURS.values()], dtype=torch.uint8)[:, None, None].expand(-1, 64, 64, 3)
     tokens = train_vq.tokens_of(train_vq.load_tokens(tmp_path / "vq"), grounds)
     assert (tokens == tokens[:, :1]).all() and len(set(tokens[:, 0].tolist())) == 5, "a ground is one token"
