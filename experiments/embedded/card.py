@@ -27,7 +27,8 @@ LICENCES = {
 PARTS = {"tokens": "tokens: encoder and codebook", "decoder": "decoder of the tokens", "base": "transformer and text"}
 CARD = """\
 ---
-license: mit
+license: other
+license_name: mit-apache-2.0-and-cc-by-4.0
 language: en
 pipeline_tag: text-to-image
 tags:
@@ -49,8 +50,9 @@ learning names them.
 
 ## Data and licences
 
-The weights are under the MIT licence. Sources and attributions are in speedrl's NOTICE. No image is part of the
-model.
+The weights are under the MIT licence, as far as they are ours. The designs behind them are under the licences below,
+and the judge's prototypes, which average features of designs, are under CC BY 4.0. Attributions are in speedrl's NOTICE.
+No image is part of the model.
 
 {data}
 
