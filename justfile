@@ -45,7 +45,7 @@ ablate *options:
 results name *options:
     test -d runs/searched/model || .venv/bin/speedrl train --iterations 0 --no-compare --out runs/searched
     .venv/bin/speedrl ablate {{name}} --model runs/searched --beside embedded --out runs/results \
-        --prompts speedrl/models/embedded/prompts/train.txt --set search=0 --set reference_guidance=1.3 \
+        --prompts speedrl/models/embedded/prompts/train.txt --set search=0 --set reference_guidance=1.5 \
         {{ if name == "speed-reward" { "" } else { "--set steps_reward=0.5" } }} \
         --iterations 100 --eval-steps 1,2,4,8,16,32 {{options}}
     cp runs/results/report-{{name}}/{{name}}.json experiments/results/ablations/

@@ -43,7 +43,7 @@ A small text-to-image generator for experiments with reinforcement learning of s
 as {tokens} tokens, in parallel: a masked generative transformer of Meissonic's architecture. It was trained from random
 weights.
 
-An image shows one of {concepts} things, in one of two designs, on a plain ground of one of {colours} colours. The
+An image shows one of {concepts} things, in one of two designs, on a plain background of one of {colours} colours. The
 thing is {small} or {big} pixels large, at a place on a grid of {cell} pixels. A caption names the thing, and mostly
 leaves the rest open. {held_out} of the things are held out: the base knows them, but no prompt of reinforcement
 learning names them.
@@ -51,8 +51,8 @@ learning names them.
 ## Data and licences
 
 The weights are under the MIT licence, as far as they are ours. The designs behind them are under the licences below,
-and the judge's prototypes, which average features of designs, are under CC BY 4.0. Attributions are in speedrl's NOTICE.
-No image is part of the model.
+and the judge's prototypes, which average features of designs, are under CC BY 4.0. Attributions are in speedrl's
+NOTICE. No image is part of the model.
 
 {data}
 
@@ -65,7 +65,7 @@ lists of prompts.{reward}
 
 ## Training
 
-Hours are by the clock, on two cores.
+Hours are by the clock, on two cores, pauses and other work beside them included.
 
 {training}
 
@@ -113,7 +113,7 @@ One image each of {sheet} random prompts, the first half of training concepts, t
 - It knows {concepts} things and the words of its captions. What other words do is not defined.
 - It draws one thing. It neither counts nor draws two things.
 - Its images say nothing of photographs or of human preference. Results on it need not carry over to larger models.
-- The judge recognises things. It sees neither design nor ground nor place.
+- The judge recognises things. It sees neither design nor background nor place.
 - The designs are others' work: see NOTICE before images are used elsewhere.
 """
 

@@ -31,7 +31,11 @@ from speedrl.system.files import write_json
 from speedrl.system.platform import bf16_is_fast, can_compile, quiet_allocator
 
 # the first are tried first; at low temperatures a base that is trained little fills images with their ground
-SEARCHED = {"temperature": (4.0, 0.5, 1.0, 2.0, 10.0), "guidance": (1.5, 1.0, 2.0, 3.0), "remask": (0.0, 0.25, 0.5)}
+SEARCHED = {
+    "temperature": (4.0, 0.5, 1.0, 2.0, 10.0),
+    "guidance": (1.5, 1.0, 1.25, 2.0),
+    "remask": (0.0, 0.25, 0.5, 0.75),
+}
 LISTS = {"search": "train", "training": "eval", "held-out": "held_out"}  # sets of prompts and their files
 FEW, MANY = 8, 32  # steps
 SHEET_SEED = 3
@@ -132,9 +136,9 @@ def search(score: Callable[..., float], searched: tuple[str, ...], *, rounds: in
 def curves(cells: Cells, best: dict[str, float], steps: tuple[int, ...]) -> list[dict]:
     """Rows over step counts with and without guidance, with and without remasking, on both sets of prompts.
 
-    "With" is what the search found, or where it found none the first other value of SEARCHED."""
+    "With" is what the search found, or where it found none a guidance of 1.5 and a share of 0.5."""
     with_guidance = best["guidance"] if best["guidance"] > 1 else SEARCHED["guidance"][0]
-    remasked = best["remask"] or SEARCHED["remask"][-1]
+    remasked = best["remask"] or SEARCHED["remask"][2]
     wanted = itertools.product(("training", "held-out"), (with_guidance, 1.0), (0.0, remasked), steps)
     return [
         cells.row(which, s, temperature=best["temperature"], guidance=guidance, remask=remask)

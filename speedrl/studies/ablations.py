@@ -58,7 +58,7 @@ def all_ablations() -> dict[str, dict[str, dict]]:
         "train-steps": {f"{n or 'all'} steps train": {"train_steps": n} for n in (None, 8, 4, 2, 1)},
         "updates": each("updates", 1, 2, 4),
         "guidance": {"policy without, reference with guidance": {"guidance": None}}
-        | {f"policy with guidance {g:g}": {"guidance": g} for g in (1.3, 2.0)}
+        | {f"policy with guidance {g:g}": {"guidance": g} for g in (1.5, 2.0)}
         | {"both without": {"reference_guidance": 1.0}},
         "remask": {"half remasked": {"remask": None}} | each("remask", 0.0, 0.25, 0.75),
         "search": {f"{n} rounds of search": {"search": n} for n in (64, 0, 16)},
