@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
 from experiments.embedded import build_judge, card, compose, data, measure, train_base, train_clip, train_vq
+from speedrl.rewards.loading import EMBEDDED
 
 NAMES, TAGS = ["apple", "owl"], [["fruit", "red"], []]
 
@@ -232,7 +232,7 @@ def test_targets_are_ratios_to_real_images_and_of_steps(parts):
 
 def test_the_card_says_what_was_measured(parts):
     text = card.card(parts)
-    assert text.startswith("---\nlicense: mit\n") and "pipeline_tag: text-to-image" in text
+    assert text.startswith("---\nlicense: other\n") and "pipeline_tag: text-to-image" in text
     assert "| transformer and text | 60,000 | 10.0 |" in text and "| 8,000 | – |" in text
     assert "| base, best samplers, R@1 in 32 steps to that in 8 | 1.500 | 1.25 | yes |" in text
     assert "The seed is 3" in text and set(card.LICENCES) == set(data.PACKAGES)
@@ -243,9 +243,8 @@ def test_the_last_stage_is_what_a_new_cache_goes_on_from(tmp_path):
     stage = Path(train_base.__file__).parent / "stage"
     train_base.load_stage(stage, tmp_path / "base", tmp_path / "vq")
     assert train_vq.updates(tmp_path / "vq", "tokens") == 8000 and train_vq.updates(tmp_path / "vq", "decoder") == 12000
-    assert json.loads((tmp_path / "base/start.json").read_text(encoding="utf-8"))["updates"] == 13500
-    words = CLIPTokenizer.from_pretrained(tmp_path / "base/tokenizer")
-    train_base.new_model(words).load_state_dict(load_file(tmp_path / "base/start.safetensors"))
+    words = [CLIPTokenizer.from_pretrained(folder / "tokenizer") for folder in (tmp_path / "base", EMBEDDED.parent)]
+    assert words[0].get_vocab() == words[1].get_vocab(), "the shipped model's"
     grounds = torch.tensor([*compose.COLOURS.values()], dtype=torch.uint8)[:, None, None].expand(-1, 64, 64, 3)
     tokens = train_vq.tokens_of(train_vq.load_tokens(tmp_path / "vq"), grounds)
     assert (tokens == tokens[:, :1]).all() and len(set(tokens[:, 0].tolist())) == 5, "a ground is one token"
