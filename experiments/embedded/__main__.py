@@ -60,20 +60,18 @@ def drawn_images(sprites: np.ndarray, path: Path, *, count: int, seed: int = 0) 
     return np.load(path)
 
 
-def train_base_on(
-    cache: Path, size: Size, *, minutes: float, hybrid: float, device: str, processes: int, quick: bool
-) -> int:
+def train_base_on(cache: Path, size: Size, *, minutes: float, device: str, processes: int, quick: bool) -> int:
     """The base's training, in a process a core on the CPU; returns how many updates the weights have had."""
     base = cache / "base"
     if device != "cpu":
         train_base.train(
             train_base.read_pool(base), base, steps=size.base_steps, decay=size.base_decay, minutes=minutes,
-            batch=size.base_batch, hybrid=hybrid, device=device,
+            batch=size.base_batch, device=device,
         )  # fmt: skip
     else:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         options = ["--only-base", "--cache", str(cache), "--base-steps", str(size.base_steps)]
-        options += ["--base-decay", str(size.base_decay), "--base-hybrid", str(hybrid)]
+        options += ["--base-decay", str(size.base_decay)]
         options += ["--minutes", str(minutes), *["--quick"] * quick]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
         subprocess.run([*launcher, "-m", "experiments.embedded", *options], check=True, env=environment)
@@ -87,7 +85,6 @@ def main(
     quick: Annotated[bool, Option("--quick", help="All stages in two minutes, on a few concepts: a test.")] = False,
     base_steps: Annotated[int | None, Option(help="Updates of the base.")] = None,
     base_decay: Annotated[int | None, Option(help="The last of them, in which the learning rate falls.")] = None,
-    base_hybrid: Annotated[float, Option(help="Share of nearly masked samples with random codes.")] = 0.0,
     minutes: Annotated[float, Option(help="Stop the base's training after so many, to go on another time.")] = math.inf,
     from_stage: Annotated[Path | None, Option(help="Go on from a stage's weights if the cache has none.")] = None,
     save_stage: Annotated[Path | None, Option(help="Write the base's weights to this folder, as a stage.")] = None,
@@ -109,7 +106,7 @@ def main(
         torch.set_num_threads(1)
         train_base.train(
             train_base.read_pool(cache / "base"), cache / "base", steps=size.base_steps, decay=size.base_decay,
-            minutes=minutes, batch=size.base_batch, hybrid=base_hybrid,
+            minutes=minutes, batch=size.base_batch,
         )  # fmt: skip
         return
     out = out or cache / "generator"
@@ -139,9 +136,7 @@ def main(
     print("stage 4 of 6: base", flush=True)
     if not (cache / "base/pool.safetensors").exists():
         train_base.make_pool(sprites, names, tags, cache / "vq", cache / "base", device=device)
-    done = train_base_on(
-        cache, size, minutes=minutes, hybrid=base_hybrid, device=device, processes=processes, quick=quick
-    )
+    done = train_base_on(cache, size, minutes=minutes, device=device, processes=processes, quick=quick)
 
     print("stage 5 of 6: decoder", flush=True)
     half = size.tokenizer_batch // 2  # it works at 64x64

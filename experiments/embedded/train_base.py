@@ -191,24 +191,12 @@ def draw_batch(data: dict[str, Tensor], empty: Tensor, weight: Tensor, *, batch:
     return tokens[index].long(), torch.where(said, chosen, empty)
 
 
-def with_random_codes(noisy: Tensor, early: Tensor, *, share: float) -> Tensor:
-    """For a `share` of the samples `early`, bool [B], random codes in place of a random share of the masks: [B, L].
-
-    A sampler whose first state has random codes (Di[M]O's hybrid initialisation, arXiv 2503.15457) needs such a base.
-    """
-    device = noisy.device
-    chosen = early & (torch.rand(len(noisy), device=device) < share)
-    random = torch.rand(noisy.shape, device=device) < torch.rand(len(noisy), 1, device=device)
-    return torch.where(chosen[:, None] & random & (noisy == MASK), torch.randint_like(noisy, CODES), noisy)
-
-
-def corrupt(tokens: Tensor, *, scored: int = 128, hybrid: float = 0.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def corrupt(tokens: Tensor, *, scored: int = 128) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Masks a cosine-distributed share of each sample: (masked tokens [B, L], timestep [B], places [B, scored],
     weights [B, scored]). The loss is taken at `scored` of the masked places, which weigh for all of them.
 
     The timestep is the sampler's countdown, N - 1 - s of a step count N drawn from 1 to 64, log-uniform: the base
-    sees every countdown beside every share of masked tokens, so that any step count is in its range. A share `hybrid`
-    of the samples of which nine tenths are masked has random codes in place of some masks; the loss is the same.
+    sees every countdown beside every share of masked tokens, so that any step count is in its range.
     """
     (batch, length), device = tokens.shape, tokens.device
     # evenly spread over the batch: less noise from batch to batch
@@ -220,10 +208,7 @@ def corrupt(tokens: Tensor, *, scored: int = 128, hybrid: float = 0.0) -> tuple[
     timestep = steps - 1 - (progress * steps).floor()
     used = torch.arange(scored, device=device) < count[:, None]
     weights = used * (count / used.sum(-1))[:, None]
-    noisy = torch.where(masked, MASK, tokens)
-    if hybrid:
-        noisy = with_random_codes(noisy, count >= 0.9 * length, share=hybrid)
-    return noisy, timestep, order[:, :scored], weights
+    return torch.where(masked, MASK, tokens), timestep, order[:, :scored], weights
 
 
 def rate(step: int, *, first: int, steps: int, decay: int, warmup: int = 100) -> float:
@@ -280,7 +265,6 @@ def train(
     batch: int = 64,
     lr: float = 1.6e-3,
     ema: float = 0.999,
-    hybrid: float = 0.0,
     seed: int = 0,
     save_every: int = 250,
     device: str = "cpu",
@@ -289,7 +273,7 @@ def train(
     number of updates that the weights have had.
 
     Goes on from `out/state.pt`, or from a stage's weights, `out/start.safetensors` with `out/start.json`. The rate is
-    that of `rate`, `hybrid` that of `corrupt`. What counts in the end is the exponential moving average of the weights.
+    that of `rate`. What counts in the end is the exponential moving average of the weights.
     Under torch.distributed each process takes its share of a batch.
     """
     from transformers import CLIPTokenizer
@@ -341,7 +325,7 @@ def train(
     began, recent, over = time.monotonic(), [], torch.zeros(1)
     for step in range(done, steps):
         tokens, ids = draw_batch(data, empty, weight, batch=batch)
-        loss = objective(tokens, ids, *corrupt(tokens, hybrid=hybrid))
+        loss = objective(tokens, ids, *corrupt(tokens))
         loss.backward()
         if ranks > 1:
             mean_gradient(learned, ranks)
