@@ -125,9 +125,11 @@ def ratio(value: float, to: float) -> float | None:
     return value / to if to else None
 
 
-def search(score: Callable[..., float], searched: tuple[str, ...], *, rounds: int = 2) -> dict[str, float]:
-    """The settings of SEARCHED that `score` likes best, one option after the other, in two rounds."""
-    best = {name: values[0] for name, values in SEARCHED.items()}
+def search(
+    score: Callable[..., float], searched: tuple[str, ...], *, start: dict[str, float] | None = None, rounds: int = 2
+) -> dict[str, float]:
+    """The settings of SEARCHED that `score` likes best, one option after the other, in two rounds from `start`."""
+    best = {name: values[0] for name, values in SEARCHED.items()} | (start or {})
     for name in searched * rounds:
         best[name] = max(SEARCHED[name], key=lambda value, name=name: score(**best | {name: value}))
     return best
@@ -221,11 +223,15 @@ def main(
     parts["training"] = {part: train_vq.effort(cache / "vq", part) for part in ("tokens", "decoder")}
     if (cache / "base/state.pt").exists():
         parts["training"]["base"] = train_base.effort(cache / "base")
-    for steps in (FEW, MANY):  # by the margin, as it tells settings apart with fewer images than R@1
+    best: dict[str, float] = {}
+    for steps in (MANY, FEW):  # by the margin, as it tells settings apart with fewer images than R@1
         print(f"the sampler of {steps} steps", flush=True)
-        best = search(lambda steps=steps, **how: cells.row("search", steps, **how)["judge_margin"], effort.searches)
-        parts["sampler"][f"{steps} steps"] = best
-        parts["best"] += [cells.row(which, steps, **best) for which in ("training", "held-out")]
+        own = search(  # few steps start from what is best in many
+            lambda steps=steps, **how: cells.row("search", steps, **how)["judge_margin"], effort.searches, start=best
+        )
+        best = best or own
+        parts["sampler"][f"{steps} steps"] = own
+        parts["best"] += [cells.row(which, steps, **own) for which in ("training", "held-out")]
     parts["SAMPLING"] = {  # for train_base.SAMPLING
         "num_inference_steps": MANY, "guidance_scale": best["guidance"], "temperature": best["temperature"],
         "remask_share": best["remask"],
