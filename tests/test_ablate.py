@@ -121,7 +121,7 @@ def test_the_help_of_the_command_names_every_ablation():
 
 def test_models_beside_the_variants_are_measured_as_the_start_is(calls, tmp_path):
     rows = ablate("method", out=tmp_path, seeds=(0,), eval_steps=(2,), beside=["other"], steps_reward=0.5)
-    assert [row["model"] for row in rows][:3] == ["start", "other", "default"]
+    assert [row["model"] for row in rows][:3] == ["start", "other", "GRPO"]
     given = {options.get("quality", "embedded"): options["steps_reward"] for _, _, options in calls}
     assert given == {"embedded": 0.5, "none": 0.0}, "no reward has no speed reward either"
 

@@ -63,7 +63,7 @@ def all_ablations() -> dict[str, dict[str, dict]]:
         "remask": {"half remasked": {"remask": None}} | each("remask", 0.0, 0.25, 0.75),
         "search": {f"{n} rounds of search": {"search": n} for n in (64, 0, 16)},
         "lr": each("lr", 5e-5, 1e-5, 2e-5, 1e-4, 2e-4),
-        "method": {"default": {}, "no reward": {"quality": "none", "steps_reward": 0.0}}
+        "method": {"GRPO": {}, "no reward": {"quality": "none", "steps_reward": 0.0}}
         | {"token likelihood": {"likelihood": "token"}, "reward gradient": {"reward_gradient": 0.3}},
         "order": {"the model's order": {"order": None}, "random": {"order": "random"}, "halton": {"order": "halton"}},
     }
