@@ -9,7 +9,7 @@ import json
 import re
 import shlex
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from speedrl.evaluation.measuring import columns_of, nfe_of, prompt_sets
@@ -150,7 +150,8 @@ def ablations_page(found: Mapping[str, dict]) -> str:
 def section(found: dict, *, figure: str = "") -> str:
     """One ablation: its variants, tables, differences, failures and commands."""
     differences = found["differences"]
-    parts = [variants_table(found["ablation"]), sizes(found), figure, *tables(found["rows"])]
+    shown = {row["model"] for row in found["rows"]}
+    parts = [variants_table(found["ablation"], shown), sizes(found), figure, *tables(found["rows"])]
     if floors(differences):
         parts += ["Differences of the A/A pair:\n", pair_table(differences)]
     if differences:
@@ -297,10 +298,12 @@ def sizes(found: dict) -> str:
     return f"Sizes: trainings of each variant {runs}, {', '.join(known)}.\n" if known else ""
 
 
-def variants_table(name: str) -> str:
-    """What each variant of an ablation sets; "" for an ablation that this version does not have."""
+def variants_table(name: str, shown: Collection[str]) -> str:
+    """What each variant shown sets; "" for an ablation that this version does not have."""
     lines = []
     for variant, own in all_ablations().get(name, {}).items():
+        if variant not in shown:
+            continue
         flags = command("train", own).removeprefix("speedrl train").strip()
         what = f"`{flags}`" if flags else "none"
         lines.append([variant, f"{what}, from other seeds" if variant == AGAIN else what])

@@ -68,21 +68,26 @@ QUALITY = torch.tensor([[0.1, 0.5, 0.3], [0.2, 0.9, 0.4], [0.7, 0.6, 0.0]])
 COUNTS = torch.tensor([[1, 4, 4], [1, 4, 8], [4, 1, 1]])
 
 
-def test_residuals_compare_with_the_same_count_of_other_prompts():
+def test_residuals_compare_with_the_prompts_other_samples_of_the_same_count():
     residuals, known = count_residuals(QUALITY, COUNTS)
-    # count 1: .1 | .2 | .6 .0; count 4: .5 .3 | .9 | .7; count 8: one sample alone
-    expected = [[0.1 - 0.8 / 3, 0.5 - 0.8, 0.3 - 0.8], [0.2 - 0.7 / 3, 0.9 - 1.5 / 3, 0.0],
-                [0.7 - 1.7 / 3, 0.6 - 0.15, 0.0 - 0.15]]  # fmt: skip
-    torch.testing.assert_close(residuals, torch.tensor(expected))
-    assert known.tolist() == [[True] * 3, [True, True, False], [True] * 3]
+    torch.testing.assert_close(residuals, torch.tensor([[0.0, 0.2, -0.2], [0.0, 0.0, 0.0], [0.0, 0.6, -0.6]]))
+    assert known.tolist() == [[False, True, True], [False] * 3, [False, True, True]]
+    residuals, _ = count_residuals(torch.tensor([[0.1, 0.2, 0.6, 0.5]]), torch.tensor([[2, 2, 2, 4]]))
+    torch.testing.assert_close(residuals, torch.tensor([[0.1 - 0.4, 0.2 - 0.35, 0.6 - 0.15, 0.0]]))
 
 
-def test_a_count_of_no_other_prompt_gives_no_advantage():
+def test_a_count_of_one_sample_gives_no_advantage():
     residuals, known = count_residuals(QUALITY, COUNTS)
     advantages = group_advantages(residuals, keep=known)
-    assert advantages[1, 2] == 0 and (advantages[known] != 0).all()
-    alone, unknown = count_residuals(QUALITY[:1], torch.tensor([[1, 2, 2]]))
-    assert not alone.any() and not unknown.any() and not group_advantages(alone, keep=unknown).any()
+    assert ((advantages != 0) == known).all()
+
+
+def test_what_makes_a_prompt_easier_in_few_steps_alone_gives_no_advantage():
+    """Two prompts, of which one is easy in 1 step: of equal images of a count, none is better than the others."""
+    counts, each = torch.tensor([[1, 1, 1, 1, 8, 8, 8, 8]] * 2), torch.tensor([0.0, 0.1, 0.0, 0.1])
+    quality = torch.cat([torch.stack([each + 0.9, each + 0.1]), torch.stack([each + 1, each + 1])], 1)
+    advantages = group_advantages(*count_residuals(quality, counts)[:1])
+    assert (advantages.view(2, 4, 2)[..., 0] < 0).all() and (advantages.view(2, 4, 2)[..., 1] > 0).all()
 
 
 @pytest.mark.parametrize("std", ["group", "batch", "none"])
@@ -95,18 +100,20 @@ def test_a_single_count_gives_the_advantages_of_the_quality(std):
         )
 
 
-def test_the_baseline_of_a_prompt_does_not_depend_on_its_own_samples():
-    before, _ = count_residuals(QUALITY, COUNTS)
-    changed = QUALITY.clone()
-    changed[0] += torch.tensor([5.0, -2.0, 1.0])
-    after, _ = count_residuals(changed, COUNTS)
-    torch.testing.assert_close(after[0] - before[0], changed[0] - QUALITY[0])
+def test_the_baseline_of_a_sample_does_not_depend_on_it():
+    before, known = count_residuals(QUALITY, COUNTS)
+    for place in known.nonzero().tolist():
+        changed = QUALITY.clone()
+        changed[tuple(place)] += 5
+        after, _ = count_residuals(changed, COUNTS)
+        assert (after - before)[tuple(place)].item() == pytest.approx(5)
 
 
-def test_residuals_leave_the_expected_gradient_of_the_tokens_unchanged():
+@pytest.mark.parametrize("counts", [[[0, 0], [1, 1]], [[0, 0], [1, 0]]])
+def test_residuals_leave_the_expected_gradient_of_the_tokens_unchanged(counts):
     """Two prompts of two samples with counts 1 and 2, each a token of two: every outcome by enumeration."""
     logits = torch.tensor([[0.3, -0.2], [0.9, -0.5]], requires_grad=True)  # of each count
-    counts = torch.tensor([[0, 1], [1, 0]])
+    counts = torch.tensor(counts)
     log_p, worth = logits.log_softmax(-1), torch.tensor([[0.1, 0.7], [0.5, 0.6]])  # worth of count and token
 
     def expected(subtract: bool) -> torch.Tensor:
@@ -114,8 +121,9 @@ def test_residuals_leave_the_expected_gradient_of_the_tokens_unchanged():
         for outcome in itertools.product(range(2), repeat=4):
             tokens = torch.tensor(outcome).view(2, 2)
             score, quality = log_p[counts, tokens], worth[counts, tokens]
-            residuals = count_residuals(quality, counts + 1)[0] if subtract else quality
-            total = total + score.sum().exp().detach() * (residuals * score).sum()
+            residuals, known = count_residuals(quality, counts + 1)
+            weight = residuals if subtract else quality * known
+            total = total + score.sum().exp().detach() * (weight * score).sum()
         return torch.autograd.grad(total, logits, retain_graph=True)[0]
 
     torch.testing.assert_close(expected(True), expected(False), atol=1e-6, rtol=1e-5)

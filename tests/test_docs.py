@@ -186,7 +186,7 @@ def test_the_front_page_takes_its_table_from_the_file_and_keeps_its_limits(found
 
 
 def test_the_front_page_does_without_a_searched_base_and_without_auto_steps(found):
-    kept = [r for r in found["method"]["rows"] if r["model"] in ("base", "default") and r["steps"] in (32, 8)]
+    kept = [r for r in found["method"]["rows"] if r["model"] in ("base", "GRPO") and r["steps"] in (32, 8)]
     text = result_pages({"method": found["method"] | {"rows": kept, "differences": []}}, FRONT)["README.md"]
     rows = re.findall(r"^\| (base|trained) \| (\d+)", text, re.MULTILINE)
     assert rows == [("base", "64"), ("base", "8"), ("trained", "8")]
@@ -196,13 +196,13 @@ def test_the_front_page_does_without_a_searched_base_and_without_auto_steps(foun
 def test_the_base_is_told_from_the_one_with_a_searched_sampler(names):
     rows = named(ablation("method", *names))["rows"]
     assert [row["model"] for row in rows[:3]] == ["base"] * 3 and rows[0]["steps"] == 32
-    assert [*dict.fromkeys(row["model"] for row in rows)][:3] == ["base", SEARCHED, "default"]
+    assert [*dict.fromkeys(row["model"] for row in rows)][:3] == ["base", SEARCHED, "GRPO"]
 
 
 def test_results_have_the_numbers_of_the_file_and_the_floor_of_the_pair(found):
     text = result_pages(found, FRONT)["docs/results.md"]
     assert "Sizes: trainings of each variant 3, images of each prompt 4, sampling seeds 1." in text
-    assert "| default | 4 | 4 | " in text and "0.571 ±0.012" in text and "0.404 ±0.012" in text
+    assert "| GRPO | 4 | 4 | " in text and "0.571 ±0.012" in text and "0.404 ±0.012" in text
     assert "| training | 4 | -0.011 ±0.004 | +0.021 ±0.004 |" in text
     assert "| **largest size** |  | **0.011** | **0.021** |" in text
     assert "no reward: 1 of 2\n    - training prompts, 4 steps: reward is 0.200 ± 0.004 lower" in text

@@ -43,23 +43,19 @@ def leave_one_out(rewards: Tensor) -> Tensor:
 
 
 def count_residuals(quality: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
-    """Quality less the mean quality of the same step count over the OTHER prompts: so samples of unlike cost compare.
+    """Quality less the mean quality of the prompt's OTHER samples of the same step count: so samples of unlike cost
+    compare.
 
-    quality float [G, n], steps int64 [G, n] -> residuals float32 [G, n], and bool [G, n], whether another prompt has a
-    sample of that count; where none has, the residual is 0. The baseline does not depend on the prompt's own samples,
-    so it adds no bias. A mean of the prompt's own samples of a count would be the sample itself where it is the only
-    one. Where all counts are equal, advantages within a group are those of the quality itself.
+    quality float [G, n], steps int64 [G, n] -> residuals float32 [G, n], and bool [G, n], whether there is another
+    sample to compare with; where there is none, the residual is 0. The baseline does not depend on the sample itself,
+    so it adds no bias. Other prompts do not serve: in few steps some prompts are far easier than others. Where all
+    counts are equal, advantages within a group are those of the quality itself.
     """
     quality = quality.float()
-    residuals, known = torch.zeros_like(quality), torch.zeros_like(quality, dtype=torch.bool)
     if (steps == steps[0, 0]).all():
-        return quality - quality.mean(), torch.ones_like(known)
-    for count in torch.unique(steps):
-        same = (steps == count).float()
-        sums, numbers = (same * quality).sum(1, keepdim=True), same.sum(1, keepdim=True)
-        others = numbers.sum() - numbers
-        baseline = (sums.sum() - sums) / others.clamp(min=1)
-        here = (steps == count) & (others > 0)
-        residuals = torch.where(here, quality - baseline, residuals)
-        known |= here
-    return residuals, known
+        return quality - quality.mean(), torch.ones_like(quality, dtype=torch.bool)
+    same = (steps[:, :, None] == steps[:, None]).float() - torch.eye(steps.shape[1], device=steps.device)
+    others = same.sum(-1)
+    baseline = torch.einsum("gij,gj->gi", same, quality) / others.clamp(min=1)
+    known = others > 0
+    return torch.where(known, quality - baseline, 0), known
