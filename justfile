@@ -48,7 +48,7 @@ results name *options:
     .venv/bin/speedrl ablate {{name}} --model runs/searched --beside embedded --out runs/results \
         --prompts speedrl/models/embedded/prompts/train.txt --set search=0 --set reference_guidance=1.5 \
         {{ if name == "lr" { "" } else { "--lr 1e-4" } }} \
-        {{ if name =~ "speed-reward" { "" } else if name =~ "remask|train-steps" { "--set steps_reward=0.5" } else { "--set steps=2" } }} \
+        {{ if name == "speed-reward" { "" } else if name =~ "remask|train-steps" { "--set steps_reward=0.5" } else { "--set steps=2" } }} \
         --iterations 60 --jobs 2 --eval-steps 1,2,4,8,16,32 --eval-count 2 {{options}}
     cp runs/results/report-{{name}}/{{name}}.json experiments/results/ablations/
     .venv/bin/python -m experiments.docs

@@ -151,10 +151,17 @@ def section(found: dict, *, figure: str = "") -> str:
     """One ablation: its variants, tables, differences, failures and commands."""
     differences = found["differences"]
     shown = {row["model"] for row in found["rows"]}
-    parts = [variants_table(found["ablation"], shown), sizes(found), figure, *tables(found["rows"])]
+    missing = [variant for variant in all_ablations().get(found["ablation"], {}) if variant not in shown]
+    parts = [
+        variants_table(found["ablation"], shown),
+        f"Not measured yet: {', '.join(missing)}.\n" if missing else "",
+        sizes(found),
+        figure,
+        *tables(found["rows"]),
+    ]
     if floors(differences):
         parts += ["Differences of the A/A pair:\n", pair_table(differences)]
-    if differences:
+    if any(found["variant"] != AGAIN for found in differences):
         parts += ["Differences from the baseline that are results:\n", in_words(differences)]
     parts.append("".join(f"- Failed: {run}: `{portable(why)}`\n" for run, why in found["failed"].items()))
     if found["commands"]:

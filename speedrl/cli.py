@@ -303,7 +303,15 @@ def train(
     ],
     iterations: Annotated[int, Option(help="Rollouts, each followed by its updates; 0 only searches the sampler.")],
     groups: Annotated[int, Option(help="Prompts of an iteration.")],
-    group_size: Annotated[int, Option("--group-size", "--num-generations", help="Images of each prompt.")],
+    group_size: Annotated[
+        int,
+        Option(
+            "--group-size",
+            "--num-generations",
+            help="Images of each prompt. In a range of steps, an image trains its "
+            "tokens only beside another of its prompt and step count.",
+        ),
+    ],
     lr: Annotated[float, Option("--lr", "--learning-rate", help="Learning rate.")],
     kl_weight: Annotated[
         float, Option("--kl-weight", "--beta", help="Weight of the divergence from the reference policy, in 16 steps.")
@@ -319,7 +327,12 @@ def train(
     updates: Annotated[int, under(RL, "Updates on each rollout.")],
     percentile: Annotated[float, under(RL, "Groups under this percentile of the quality's deviation do not train.")],
     min_quality: Annotated[
-        float, under(RL, "Images under this many deviations of their step count's mean do not train.")
+        float,
+        under(
+            RL,
+            "Images below the mean by more than this many deviations, like -2, do not train. It is the mean of the batch, "
+            "or in a range of steps of their prompt and step count.",
+        ),
     ],
     advantage_std: Annotated[
         Scale, under(RL, "What advantages are divided by: the deviation of the group or the batch.")

@@ -43,8 +43,7 @@ def leave_one_out(rewards: Tensor) -> Tensor:
 
 
 def count_residuals(quality: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
-    """Quality less the mean quality of the prompt's OTHER samples of the same step count: so samples of unlike cost
-    compare.
+    """Quality less the mean of the prompt's OTHER samples of the same step count, so samples of unlike cost compare.
 
     quality float [G, n], steps int64 [G, n] -> residuals float32 [G, n], and bool [G, n], whether there is another
     sample to compare with; where there is none, the residual is 0. The baseline does not depend on the sample itself,
