@@ -330,8 +330,8 @@ def train(
         float,
         under(
             RL,
-            "Images below the mean by more than this many deviations, like -2, do not train. It is the mean of the batch, "
-            "or in a range of steps of their prompt and step count.",
+            "Images below the mean by more than this many deviations, like -2, do not train. It is the mean of the "
+            "batch, or in a range of steps of their prompt and step count.",
         ),
     ],
     advantage_std: Annotated[
