@@ -41,14 +41,12 @@ ablate *options:
 
 # an ablation in full: its file in experiments/results/ablations, and the pages made of it; many hours on two cores.
 # All trainings start from the base with one searched sampler; it is saved without guidance, so the reference's is given.
-# Images take 2 steps, where the embedded model has most to learn, but for ablations that need more or several counts.
 # Not for the ablation search: `speedrl ablate search`.
 results name *options:
     test -d runs/searched/model || .venv/bin/speedrl train --iterations 0 --no-compare --out runs/searched
     .venv/bin/speedrl ablate {{name}} --model runs/searched --beside embedded --out runs/results \
         --prompts speedrl/models/embedded/prompts/train.txt --set search=0 --set reference_guidance=1.5 \
-        {{ if name == "lr" { "" } else { "--lr 1e-4" } }} \
-        {{ if name == "speed-reward" { "" } else if name =~ "remask|train-steps" { "--set steps_reward=0.5" } else { "--set steps=2" } }} \
+        {{ if name =~ "speed-reward|likelihood|method" { "" } else { "--set steps_reward=0.5" } }} \
         --iterations 60 --jobs 2 --eval-steps 1,2,4,8,16,32 --eval-count 2 {{options}}
     cp runs/results/report-{{name}}/{{name}}.json experiments/results/ablations/
     .venv/bin/python -m experiments.docs

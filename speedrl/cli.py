@@ -321,7 +321,7 @@ def train(
     out: Annotated[Path, Option(help="The run's folder.")],
     seed: Annotated[int, Option(help="The same seed trains the same model.")],
     resume: Annotated[bool, Option(help="Go on from the run's newest checkpoint; start if there is none yet.")],
-    likelihood: Annotated[Likelihood, under(RL, "exact: with the choice of positions; token: the paper's surrogate.")],
+    likelihood: Annotated[Likelihood, under(RL, "token: the paper's surrogate; exact: with the choice of positions.")],
     kl: Annotated[Divergence, under(RL, "Estimator of the divergence; ce is the paper's.")],
     clip_range: Annotated[float, under(RL, "Ratios are clipped to 1 +- this.")],
     updates: Annotated[int, under(RL, "Updates on each rollout.")],

@@ -52,10 +52,10 @@ def train(
     # basic
     out: str | Path = "runs/train", model: str = "embedded", prompts: str | Path | Sequence[str] | None = None,
     quality: Any = "embedded", steps: str | int = "1-16", steps_reward: float = 0.0, iterations: int = 20,
-    groups: int = 8, group_size: int = 16, lr: float = 5e-5, kl_weight: float = 0.2, lora: int | None = None,
+    groups: int = 8, group_size: int = 16, lr: float = 1e-4, kl_weight: float = 0.2, lora: int | None = None,
     device: str = "auto", seed: int = 0, resume: bool = False,
     # reinforcement learning
-    likelihood: str = "exact", kl: str = "ce", clip_range: float = 0.2, updates: int = 1, percentile: float = 10.0,
+    likelihood: str = "token", kl: str = "ce", clip_range: float = 0.2, updates: int = 1, percentile: float = 10.0,
     min_quality: float = -2.0, advantage_std: str = "group", reward_gradient: float = 0.0,
     train_steps: int | None = None,
     # sampler
@@ -88,10 +88,10 @@ def train(
     rounds find the sampler's scalars before training (`search_sampler`), and the saved model keeps them; with 0
     `iterations` that is all.
 
-    `likelihood` "exact" scores the choice of positions too; "token" and "sequence" are the paper's surrogate and its
-    alternative. `train_steps` of each rollout enter the loss, all by default. `percentile` and `min_quality` filter
-    groups and samples. `advantage_std` divides advantages by the deviation of the group, the batch, or nothing.
-    `reward_gradient` adds the reward's own gradient through the decoder, another, white-box method.
+    `likelihood` "token" is the paper's surrogate, "sequence" its alternative; "exact" scores the choice of positions
+    too. `train_steps` of each rollout enter the loss, all by default. `percentile` and `min_quality` filter groups and
+    samples. `advantage_std` divides advantages by the deviation of the group, the batch, or nothing. `reward_gradient`
+    adds the reward's own gradient through the decoder, another, white-box method.
 
     The weights saved are their moving average of decay `ema`, or at 0 the weights. The learning rate rises over the
     first `warmup` iterations. `micro_batch` is halved where memory runs out. An update whose gradient is not finite is

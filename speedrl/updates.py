@@ -70,7 +70,7 @@ def micro_batch_loss(
     *,
     mask_id: int,
     order: str = "confidence",
-    likelihood: str = "exact",
+    likelihood: str = "token",
     clip_range: float = 0.2,
     kl: str = "ce",
     kl_weight: float = 0.2,

@@ -60,7 +60,7 @@ CASES = {
     "out": Case("--out {folder}/elsewhere", "same", by="out"),
     "seed": Case("--seed 1"),
     "resume": Case("--resume", "same", by="resume"),
-    "likelihood": Case("--likelihood token"),
+    "likelihood": Case("--likelihood exact"),
     "kl": Case("--kl k3"),
     "clip_range": Case("--clip-range 0.0001", also="--updates 3", alone="refused"),
     "updates": Case("--updates 2"),

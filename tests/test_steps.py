@@ -89,9 +89,10 @@ def test_choices_are_the_powers_of_two_within_the_range_and_its_ends():
     assert step_choices(4, 4).tolist() == [4] and step_choices(1, 2).tolist() == [1, 2]
 
 
-def test_a_new_policy_is_uniform_and_prompts_differ_by_direction_alone():
+def test_a_new_policy_spends_as_many_evaluations_on_each_count_and_prompts_differ_by_direction_alone():
     policy = StepPolicy(step_choices(1, 8), 4)
-    torch.testing.assert_close(policy(POOLED).exp(), torch.full((2, 4), 0.25))
+    evaluations = (policy(POOLED).exp() - EXPLORATION / 4) * policy.choices
+    torch.testing.assert_close(evaluations, torch.full((2, 4), (1 - EXPLORATION) / (1 + 1 / 2 + 1 / 4 + 1 / 8)))
     policy.weight.data[2, 0], policy.weight.data[1, 1] = 5.0, 5.0
     torch.testing.assert_close(policy(POOLED), policy(7 * POOLED))
     assert policy.modes(POOLED).tolist() == [4, 2]

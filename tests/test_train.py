@@ -114,7 +114,7 @@ def trained_counts(out, options, **more):
 
 def test_where_quality_does_not_depend_on_steps_a_large_speed_reward_makes_them_few(options, tmp_path):
     first, last = trained_counts(tmp_path / "run", options, quality="tests.test_train:by_chance", steps_reward=20.0)
-    assert first > 3 and last < 2
+    assert first > 1.8 and last < 1.5
 
 
 def test_where_quality_grows_with_steps_and_speed_earns_nothing_they_become_many(options, tmp_path, monkeypatch):
@@ -182,7 +182,8 @@ def test_the_learning_rate_of_the_policy_warms_up_and_that_of_the_step_policy_st
         now = held(tmp_path / str(warmup), 1)
         moved[warmup] = max((now[f"transformer.{name}"] - base[name]).abs().max().item() for name in base
                             if f"transformer.{name}" in now)  # fmt: skip
-        assert now["transformer.steps.bias"].abs().max().item() == pytest.approx(0.05, rel=0.05)  # Adam's first
+        away = now["transformer.steps.bias"] + torch.tensor([2.0, 4.0, 8.0]).log()
+        assert away.abs().max().item() == pytest.approx(0.05, rel=0.05)  # Adam's first
     assert moved[0] == pytest.approx(options["lr"], rel=0.05)
     assert moved[9] == pytest.approx(options["lr"] / 10, rel=0.05)
 
@@ -223,7 +224,7 @@ def refused(options, *more):
         (["--quality", "none", "--kl", "none"], ["--quality none", "another --kl than none"]),
         (["--quality", "none", "--steps-reward", "1"], ["--quality none", "--steps-reward 0"]),
         (["--quality", "tests.test_train:rounded", "--reward-gradient", "1"], ["--reward-gradient", "gradient"]),
-        (["--temperature", "0"], ["--likelihood exact", "--temperature above 0", "--likelihood token"]),
+        (["--likelihood", "exact", "--temperature", "0"], ["--likelihood exact", "--temperature above 0", "--likelihood token"]),
         (["--quality-gate", "0.1"], ["--quality-gate", "--steps-reward above 0"]),
         (["--offload"], ["--offload", "--parallel fsdp"]),
     ],
@@ -234,8 +235,8 @@ def test_what_cannot_act_is_refused_in_one_line_that_says_what_to_do(options, fl
 
 
 def test_other_likelihoods_and_orders_train_at_temperature_0(options, tmp_path):
-    train(out=tmp_path / "token", iterations=1, temperature=0.0, likelihood="token", **options)
-    train(out=tmp_path / "random", iterations=1, temperature=0.0, order="random", **options)
+    train(out=tmp_path / "token", iterations=1, temperature=0.0, **options)
+    train(out=tmp_path / "random", iterations=1, temperature=0.0, order="random", likelihood="exact", **options)
     assert metrics(tmp_path / "token")[0]["grad_norm"] > 0 and metrics(tmp_path / "random")[0]["grad_norm"] > 0
 
 

@@ -21,7 +21,8 @@ def step_choices(least: int, most: int) -> Tensor:
 class StepPolicy(nn.Module):
     """Logits over K step counts: a bias, and a linear map of the prompt's pooled text embedding at unit norm.
 
-    Starts at 0, the uniform distribution. In float32 whatever surrounds it.
+    Starts at p(N) in proportion to 1/N, so that each count has an equal share of the network evaluations. In float32
+    whatever surrounds it.
     """
 
     choices: Tensor
@@ -29,7 +30,7 @@ class StepPolicy(nn.Module):
     def __init__(self, choices: Tensor, width: int):
         super().__init__()
         self.register_buffer("choices", choices)
-        self.bias = nn.Parameter(torch.zeros(len(choices)))
+        self.bias = nn.Parameter(-choices.float().log())
         self.weight = nn.Parameter(torch.zeros(len(choices), width))
 
     def forward(self, pooled: Tensor) -> Tensor:
