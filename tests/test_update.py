@@ -31,12 +31,13 @@ def gradient_of(policy: Toy, trajectory, trained, advantages, keep, *, reference
 
 @pytest.mark.parametrize("remask", [0.0, 0.5])
 @pytest.mark.parametrize("order", ["confidence", "random", "halton"])
-def test_at_ratio_one_each_sample_weighs_alike_whatever_its_step_count(order, remask):
+def test_at_ratio_one_the_exact_gradient_weighs_each_sample_alike_whatever_its_step_count(order, remask):
     """The gradient is -sum_i A_i grad log pi(trajectory i): no sample counts by its number of terms."""
     policy = TOY.moved(0.0)
     trajectory = sampled(policy, [1, 2, 4, 8], grid=GRID, order=order, remask=remask)
     keep = torch.tensor([1.0, 0.0, 1.0, 1.0])
-    found = gradient_of(policy, trajectory, every_step(trajectory), ADVANTAGES, keep, order=order)
+    how = {"order": order, "likelihood": "exact"}
+    found = gradient_of(policy, trajectory, every_step(trajectory), ADVANTAGES, keep, **how)
     true = -(ADVANTAGES * keep * log_likelihood(policy, trajectory, order=order)).sum()
     (expected,) = torch.autograd.grad(true, policy.weights)
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
