@@ -21,6 +21,7 @@ from speedrl.studies.runs import command
 RESULTS = Path(__file__).parent / "results" / "ablations"
 MAIN, SPEED, START = "method", "speed-reward", "start"
 BEGIN, END = "<!-- results:begin -->\n", "<!-- results:end -->\n"
+SHOWN = ("reward", "judge_r1", "judge_margin", "diversity")  # on the front page
 FRONT = ("auto", 2, 4, 8, 16, 1)  # the front page shows the first two of these that base and trained model both have
 FIGURE, FRONTIER = "quality_against_nfe.svg", "speed_reward_front.svg"
 KEPT = ("model", "steps", "NFE")  # columns that every table has
@@ -174,15 +175,15 @@ def front_page(found: dict) -> str:
     """What stands between the markers of README.md."""
     rows = found["rows"]
     sets, runs = dict.fromkeys(row["prompts"] for row in rows), max(row["runs"] for row in rows)
-    header = ["", "NFE", f"reward, {' / '.join(sets)} prompts", "R@1", "diversity"]
+    header = ["", "NFE", f"reward, {' / '.join(sets)} prompts", *(TITLES[metric] for metric in SHOWN[1:])]
     lines = [[name, " / ".join(dict.fromkeys(map(nfe_of, own))),
-              *(" / ".join(number(row, metric) for row in own) for metric in ("reward", "judge_r1", "diversity"))]
+              *(" / ".join(number(row, metric) for row in own) for metric in SHOWN)]
              for name, own in front_rows(found)]  # fmt: skip
     text = f"Trained: mean of {runs} training{'s' * (runs > 1)} by `speedrl ablate {MAIN}`; ± is the 95 % interval."
     if floor := floors(found["differences"]):
-        sizes = [f"{floor[metric]:.3f} in {TITLES[metric]}" for metric in ("reward", "judge_r1") if metric in floor]
-        text += f" The same training from other seeds differs by up to {' and '.join(sizes)}: the A/A pair."
-    text += " [Command, protocol and all rows](docs/results.md)."
+        sizes = [f"{TITLES[metric]} by {floor[metric]:.3f}" for metric in SHOWN if metric in floor]
+        text += f" Other seeds (the A/A pair) change {', '.join(sizes)} at most."
+    text += " [All rows](docs/results.md)."
     text = textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
     return f"{grid(header, lines)}\n{text}\n"
 
