@@ -174,14 +174,14 @@ def test_the_front_page_takes_its_table_from_the_file_and_keeps_its_limits(found
     assert after.split("<!--")[0] == before.split("<!--")[0] and after.split("-->")[2] == before.split("-->")[2]
     assert len(after.splitlines()) <= LINES and len(after.split()) <= WORDS
     table = re.findall(r"^\|.*$", after.split("-->")[1], re.MULTILINE)
-    assert table[0] == "|  | NFE | reward, training / held-out prompts | R@1 | diversity |"
+    assert table[0] == "|  | NFE | reward, training / held-out prompts | R@1 | margin | diversity |"
     assert [line.split(" | ")[:2] for line in table[2:]] == [
         ["| base", "64"], ["| base, its sampler searched", "7.3"], ["| trained", "7.3"],
         ["| base, its sampler searched", "4"], ["| trained", "4"],
     ]  # fmt: skip
     assert "| 0.571 / 0.571 | 0.404 / 0.404 |" in table[2] and "| 0.571±0.012 / 0.571±0.012 |" in table[4]
     text = " ".join(after.split("-->")[1].split())
-    assert "3 trainings" in text and "up to 0.011 in reward and 0.021 in R@1" in text
+    assert "3 trainings" in text and "change reward by 0.011, R@1 by 0.021 at most" in text
     assert "`speedrl ablate method`" in text and "(docs/results.md)" in text
 
 
