@@ -96,7 +96,7 @@ def test_every_variant_sets_options_that_train_has_and_the_first_is_the_default(
         assert second == AGAIN and again == first and others
         assert all(own.keys() <= known.keys() for own in variants_of.values())
         assert all(own for _, own in others)
-        assert difference(first, {}) in ({}, {"steps_reward": 0.5}), name
+        assert difference(first, {}) in ({}, {"steps_reward": 0.5}, {"steps_reward": 4.0}), name
     assert difference({"lr": 1e-4, "kl": "ce"}, {"lr": 1e-4}) == {}
     assert run_folder(Path("x"), {"kl_weight": 0.1, "steps": "1-8"}, 3) == Path("x/runs/kl-weight-0.1_steps-1-8/seed-3")
 
@@ -123,12 +123,12 @@ def test_models_beside_the_variants_are_measured_as_the_start_is(calls, tmp_path
     rows = ablate("method", out=tmp_path, seeds=(0,), eval_steps=(2,), beside=["other"])
     assert [row["model"] for row in rows][:3] == ["start", "other", "GRPO"]
     given = {options.get("quality", "embedded"): options.get("steps_reward", 0.0) for _, _, options in calls}
-    assert given == {"embedded": 0.5, "none": 0.0}, "no reward has no speed reward either"
+    assert given == {"embedded": 4.0, "none": 0.0}, "no reward has no speed reward either"
 
 
 def test_finished_runs_are_kept_interrupted_ones_go_on_and_others_are_refused(calls, tmp_path):
     ablate("likelihood", out=tmp_path, seeds=(0,), iterations=3)
-    folder = tmp_path / "runs/likelihood-sequence_steps-reward-0.5/seed-0"
+    folder = tmp_path / "runs/likelihood-sequence_steps-reward-4.0/seed-0"
     (folder / "done").unlink()
     (folder / "run/model/reward").unlink()
     (folder / "run/model").rmdir()
