@@ -31,9 +31,9 @@ before-after *options:
 kill:
     SPEEDRL_KILLS=50 .venv/bin/python -m pytest -q tests/test_state.py tests/test_distributed.py -k killed
 
-# `just train --iterations 100`
+# `just train --iterations 200`
 train *options:
-    .venv/bin/speedrl train --steps-reward 0.5 {{options}}
+    .venv/bin/speedrl train --steps-reward 4 {{options}}
 
 # every ablation of the paper and its report; `just ablate kl --seeds 0,1,2,3,4`, `just ablate --quick`
 ablate *options:
@@ -47,7 +47,7 @@ results name *options:
     .venv/bin/speedrl ablate {{name}} --model runs/searched --beside embedded --out runs/results \
         --prompts speedrl/models/embedded/prompts/train.txt --set search=0 --set reference_guidance=1.5 \
         {{ if name =~ "speed-reward|likelihood|method" { "" } else { "--set steps_reward=0.5" } }} \
-        --iterations 60 --jobs 2 --eval-steps 1,2,4,8,16,32 --eval-count 2 {{options}}
+        --jobs 2 --eval-steps 1,2,4,8,16,32 --eval-count 2 {{options}}
     cp runs/results/report-{{name}}/{{name}}.json experiments/results/ablations/
     .venv/bin/python -m experiments.docs
 

@@ -83,7 +83,7 @@ speedrl ablate --quick
 """
 TRAIN_EXAMPLES = """Examples:
 
-speedrl train --steps-reward 0.5
+speedrl train --steps-reward 4
 
 speedrl train --model MeissonFlow/Meissonic --prompts hpsv2 --quality hpsv2 --lora 16 --micro-batch 1 --device cuda
 """

@@ -51,7 +51,7 @@ def train(
     *,
     # basic
     out: str | Path = "runs/train", model: str = "embedded", prompts: str | Path | Sequence[str] | None = None,
-    quality: Any = "embedded", steps: str | int = "1-16", steps_reward: float = 0.0, iterations: int = 20,
+    quality: Any = "embedded", steps: str | int = "1-16", steps_reward: float = 0.0, iterations: int = 60,
     groups: int = 8, group_size: int = 16, lr: float = 1e-4, kl_weight: float = 0.2, lora: int | None = None,
     device: str = "auto", seed: int = 0, resume: bool = False,
     # reinforcement learning
