@@ -22,7 +22,7 @@ RESULTS = Path(__file__).parent / "results" / "ablations"
 MAIN, SPEED, START = "method", "speed-reward", "start"
 BEGIN, END = "<!-- results:begin -->\n", "<!-- results:end -->\n"
 SHOWN = ("reward", "judge_r1", "judge_margin", "diversity")  # on the front page
-FRONT = ("auto", 2, 4, 8, 16, 1)  # the front page shows the first two of these that base and trained model both have
+FRONT = ("auto", 1, 2, 4, 8, 16)  # the front page shows the first two of these that base and trained model both have
 FIGURE, FRONTIER = "quality_against_nfe.svg", "speed_reward_front.svg"
 KEPT = ("model", "steps", "NFE")  # columns that every table has
 HIDDEN = ("prompts", "s/image")  # and none: there is a table for each set of prompts, and times need an idle machine
@@ -179,7 +179,9 @@ def front_page(found: dict) -> str:
     lines = [[name, " / ".join(dict.fromkeys(map(nfe_of, own))),
               *(" / ".join(number(row, metric) for row in own) for metric in SHOWN)]
              for name, own in front_rows(found)]  # fmt: skip
-    text = f"Trained: mean of {runs} training{'s' * (runs > 1)} by `speedrl ablate {MAIN}`; ± is the 95 % interval."
+    (own, *_) = all_ablations()[MAIN].values()
+    text = (f"Trained: mean of {runs} training{'s' * (runs > 1)} by `speedrl ablate {MAIN}` ({flags_of(own)}); "
+            "± is the 95 % interval.")  # fmt: skip
     if floor := floors(found["differences"]):
         sizes = [f"{TITLES[metric]} by {floor[metric]:.3f}" for metric in SHOWN if metric in floor]
         text += f" Other seeds (the A/A pair) change {', '.join(sizes)} at most."
@@ -312,10 +314,15 @@ def variants_table(name: str, shown: Collection[str]) -> str:
     for variant, own in all_ablations().get(name, {}).items():
         if variant not in shown:
             continue
-        flags = command("train", own).removeprefix("speedrl train").strip()
-        what = f"`{flags}`" if flags else "none"
+        what = flags_of(own)
         lines.append([variant, f"{what}, from other seeds" if variant == AGAIN else what])
     return grid(["variant", "further options"], lines, left=2) if lines else ""
+
+
+def flags_of(own: Mapping) -> str:
+    """The options of a variant as one types them, or "none"."""
+    flags = command("train", own).removeprefix("speedrl train").strip()
+    return f"`{flags}`" if flags else "none"
 
 
 # COMMANDS
