@@ -46,7 +46,7 @@ results name *options:
     test -d runs/searched/model || .venv/bin/speedrl train --iterations 0 --no-compare --out runs/searched
     .venv/bin/speedrl ablate {{name}} --model runs/searched --beside embedded --out runs/results \
         --prompts speedrl/models/embedded/prompts/train.txt --set search=0 --set reference_guidance=1.5 \
-        {{ if name =~ "speed-reward|likelihood|method" { "" } else { "--set steps_reward=0.5" } }} \
+        {{ if name =~ "speed-reward|likelihood|method" { "" } else if name =~ "remask|train-steps" { "--set steps_reward=0.5" } else { "--set steps_reward=4" } }} \
         --jobs 2 --eval-steps 1,2,4,8,16,32 --eval-count 2 {{options}}
     cp runs/results/report-{{name}}/{{name}}.json experiments/results/ablations/
     .venv/bin/python -m experiments.docs
