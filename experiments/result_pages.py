@@ -184,7 +184,7 @@ def front_page(found: dict) -> str:
             "± is the 95 % interval.")  # fmt: skip
     if floor := floors(found["differences"]):
         sizes = [f"{TITLES[metric]} by {floor[metric]:.3f}" for metric in SHOWN if metric in floor]
-        text += f" Other seeds (the A/A pair) change {', '.join(sizes)} at most."
+        text += f" Other seeds (A/A) change {', '.join(sizes)}."
     text += " [All rows](docs/results.md)."
     text = textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
     return f"{grid(header, lines)}\n{text}\n"
