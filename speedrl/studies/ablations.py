@@ -46,7 +46,7 @@ def all_ablations() -> dict[str, dict[str, dict]]:
                 for value in values}  # fmt: skip
 
     weights = {f"ce, weight {weight:g}": {"kl": "ce", "kl_weight": weight} for weight in (0.2, 0.05, 0.8, 3.2)}
-    fast = {"steps_reward": 4.0}
+    fast: dict[str, Any] = {"steps_reward": 4.0}
     token = fast | {"likelihood": "token"}
     kinds = {f"{kind}, weight 0.2": {"kl": kind, "kl_weight": 0.2} for kind in ("reverse", "k2", "k3")}
     found: dict[str, dict[str, dict]] = {
