@@ -14,7 +14,7 @@ from typer import Option
 from experiments.embedded import compose, data
 from experiments.embedded.train_vq import GRID
 from speedrl.cli import in_one_line
-from speedrl.evaluation.measuring import markdown
+from speedrl.evaluation.measuring import columns_of
 from speedrl.system.files import write_atomically
 
 LICENCES = {
@@ -132,6 +132,7 @@ def card(parts: dict[str, Any]) -> str:
     """The text of the card, of what `measure` wrote."""
     real, effort, sheet, tokens = parts["real"], parts["effort"], parts["sheet"], parts["tokenizer"]
     total = sum(parts["parameters"].values())
+    header, lines = columns_of(parts["curves"])  # the last column is a time, which needs an idle machine
     trained = [[PARTS[part], f"{of['updates']:,}", f"{of['seconds'] / 3600:.1f}" if of["seconds"] else "–"]
                for part, of in parts["training"].items()]  # fmt: skip
     best = [[f"{row['prompts']}, {row['steps']} steps", f"{row['guidance']:g}", f"{row['temperature']:g}",
@@ -161,7 +162,7 @@ def card(parts: dict[str, Any]) -> str:
         searched=effort["searched"], prompts=parts["prompts"], count=effort["count"],
         sampling=", ".join(f"{name} {value:g}" for name, value in parts["SAMPLING"].items()),
         tokenizer=table(["design and size", "R@1, real", "R@1, reconstructed"], reconstructed),
-        curves=markdown(parts["curves"]), sheet=len(sheet["prompts"]), sheet_steps=sheet["steps"], seed=sheet["seed"],
+        curves=table(header[:-1], [line[:-1] for line in lines], text=2), sheet=len(sheet["prompts"]), sheet_steps=sheet["steps"], seed=sheet["seed"],
     )  # fmt: skip
 
 
