@@ -162,7 +162,8 @@ def card(parts: dict[str, Any]) -> str:
         searched=effort["searched"], prompts=parts["prompts"], count=effort["count"],
         sampling=", ".join(f"{name} {value:g}" for name, value in parts["SAMPLING"].items()),
         tokenizer=table(["design and size", "R@1, real", "R@1, reconstructed"], reconstructed),
-        curves=table(header[:-1], [line[:-1] for line in lines], text=2), sheet=len(sheet["prompts"]), sheet_steps=sheet["steps"], seed=sheet["seed"],
+        curves=table(header[:-1], [line[:-1] for line in lines], text=2),
+        sheet=len(sheet["prompts"]), sheet_steps=sheet["steps"], seed=sheet["seed"],
     )  # fmt: skip
 
 
