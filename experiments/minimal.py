@@ -21,7 +21,7 @@ def main(iterations: int = 2, steps_reward: float = 0.5) -> None:
     choices, size = speedrl.step_choices(1, 16), dict(grid=model.grid, mask_id=model.mask_id)
     steps = speedrl.StepPolicy(choices, width=model.text_encoder.config.projection_dim)
     optimizer = AdamW(
-        [{"params": model.transformer.parameters(), "lr": 5e-5}, {"params": steps.parameters(), "lr": 0.05}]
+        [{"params": model.transformer.parameters(), "lr": 1e-4}, {"params": steps.parameters(), "lr": 0.05}]
     )
     for i in range(iterations):
         # ROLLOUT

@@ -183,8 +183,9 @@ def front_page(found: dict) -> str:
     text = (f"Trained: mean of {runs} training{'s' * (runs > 1)} by `speedrl ablate {MAIN}` ({flags_of(own)}); "
             "± is the 95 % interval.")  # fmt: skip
     if floor := floors(found["differences"]):
+        pair = max(found["seeds"] for found in found["differences"] if found["variant"] == AGAIN)
         sizes = [f"{TITLES[metric]} by {floor[metric]:.3f}" for metric in SHOWN if metric in floor]
-        text += f" Other seeds (A/A) change {', '.join(sizes)}."
+        text += f" {pair} other seeds (A/A) change {', '.join(sizes)}."
     text += " [All rows](docs/results.md)."
     text = textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
     return f"{grid(header, lines)}\n{text}\n"

@@ -181,7 +181,7 @@ def test_the_front_page_takes_its_table_from_the_file_and_keeps_its_limits(found
     ]  # fmt: skip
     assert "| 0.571 / 0.571 | 0.404 / 0.404 |" in table[2] and "| 0.571±0.012 / 0.571±0.012 |" in table[4]
     text = " ".join(after.split("-->")[1].split())
-    assert "3 trainings" in text and "Other seeds (A/A) change reward by 0.011, R@1 by 0.021" in text
+    assert "3 trainings" in text and "3 other seeds (A/A) change reward by 0.011, R@1 by 0.021" in text
     assert "`speedrl ablate method`" in text and "(docs/results.md)" in text
 
 
