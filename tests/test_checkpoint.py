@@ -263,7 +263,8 @@ def test_what_the_hub_refuses_is_one_line_with_its_cause(monkeypatch, error, say
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     with pytest.raises(FileNotFoundError) as caught:
         load_generator("someone/something")
-    assert str(caught.value) == f"someone/something {says}; give a folder, a hub id owner/name, or embedded"
+    where = "someone/something is no folder here, and as a hub id it"
+    assert str(caught.value) == f"{where} {says}; give a folder, a hub id owner/name, or embedded"
 
 
 def test_a_pickle_is_refused(damaged):

@@ -500,7 +500,7 @@ def find(source: str | Path) -> Path:
         raise FileNotFoundError(f"there is no model at {source}: {INSTEAD}")
     others = ["model_index.json", "*/config.json", "scheduler/*", "tokenizer/*", "adapter_config.json",
               "adapter_model.safetensors", "scheduler_config.json", SAMPLER]  # fmt: skip
-    folder = fetch(named, WEIGHTS, others, str(source), instead=INSTEAD)
+    folder = fetch(named, WEIGHTS, others, f"{source} is no folder here, and as a hub id it", instead=INSTEAD)
     if not is_adapter(folder) and not (folder / "transformer/config.json").exists():
         raise FileNotFoundError(f"{source} has no transformer/config.json: it is not a model of speedrl")
     return folder
