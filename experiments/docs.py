@@ -1,7 +1,7 @@
 """The generated pages of the documentation, written by `python -m experiments.docs`.
 
 docs/cli.md and docs/api.md come from the code; docs/results.md, docs/ablations.md and the table of README.md from the
-measurements in experiments/results/ablations.
+measurements in experiments/results/ablations, and the tables of docs/performance.md from experiments/results/bench.
 """
 
 import enum
@@ -101,9 +101,11 @@ def api_page() -> str:
 @functools.cache
 def pages() -> dict[Path, str]:
     """The generated pages by path."""
+    from experiments.bench.page import performance_page
     from experiments.result_pages import read_results, result_pages
 
     found = {"docs/cli.md": cli_page(), "docs/api.md": api_page()}
+    found["docs/performance.md"] = performance_page((ROOT / "docs/performance.md").read_text(encoding="utf-8"))
     found |= result_pages(read_results(), (ROOT / "README.md").read_text(encoding="utf-8"))
     return {ROOT / name: text for name, text in found.items()}
 

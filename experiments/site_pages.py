@@ -7,8 +7,7 @@ from typing import Any
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
-PLACES = {"README.md": "index.md", "NOTICE": "NOTICE.txt", "CITATION.cff": "CITATION.cff.txt",
-          "experiments/results/bench/bench.md": "bench.md"}  # fmt: skip
+PLACES = {"README.md": "index.md", "NOTICE": "NOTICE.txt", "CITATION.cff": "CITATION.cff.txt"}
 
 
 def on_files(files: Any, *, config: Any) -> None:

@@ -1,11 +1,9 @@
-"""How fast it is: `python -m experiments.bench` measures, as ratios in one run, and writes bench.md.
+"""How fast it is: `python -m experiments.bench` measures, as ratios in one run, and `just docs` shows it.
 
 The machine's ceilings are measured and printed first, in every run. Parts that are in the results already are kept;
 `--again` measures them anew, `--only NAME` that part alone. Nothing else should run on the machine meanwhile.
 """
 
-import inspect
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -13,36 +11,12 @@ import typer
 from rich.console import Console
 from typer import Option
 
-from experiments.bench import parts
 from experiments.bench.ceilings import ceilings
-from experiments.bench.growth import growth
 from experiments.bench.measure import machine, table
-from experiments.bench.pipeline import against_pipeline
+from experiments.bench.page import PARTS, RESULTS
 from speedrl.cli import in_one_line
-from speedrl.system.files import write_atomically, write_json
+from speedrl.system.files import write_json
 from speedrl.system.platform import quiet_allocator
-
-PARTS = {
-    "mfu": parts.utilisation,
-    "pipeline": against_pipeline,
-    "plain": parts.against_plain,
-    "train-steps": parts.trained_steps,
-    "sample": parts.command,
-    "growth": growth,
-}
-
-
-def report(out: Path) -> str:
-    """All results as Markdown."""
-    about = "What `python -m experiments.bench` measured; docs/performance.md says on which version.\n"
-    lines = ["# Benchmark\n", about]
-    for path in (out / f"{name}.json" for name in ("ceilings", *PARTS)):
-        if path.exists():
-            found = json.loads(path.read_text(encoding="utf-8"))
-            what = ", ".join(f"{value} {name}" if name == "threads" else str(value)
-                             for name, value in found["machine"].items())  # fmt: skip
-            lines += [f"## {path.stem}\n", found["says"], f"\n*{what}*\n", table(found["rows"])]
-    return "\n".join(lines)
 
 
 def main(
@@ -58,13 +32,11 @@ def main(
     """Measure speed against the machine's ceilings, diffusers' pipeline and a plain iteration."""
     if unknown := set(only) - set(PARTS):
         raise typer.BadParameter(f"there is no part {', '.join(sorted(unknown))}: choose {', '.join(PARTS)}")
-    out = out or Path("runs/bench-small" if small else "experiments/results/bench")
+    out = out or (Path("runs/bench-small") if small else RESULTS)
     console, on = Console(), machine(device)
     quiet_allocator()
     best = ceilings(device=device, small=small)
     console.print(", ".join(f"{name} {value:.3g}" for name, value in best.items()), highlight=False)
-    found = {"machine": on, "says": "The machine's ceilings: large matrix products and a copy.", "rows": [best]}
-    write_json(out / "ceilings.json", found)
     for name in only or PARTS:
         path = out / f"{name}.json"
         if path.exists() and not again and not only:
@@ -72,10 +44,9 @@ def main(
             continue
         console.rule(name)
         rows = PARTS[name](best, device=device, small=small, out=out)
-        write_json(path, {"machine": on, "ceilings": best, "says": inspect.getdoc(PARTS[name]), "rows": rows})
+        write_json(path, {"machine": on, "ceilings": best, "rows": rows})
         console.print(table(rows), highlight=False, soft_wrap=True)
-    write_atomically(out / "bench.md", lambda partial: partial.write_text(report(out), encoding="utf-8"))
-    console.print(f"wrote {out / 'bench.md'}")
+    console.print(f"wrote {out}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """How times, memory and growth are measured, the same for every part of the benchmark."""
 
+import datetime
 import json
 import math
 import os
@@ -69,7 +70,8 @@ def machine(device: str) -> dict:
         name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
     if torch.device(device).type == "cuda":
         name = torch.cuda.get_device_name(device)
-    return {"device": name, "threads": torch.get_num_threads(), "torch": f"torch {torch.__version__}"}
+    today = datetime.date.today().isoformat()
+    return {"device": name, "threads": torch.get_num_threads(), "torch": f"torch {torch.__version__}", "date": today}
 
 
 def table(rows: Sequence[dict]) -> str:
@@ -77,7 +79,9 @@ def table(rows: Sequence[dict]) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row))
 
     def cell(value: object) -> str:
-        return f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
+        return f"{value:#.3g}".rstrip(".") if isinstance(value, float) else "" if value is None else str(value)
 
-    lines = [names, ["---"] * len(names), *([cell(row.get(name)) for name in names] for row in rows)]
+    words = {name for name in names if any(isinstance(row.get(name), str) for row in rows)}
+    ruler = ["---" if name in words else "--:" for name in names]
+    lines = [names, ruler, *([cell(row.get(name)) for name in names] for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

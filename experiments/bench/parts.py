@@ -16,10 +16,9 @@ def options(setting: dict) -> list[object]:
 
 
 def utilisation(ceilings: dict[str, float], *, device: str, small: bool, out: Path) -> list[dict]:
-    """Model FLOPs utilisation: the operations that rollouts and training steps need, by the formula in `flops.py`,
-    over the seconds they take, as a share of the large matrix product in the same precision, and of the faster one of
-    fp32 and bf16. What is computed twice to save memory does not count."""
-    gpu, best = device != "cpu", max(ceilings["fp32 TFLOP/s"], ceilings["bf16 TFLOP/s"])
+    """MFU is the operations that the mathematics needs, by `experiments/bench/flops.py`, over the seconds they took, as
+    a share of a large matrix product in the same precision. What is computed twice to save memory does not count."""
+    gpu = device != "cpu"
     settings = {"embedded model": {"model": "embedded", "batch": 64, "micro-batch": 32, "steps": 8}}
     if small:
         settings["embedded model"] |= {"batch": 2, "micro-batch": 2, "steps": 2, "repeats": 1}
@@ -34,16 +33,14 @@ def utilisation(ceilings: dict[str, float], *, device: str, small: bool, out: Pa
         for what in ("sampling", "training"):
             speed = found[f"{what} FLOP"] / found[f"{what} s"] / 1e12
             rows.append({"model": name, "what": what, "precision": found["precision"], "seconds": found[f"{what} s"],
-                         "TFLOP/s": speed, "MFU": speed / ceilings[f"{found['precision']} TFLOP/s"],
-                         "of the best product": speed / best})  # fmt: skip
+                         "TFLOP/s": speed, "MFU": speed / ceilings[f"{found['precision']} TFLOP/s"]})  # fmt: skip
     return rows
 
 
 def against_plain(ceilings: dict[str, float], *, device: str, small: bool, out: Path) -> list[dict]:
-    """An iteration without decoder and reward against the plain one (dense logits and log-softmax of every position and
-    step kept for autograd, reference in full, eager), at 4096 tokens and 8192 codes, in the same precision: as it is,
-    with our setting of the allocator, and with a backward pass after each step; ours also image by image, and with the
-    exact likelihood, which scores all that was drawn, in place of the token surrogate."""
+    """An iteration without decoder and reward, at 4096 tokens and 8192 codes, 4 images, 4 steps. The plain one is
+    eager, and keeps logits and log-softmax of all positions and steps for autograd. One has our setting of the memory
+    allocator, and one has a backward pass after each step. The exact likelihood scores all tokens that were drawn."""
     setting = {"double": 1, "single": 2, "batch": 4, "steps": 4, "device": device} | (TINY if small else {})
     kinds = {"plain": ("plain",), "plain, our allocator": ("plain", "--quiet"),
              "plain, backward each step": ("plain-each-step",), "ours": ("ours", "--micro-batch", 2),
@@ -59,20 +56,20 @@ def against_plain(ceilings: dict[str, float], *, device: str, small: bool, out: 
 
 
 def trained_steps(ceilings: dict[str, float], *, device: str, small: bool, out: Path) -> list[dict]:
-    """Training on K of 8 steps (`--train-steps`): what an update of the embedded model costs. Its gradient is unbiased,
-    and noisier for fewer steps."""
+    """Seconds of an update of the embedded model, 64 images of 8 steps. K of the steps enter the loss
+    (`--train-steps`)."""
     setting = {"model": "embedded", "batch": 2 if small else 64, "micro-batch": 16, "steps": 8, "device": device}
     setting |= {"repeats": 1} if small else {}
     rows = []
     for count in (8, 2) if small else (8, 4, 2, 1):
         found = in_a_process("experiments.bench.iteration", "ours", *options(setting | {"train-steps": count}))
-        rows.append({"train-steps": count, "training s": found["training s"], "peak GB": found["peak GB"]})
+        rows.append({"K": count, "training s": found["training s"], "peak GB": found["peak GB"]})
     return [row | {"times as fast": rows[0]["training s"] / row["training s"]} for row in rows]
 
 
 def command(ceilings: dict[str, float], *, device: str, small: bool, out: Path) -> list[dict]:
-    """Seconds of the command as one feels them, in processes of their own (median of 3), and where the seconds of
-    an image go once all is loaded: text encoder, network evaluations, decoder, PNG."""
+    """Seconds of the command as a user feels them, medians of 3. Then the seconds of an image once all is loaded, and
+    the shares of its parts. Trained models are sampled without guidance."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
 
     def felt(*arguments: object) -> float:
@@ -90,7 +87,7 @@ def command(ceilings: dict[str, float], *, device: str, small: bool, out: Path) 
         how = ("sample", "an owl", "--steps", steps, "--device", device, "--out", image)
         rows.append({"what": f"speedrl sample, {steps} steps", "seconds": felt(*how)})
     image.unlink()
-    base, trained = "with guidance", "without, as trained models are sampled"
+    base, trained = "with guidance", "without"
     for how, guidance, steps in (
         (base, None, 32),
         (base, None, 8),

@@ -54,10 +54,9 @@ def write_model(folder: Path, *, hidden: int, layers: int, codes: int, tokens: i
 
 
 def against_pipeline(ceilings: dict[str, float], *, device: str, small: bool, out: Path) -> list[dict]:
-    """Images a second, prompt to pixels, of diffusers' AmusedPipeline and of ours: the same random weights in
-    aMUSEd's shape (width 512, 8 layers, 16x16 tokens, 8192 codes), 12 steps, guidance 10, in bf16 where it is fast and
-    else in fp32. All four taken in turns, medians: theirs as shipped and with its transformer compiled, ours eager and
-    compiled; the last two columns are ours, compiled, over theirs."""
+    """Images a second, from prompt to pixels, of diffusers' `AmusedPipeline` and of ours. Both have the same random
+    weights in aMUSEd's shape (width 512, 8 layers, 16x16 tokens, 8192 codes), 12 steps and guidance 10. They take
+    turns; medians of 5. The last two columns are ours, compiled, over theirs."""
     import_torchvision()
     from diffusers import AmusedPipeline
 
