@@ -109,6 +109,14 @@ def test_the_python_example_of_the_front_page_runs():
     assert names["loss"].isfinite()
 
 
+def test_the_evidence_for_deviations_is_in_the_results():
+    table = re.search(r"^\| deviation .*?\n\n", (ROOT / "docs/method.md").read_text(encoding="utf-8"), re.M | re.S)
+    sources = ("docs/results.md", "docs/ablations.md", "speedrl/models/embedded/README.md")
+    measured = {number for source in sources
+                for number in re.findall(r"\d\.\d{3}", (ROOT / source).read_text(encoding="utf-8"))}  # fmt: skip
+    assert set(re.findall(r"\d\.\d{3}", table[0])) <= measured
+
+
 def test_every_licence_that_files_are_under_has_its_text():
     text = (ROOT / "REUSE.toml").read_text(encoding="utf-8")
     named = {name for line in re.findall(r'SPDX-License-Identifier = "(.+)"', text) for name in line.split(" AND ")}
