@@ -136,7 +136,7 @@ def new_learner(
     rates: list[dict[str, Any]] = [{"params": list(learned.values())}]
     step_policy = StepPolicy(choices, width).to(device) if len(choices) > 1 else None
     if step_policy is not None:
-        rates += [{"params": list(step_policy.parameters()), "lr": settings["steps_lr"]}]
+        rates += step_policy.parameter_groups(settings["steps_lr"])
         learned |= {f"steps.{name}": p for name, p in step_policy.named_parameters()}
     optimizer = torch.optim.AdamW(rates, lr=settings["lr"], betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     average = {name: p.detach().clone() for name, p in learned.items()} if settings["ema"] else {}

@@ -67,7 +67,7 @@ def train(
     micro_batch: int = 16, checkpointing: bool = False, bf16: bool | None = None, compile: bool = True,
     parallel: str = "ddp", offload: bool = False, trackers: Sequence[str] = (), ema: float = 0.9, save_every: int = 10,
     # what nobody turns
-    steps_lr: float = 0.05, warmup: int = 5, clip_grad: float = 1.0, max_skipped: int = 10, keep_checkpoints: int = 3,
+    steps_lr: float = 0.1, warmup: int = 5, clip_grad: float = 1.0, max_skipped: int = 10, keep_checkpoints: int = 3,
     lora_alpha: float | None = None, lora_targets: str | None = None, loading: Mapping[str, Any] | None = None,
 ) -> Path:  # fmt: skip
     """Trains `model` to need fewer steps and saves it: to OUT/model, or with `lora`, a rank, to OUT/adapter.

@@ -110,3 +110,20 @@ def test_the_policy_learns_the_count_with_the_best_joint_reward():
         optimizer.step()
         optimizer.zero_grad()
     assert policy.modes(POOLED).tolist() == [2, 2] and (policy(POOLED)[:, 1].exp() > 0.6).all()
+
+
+def test_prompts_that_fall_into_two_clusters_do_not_settle_on_a_count_before_all_are_compared():
+    random = torch.Generator().manual_seed(0)
+    direction = torch.randn(192, generator=random)
+    pooled = torch.stack([direction, -direction])  # as the text embeddings of the embedded model nearly are
+    rewards = torch.tensor([0.27, 0.40, 0.60, 0.64, 0.64])  # by count: those of its base
+    policy = StepPolicy(step_choices(1, 16), 192)
+    optimizer = torch.optim.AdamW(policy.parameter_groups(0.1), betas=(0.9, 0.95), weight_decay=0.0)
+    for _ in range(60):
+        log_p = policy(pooled[torch.arange(8) % 2].repeat_interleave(16, dim=0))
+        drawn = draw_steps(log_p, torch.rand(128, generator=random))
+        found = rewards[drawn] + 0.1 * torch.randn(128, generator=random)
+        optimizer.zero_grad()
+        (step_loss(log_p, drawn, leave_one_out(found.view(8, 16)).flatten() / 0.37) / 128).backward()
+        optimizer.step()
+    assert policy.modes(pooled).min() >= 8

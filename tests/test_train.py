@@ -183,7 +183,7 @@ def test_the_learning_rate_of_the_policy_warms_up_and_that_of_the_step_policy_st
         moved[warmup] = max((now[f"transformer.{name}"] - base[name]).abs().max().item() for name in base
                             if f"transformer.{name}" in now)  # fmt: skip
         away = now["transformer.steps.bias"] + torch.tensor([2.0, 4.0, 8.0]).log()
-        assert away.abs().max().item() == pytest.approx(0.05, rel=0.05)  # Adam's first
+        assert away.abs().max().item() == pytest.approx(0.1, rel=0.05)  # Adam's first
     assert moved[0] == pytest.approx(options["lr"], rel=0.05)
     assert moved[9] == pytest.approx(options["lr"] / 10, rel=0.05)
 

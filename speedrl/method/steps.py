@@ -5,6 +5,8 @@ Here the count of each sample is drawn from a categorical distribution whose log
 is that of the distribution that is sampled, the uniform share of exploration included.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,6 +38,14 @@ class StepPolicy(nn.Module):
     def forward(self, pooled: Tensor) -> Tensor:
         """pooled float [B, D] -> log-probabilities of the counts float32 [B, K], of the distribution sampled."""
         return step_log_probs(self.bias, self.weight, pooled)
+
+    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
+        """The groups for Adam: the bias at `lr`, the weight at lr / sqrt(D).
+
+        An update of Adam moves every parameter by about its rate. At one rate, the embedding would move a logit up to
+        sqrt(D) times as far as the bias: the policy would decide on a count before it had compared the others.
+        """
+        return [{"params": [self.bias], "lr": lr}, {"params": [self.weight], "lr": lr / self.weight.shape[1] ** 0.5}]
 
     def modes(self, pooled: Tensor) -> Tensor:
         """The most likely count of each prompt: [B, D] -> int64 [B]."""
