@@ -95,7 +95,7 @@ def before_after(
         tokens, taken = draw(model, prompts, steps=steps, seed=seed)
         nfe = nfe_of({"network_evaluations": evaluations(1, model.guidance) * taken.double().mean().item()})
         sheet.append(decode(model, tokens).cpu())
-        labels.append(f"{name}: {nfe} network evaluations")
+        labels.append(f"{name}: {nfe} network evaluation{'s' * (float(nfe) > 1)}")
     return contact_sheet(sheet, labels=labels, titles=prompts, scale=math.ceil(128 / min(sheet[0].shape[-2:])))
 
 
