@@ -14,8 +14,17 @@ from pathlib import Path
 
 from speedrl.evaluation.measuring import columns_of, nfe_of, prompt_sets
 from speedrl.evaluation.reports import AFTER, BEFORE, SEARCHED
-from speedrl.studies.ablations import AGAIN, OFFSET, TITLES, all_ablations
-from speedrl.studies.intervals import caution, say
+from speedrl.studies.ablations import (
+    AGAIN,
+    COMPARED,
+    OFFSET,
+    TITLES,
+    all_ablations,
+    differences_of,
+    floors,
+    is_result,
+)
+from speedrl.studies.intervals import caution
 from speedrl.studies.runs import command
 
 RESULTS = Path(__file__).parent / "results" / "ablations"
@@ -163,7 +172,7 @@ def section(found: dict, *, figure: str = "") -> str:
     if floors(differences):
         parts += ["Differences of the A/A pair:\n", pair_table(differences)]
     if any(found["variant"] != AGAIN for found in differences):
-        parts += ["Differences from the baseline that are results:\n", in_words(differences)]
+        parts += ["Differences from the baseline; * marks results:\n", result_table(differences)]
     parts.append("".join(f"- Failed: {run}: `{portable(why)}`\n" for run, why in found["failed"].items()))
     if found["commands"]:
         parts += ["The command, then those of its runs, where N is a seed:\n", shell([ablate_command(found)]),
@@ -238,13 +247,6 @@ def number(row: dict, metric: str) -> str:
     return "–" if value is None else f"{value:.3f}" + ("" if width is None else f"±{width:.3f}")
 
 
-def signed(found: dict | None) -> str:
-    """A difference with its sign and interval."""
-    if found is None:
-        return "–"
-    return f"{found['difference']:+.3f}" + ("" if found["interval"] is None else f" ±{found['interval']:.3f}")
-
-
 def tables(rows: list[dict]) -> list[str]:
     """For each set of prompts its name and a table of its rows by steps; settings alike in all rows are left out."""
     parts = []
@@ -265,40 +267,24 @@ def in_order(row: dict) -> tuple:
     return steps, row["model"] != BEFORE, row["model"] != SEARCHED
 
 
-def floors(differences: Iterable[dict]) -> dict[str, float]:
-    """The size of the A/A pair's largest difference in each metric."""
-    floor: dict[str, float] = {}
-    for found in differences:
-        if found["variant"] == AGAIN:
-            floor[found["metric"]] = max(floor.get(found["metric"], 0.0), abs(found["difference"]))
-    return floor
-
-
-def setting_of(found: dict) -> tuple:
-    return found["prompts"], found["steps"], found["network_evaluations"]
-
-
 def pair_table(differences: list[dict]) -> str:
     """What the A/A pair differs by in every setting, and its largest differences."""
-    floor = floors(differences)
-    pair = {(*setting_of(found), found["metric"]): found for found in differences if found["variant"] == AGAIN}
-    lines = [[setting[0], str(setting[1]), *(signed(pair.get((*setting, metric))) for metric in floor)]
-             for setting in dict.fromkeys(key[:-1] for key in pair)]  # fmt: skip
-    largest = ["**largest size**", "", *(f"**{size:.3f}**" for size in floor.values())]
-    return grid(["prompts", "steps", *(TITLES[metric] for metric in floor)], [*lines, largest])
+    header, lines = differences_of([found for found in differences if found["variant"] == AGAIN])
+    sizes = floors(differences)
+    largest = ["**largest size**", "", *(f"**{sizes[metric]:.3f}**" for metric in COMPARED if metric in sizes)]
+    return grid(header[1:], [*(line[1:] for line in lines), largest])
 
 
-def in_words(differences: list[dict]) -> str:
-    """The differences of each variant that are results, and how far to trust them all."""
-    floor, lines = floors(differences), []
-    for variant in dict.fromkeys(found["variant"] for found in differences if found["variant"] != AGAIN):
-        own = [found for found in differences if found["variant"] == variant]
-        told = [found for found in own if found["outside"] and abs(found["difference"]) > floor.get(found["metric"], 0)]
-        lines.append(f"- {variant}: {len(told) or 'none'} of {len(own)}")
-        for (prompts, steps, nfe), of in itertools.groupby(told, key=setting_of):
-            where = f"{prompts} prompts, {steps} steps" + (f", {nfe:g} NFE" if nfe not in (None, steps) else "")
-            lines.append(f"    - {where}: {'; '.join(say(TITLES[found['metric']], found) for found in of)}.")
-    return "\n".join([*lines, "", caution([found for found in differences if found["variant"] != AGAIN]), ""])
+def result_table(differences: list[dict]) -> str:
+    """How many differences of each variant are results, their settings, and how far to trust them all."""
+    floor, others = floors(differences), [found for found in differences if found["variant"] != AGAIN]
+    counts = []
+    for variant in dict.fromkeys(found["variant"] for found in others):
+        own = [is_result(found, floor) for found in others if found["variant"] == variant]
+        counts.append(f"- {variant}: {sum(own) or 'none'} of {len(own)}")
+    header, lines = differences_of(differences)
+    told = [line for line in lines if line[0] != AGAIN and any("*" in cell for cell in line)]
+    return "\n".join([*counts, "", *([grid(header, told, left=2)] if told else []), caution(others), ""])
 
 
 def sizes(found: dict) -> str:

@@ -12,7 +12,18 @@ import pytest
 import speedrl.studies.ablations
 import speedrl.studies.runs
 from speedrl.evaluation.measuring import METRICS
-from speedrl.studies.ablations import AGAIN, OFFSET, ablate, all_ablations, compared, difference, in_words, over_runs
+from speedrl.studies.ablations import (
+    AGAIN,
+    OFFSET,
+    ablate,
+    all_ablations,
+    compared,
+    difference,
+    differences_of,
+    floors,
+    is_result,
+    over_runs,
+)
 from speedrl.studies.runs import command, commands_of, run_folder, side_by_side
 from speedrl.training import train
 
@@ -70,8 +81,8 @@ def test_one_report_of_all_variants(calls, tmp_path, capsys):
     assert longer["difference"] == 3 and longer["outside"] and found["exact", 2, "reward"]["difference"] == 0
     assert found["sequence", "auto", "network_evaluations"]["difference"] == 3
     assert ("sequence", 2, "network_evaluations") not in found
-    assert "reward is 3.000 ± 0.000 higher, outside the noise" in " ".join(written["words"])
     text = (tmp_path / "report-likelihood/likelihood.md").read_text(encoding="utf-8")
+    assert "| sequence | training | 2 | +3.000 ±0.000 * |" in text and "* is a result" in text
     assert "| sequence |" in text and "speedrl train --out" in text and "--likelihood sequence" in text
     for name in ("index.html", "likelihood.png", "likelihood.svg"):
         assert (tmp_path / "report-likelihood" / name).stat().st_size > 1000
@@ -174,9 +185,18 @@ def test_differences_are_paired_by_seed_at_equal_settings():
     (found,) = compared("b", "a", measured)
     assert found["seeds"] == 2 and found["difference"] == pytest.approx(0.095) and found["network_evaluations"] == 4
     assert found["interval"] == pytest.approx(12.706 * 0.005, rel=1e-4) and found["outside"]
-    words = in_words([found], baseline="a")
-    says = "b, against a. Training prompts, 4 steps (4 NFE): R@1 is 0.095 ± 0.064 higher, outside the noise."
-    assert words[0] == says and words[1].startswith("1 of 1 differences are outside the noise; 0.1 would be by chance")
+    assert differences_of([found]) == (
+        ["variant", "prompts", "steps", "R@1"],
+        [["b", "training", "4", "+0.095 ±0.064 *"]],
+    )
+
+
+def test_a_difference_no_larger_than_that_of_identical_arms_is_no_result():
+    one = {"variant": "b", "prompts": "training", "steps": 4, "network_evaluations": 8, "metric": "reward",
+           "difference": 0.1, "interval": 0.05, "outside": True}  # fmt: skip
+    pair = one | {"variant": AGAIN, "difference": -0.1}
+    assert is_result(one, floors([])) and not is_result(one, floors([pair]))
+    assert differences_of([pair, one])[1][1] == ["b", "training", "4, 8 NFE", "+0.100 ±0.050"]
 
 
 def test_a_metric_that_no_run_has_has_no_interval():

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from speedrl.evaluation.measuring import (
     table,
 )
 from speedrl.evaluation.pages import Section, write_page
-from speedrl.studies.intervals import caution, interval, paired, say
+from speedrl.studies.intervals import caution, interval, paired
 from speedrl.studies.plots import plot_curves
 from speedrl.studies.runs import DEFAULTS, commands_of, metrics_file, refuse_other, run_all, run_folder
 from speedrl.system.files import write_atomically, write_json
@@ -27,7 +27,7 @@ from speedrl.system.files import write_atomically, write_json
 AGAIN = "the baseline again"  # with other seeds: what two arms differ by that are the same
 OFFSET = 1000  # of its seeds
 TITLES = METRICS | {"network_evaluations": "NFE"}
-COMPARED = ("reward", "judge_r1", "judge_margin", "diversity", "network_evaluations")  # what is said in words
+COMPARED = ("reward", "judge_r1", "judge_margin", "diversity", "network_evaluations")
 CURVES = {"quality": "quality of the rollouts", "steps": "steps of the rollouts", "kl": "divergence, nats a token"}
 
 
@@ -204,16 +204,21 @@ def conclude(
     rows += [row for variant, by_seed in measured.items() for row in over_runs(variant, list(by_seed.values()))]
     baseline, *others = folders
     differences = [d for variant in others for d in compared(variant, baseline, measured)]
-    words = in_words(differences, baseline=baseline)
+    words = [f"The last table has differences from {baseline}, paired by seed, ± half the 95 % interval. * is a "
+             f'result: 0 is outside the interval, and no difference of "{AGAIN}" in this metric is as large.',
+             caution(differences)] if differences else []  # fmt: skip
+    header, lines = differences_of(differences)
     curves = {variant: {seed: metrics_file(folders[variant][seed]) for seed in by_seed}
               for variant, by_seed in measured.items() if by_seed}  # fmt: skip
     commands = list(dict.fromkeys(commands))
     complaints = [f"Failed: {run}: {why}" for run, why in failed.items()]
     write_json(report / f"{name}.json", {"ablation": name, "failed": failed, "rows": rows, "differences": differences,
-                                         "words": words, "commands": commands})  # fmt: skip
+                                         "commands": commands})  # fmt: skip
     paragraphs = "".join(f"\n{line}\n" for line in (*words, *complaints))
     code = "".join(f"    {line}\n" for line in commands)
-    text = f"# {name}\n\n{markdown(rows, error='interval')}\n± is the 95 % interval over seeds.\n{paragraphs}\n{code}"
+    apart = "".join(f"| {' | '.join(line)} |\n" for line in (header, ["---"] * len(header), *lines))
+    text = (f"# {name}\n\n{markdown(rows, error='interval')}\n± is the 95 % interval over seeds.\n{paragraphs}\n{apart}"
+            f"\n{code}")  # fmt: skip
     write_atomically(report / f"{name}.md", lambda partial: partial.write_text(text, encoding="utf-8"))
     if curves:
         plot_curves(curves, report / name, metrics=CURVES, title=name)
@@ -222,7 +227,7 @@ def conclude(
         title=name,
         words=[*words, *complaints],
         images=[(f"{name}.png", caption)] if curves else [],
-        tables=[columns_of(rows, error="interval")],
+        tables=[columns_of(rows, error="interval"), *([(header, lines)] if lines else [])],
         commands=commands,
         files=[f"{name}.json", f"{name}.md", *([f"{name}.svg"] if curves else [])],
     )
@@ -266,18 +271,35 @@ def compared(variant: str, baseline: str, measured: Mapping[str, Mapping[int, li
     return found
 
 
-def in_words(differences: list[dict], *, baseline: str) -> list[str]:
-    """A paragraph for each variant, and how far to trust them all."""
-    if not differences:
-        return []
-    paragraphs = []
-    for variant in dict.fromkeys(found["variant"] for found in differences):
-        by_cell: dict[tuple, list[str]] = {}
-        for found in (found for found in differences if found["variant"] == variant):
-            by_cell.setdefault(cell(found), []).append(say(TITLES[found["metric"]], found))
-        sentences = [
-            f"{which.capitalize()} prompts, {steps} steps{f' ({nfe:g} NFE)' if nfe else ''}: {'; '.join(said)}"
-            for (which, steps, nfe), said in by_cell.items()
-        ]
-        paragraphs.append(f"{variant}, against {baseline}. {'. '.join(sentences)}.")
-    return [*paragraphs, caution(differences)]
+def floors(differences: Iterable[dict]) -> dict[str, float]:
+    """The size of the A/A pair's largest difference in each metric."""
+    floor: dict[str, float] = {}
+    for found in differences:
+        if found["variant"] == AGAIN:
+            floor[found["metric"]] = max(floor.get(found["metric"], 0.0), abs(found["difference"]))
+    return floor
+
+
+def is_result(found: dict, floor: Mapping[str, float]) -> bool:
+    """Whether a difference is outside its interval and larger than the A/A pair's of this metric (`floors`)."""
+    return bool(found["outside"]) and abs(found["difference"]) > floor.get(found["metric"], 0.0)
+
+
+def differences_of(differences: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
+    """A header, and a line for each variant and setting: differences ± half their interval's width, * at results."""
+    floor = floors(differences)
+    metrics = [metric for metric in COMPARED if any(found["metric"] == metric for found in differences)]
+    by_line: dict[tuple, dict[str, dict]] = {}
+    for found in differences:
+        steps, nfe = found["steps"], found["network_evaluations"]
+        setting = f"{steps}, {nfe:g} NFE" if nfe not in (None, steps) else str(steps)
+        by_line.setdefault((found["variant"], found["prompts"], setting), {})[found["metric"]] = found
+
+    def number(found: dict | None) -> str:
+        if found is None:
+            return "–"
+        width = "" if found["interval"] is None else f" ±{found['interval']:.3f}"
+        return f"{found['difference']:+.3f}{width}{' *' if is_result(found, floor) else ''}"
+
+    lines = [[*line, *(number(of.get(metric)) for metric in metrics)] for line, of in by_line.items()]
+    return ["variant", "prompts", "steps", *(TITLES[metric] for metric in metrics)], lines
