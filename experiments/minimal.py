@@ -20,9 +20,7 @@ def main(iterations: int = 2, steps_reward: float = 0.5) -> None:
     reference = model._replace(transformer=copy.deepcopy(model.transformer).requires_grad_(False))
     choices, size = speedrl.step_choices(1, 16), dict(grid=model.grid, mask_id=model.mask_id)
     steps = speedrl.StepPolicy(choices, width=model.text_encoder.config.projection_dim)
-    optimizer = AdamW(
-        [{"params": model.transformer.parameters(), "lr": 1e-4}, {"params": steps.parameters(), "lr": 0.05}]
-    )
+    optimizer = AdamW([{"params": model.transformer.parameters(), "lr": 1e-4}, *steps.parameter_groups(0.1)])
     for i in range(iterations):
         # ROLLOUT
         prompts = [PROMPTS[(i * G + g) % len(PROMPTS)] for g in range(G) for _ in range(N)]

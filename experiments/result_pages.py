@@ -9,10 +9,10 @@ import json
 import re
 import shlex
 import textwrap
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
-from speedrl.evaluation.measuring import columns_of, nfe_of, prompt_sets
+from speedrl.evaluation.measuring import columns_of, grid, nfe_of, prompt_sets
 from speedrl.evaluation.reports import AFTER, BEFORE, SEARCHED
 from speedrl.studies.ablations import (
     AGAIN,
@@ -194,7 +194,7 @@ def front_page(found: dict) -> str:
     if floor := floors(found["differences"]):
         pair = max(found["seeds"] for found in found["differences"] if found["variant"] == AGAIN)
         sizes = [f"{TITLES[metric]} by {floor[metric]:.3f}" for metric in SHOWN if metric in floor]
-        text += f" {pair} other seeds (A/A) change {', '.join(sizes)}."
+        text += f" {pair} other seeds (A/A) change {', '.join(sizes)} at most."
     text += " [All rows](docs/results.md)."
     text = textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
     return f"{grid(header, lines)}\n{text}\n"
@@ -228,13 +228,6 @@ def with_table(readme: str, table: str) -> str:
 
 
 # PARTS OF A PAGE
-
-
-def grid(header: Sequence[str], lines: Iterable[Sequence[str]], *, left: int = 1) -> str:
-    """A table in Markdown, its first `left` columns aligned to the left."""
-    rule = ["---" if i < left else "--:" for i in range(len(header))]
-    first, *rest = (f"| {' | '.join(line)} |" for line in (header, *lines))
-    return "\n".join([first, f"|{'|'.join(rule)}|", *rest, ""])
 
 
 def shell(lines: Iterable[str]) -> str:
@@ -289,10 +282,12 @@ def result_table(differences: list[dict]) -> str:
 
 def sizes(found: dict) -> str:
     """How many trainings and images there are, and how all models remask; "" where no command says so."""
-    own, runs = first_options(found, "eval"), max((row["runs"] for row in found["rows"]), default=0)
+    own = first_options(found, "eval")
+    runs = sorted({row["runs"] for row in found["rows"] if row["model"] not in (BEFORE, SEARCHED)}) or [0]
+    trainings = str(runs[0]) if len(runs) == 1 else f"{runs[0]} to {runs[-1]} (the column runs)"
     words = {"count": "images of each prompt", "seeds": "sampling seeds", "remask": "remasked share of the tokens"}
     known = [f"{text} {own[name]}" for name, text in words.items() if name in own]
-    return f"Sizes: trainings of each variant {runs}, {', '.join(known)}.\n" if known else ""
+    return f"Sizes: trainings of each variant {trainings}, {', '.join(known)}.\n" if known else ""
 
 
 def variants_table(name: str, shown: Collection[str]) -> str:

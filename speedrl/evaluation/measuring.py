@@ -450,9 +450,14 @@ def table(rows: list[dict], *, width: int = 160) -> Table:
 
 def markdown(rows: list[dict], *, error: str = "spread") -> str:
     """Rows as a table in Markdown."""
-    header, lines = columns_of(rows, error=error)
-    rule = ["---" if i < 2 else "--:" for i in range(len(header))]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *lines)) + "\n"
+    return grid(*columns_of(rows, error=error), left=2)
+
+
+def grid(header: Sequence[str], lines: Iterable[Sequence[str]], *, left: int = 1) -> str:
+    """A table in Markdown, its first `left` columns aligned to the left."""
+    rule = ["---" if i < left else "--:" for i in range(len(header))]
+    first, *rest = (f"| {' | '.join(line)} |" for line in (header, *lines))
+    return "\n".join([first, f"|{'|'.join(rule)}|", *rest, ""])
 
 
 def plot(rows: list[dict], path: Path, *, real: dict | None = None) -> bool:

@@ -12,6 +12,7 @@ from speedrl.evaluation.measuring import (
     METRICS,
     columns_of,
     evaluate,
+    grid,
     markdown,
     metrics_of,
     over_seeds,
@@ -206,7 +207,7 @@ def conclude(
     differences = [d for variant in others for d in compared(variant, baseline, measured)]
     words = [f"The last table has differences from {baseline}, paired by seed, ± half the 95 % interval. * is a "
              f'result: 0 is outside the interval, and no difference of "{AGAIN}" in this metric is as large.',
-             caution(differences)] if differences else []  # fmt: skip
+             caution([found for found in differences if found["variant"] != AGAIN])] if differences else []  # fmt: skip
     header, lines = differences_of(differences)
     curves = {variant: {seed: metrics_file(folders[variant][seed]) for seed in by_seed}
               for variant, by_seed in measured.items() if by_seed}  # fmt: skip
@@ -216,7 +217,7 @@ def conclude(
                                          "commands": commands})  # fmt: skip
     paragraphs = "".join(f"\n{line}\n" for line in (*words, *complaints))
     code = "".join(f"    {line}\n" for line in commands)
-    apart = "".join(f"| {' | '.join(line)} |\n" for line in (header, ["---"] * len(header), *lines))
+    apart = grid(header, lines, left=2) if lines else ""
     text = (f"# {name}\n\n{markdown(rows, error='interval')}\n± is the 95 % interval over seeds.\n{paragraphs}\n{apart}"
             f"\n{code}")  # fmt: skip
     write_atomically(report / f"{name}.md", lambda partial: partial.write_text(text, encoding="utf-8"))
