@@ -298,8 +298,11 @@ def train(
     quality: Annotated[str, Option(help=f"{QUALITY}, to train by the divergence alone.")],
     steps: Annotated[str, Option(help="Step counts that the policy learns to choose from, like 1-16; 8: always 8.")],
     steps_reward: Annotated[
-        float,
-        Option(help="What saving all steps is worth, in units of the base's quality gap between most steps and one."),
+        float | None,
+        Option(
+            help="What saving all steps is worth, in units of the base's quality gap between most steps and one. "
+            "[default: 0.5 where --steps is a range, else 0]"
+        ),
     ],
     iterations: Annotated[int, Option(help="Rollouts, each followed by its updates; 0 only searches the sampler.")],
     groups: Annotated[int, Option(help="Prompts of an iteration.")],

@@ -51,7 +51,7 @@ def train(
     *,
     # basic
     out: str | Path = "runs/train", model: str = "embedded", prompts: str | Path | Sequence[str] | None = None,
-    quality: Any = "embedded", steps: str | int = "1-16", steps_reward: float = 0.0, iterations: int = 60,
+    quality: Any = "embedded", steps: str | int = "1-16", steps_reward: float | None = None, iterations: int = 60,
     groups: int = 8, group_size: int = 16, lr: float = 1e-4, kl_weight: float = 0.2, lora: int | None = None,
     device: str = "auto", seed: int = 0, resume: bool = False,
     # reinforcement learning
@@ -74,11 +74,11 @@ def train(
 
     The method (Speed-RL, arXiv 2512.01094): each iteration draws `group_size` images of `groups` prompts. The reward of
     an image is its quality plus `steps_reward` times the share of the steps that it saved, in units of the base's own
-    quality gap between its most steps and one (`quality_gap`). Advantages within the groups train the policy by
-    `updates` updates on the clipped loss, plus `kl_weight` times the divergence from the reference policy, which is the
-    model before training. Where `steps` is a range like "1-16", a step policy learns how many steps each prompt takes
-    (`method.steps`), and tokens are compared with tokens of equal step count (`count_residuals`); with one number every
-    image takes that many.
+    quality gap between its most steps and one (`quality_gap`). None is 0.5, or 0 where `steps` is one number or
+    `quality` "none". Advantages within the groups train the policy by `updates` updates on the clipped loss, plus
+    `kl_weight` times the divergence from the reference policy, which is the model before training. Where `steps` is a
+    range like "1-16", a step policy learns how many steps each prompt takes (`method.steps`), and tokens are compared
+    with tokens of equal step count (`count_residuals`); with one number every image takes that many.
 
     `prompts` is a file, a list, or None for those of the embedded model. `quality` is what `load_qualities` takes, a
     function of images and prompts included; "none" trains by the divergence alone. `guidance` None is 1 for a model
@@ -103,6 +103,8 @@ def train(
     used, before anything is written; `Stopped` after SIGINT or SIGTERM.
     """
     settings, (least, most) = to_jsonable(locals()), parse_steps(steps)
+    if steps_reward is None:
+        steps_reward = settings["steps_reward"] = 0.0 if least == most or quality == "none" else 0.5
     check(settings, least, most)
     device = distributed.join(pick_device(device), parallel=parallel)
     bf16 = settings["bf16"] = bf16_is_fast(device) if bf16 is None else bf16

@@ -134,8 +134,8 @@ def test_the_help_of_the_command_names_every_ablation():
 def test_models_beside_the_variants_are_measured_as_the_start_is(calls, tmp_path):
     rows = ablate("method", out=tmp_path, seeds=(0,), eval_steps=(2,), beside=["other"])
     assert [row["model"] for row in rows][:3] == ["start", "other", "GRPO"]
-    given = {options.get("quality", "embedded"): options.get("steps_reward", 0.0) for _, _, options in calls}
-    assert given == {"embedded": 4.0, "none": 0.0}, "no reward has no speed reward either"
+    given = {options.get("quality", "embedded"): options.get("steps_reward") for _, _, options in calls}
+    assert given == {"embedded": 4.0, "none": None}, "no reward has no speed reward either"
 
 
 def test_finished_runs_are_kept_interrupted_ones_go_on_and_others_are_refused(calls, tmp_path):
@@ -235,7 +235,7 @@ def tiny(tiny_generator_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     return {"model": str(tiny_generator_folder), "prompts": str(tmp_path / "prompts.txt"), "iterations": 1, "groups": 1,
             "group_size": 2, "steps": "2", "quality": "brightness:score", "compile": False, "seed": 0,
-            "steps_reward": 0.0, "search": 0}  # fmt: skip
+            "search": 0}  # fmt: skip
 
 
 def test_processes_side_by_side_do_their_runs_and_one_that_fails_stops_no_other(tiny, tmp_path):

@@ -49,7 +49,7 @@ CASES = {
     "prompts": Case("--prompts {folder}/q.txt"),
     "quality": Case("--quality tests.test_options:green"),
     "steps": Case("--steps 2-8"),
-    "steps_reward": Case("--steps-reward 0.5"),
+    "steps_reward": Case("--steps-reward 0"),
     "iterations": Case("--iterations 3"),
     "groups": Case("--groups 3"),
     "group_size": Case("--group-size 5"),
@@ -76,7 +76,7 @@ CASES = {
     "temperature": Case("--temperature 9"),
     "remask": Case("--remask 0"),
     "search": Case("--search 1"),
-    "quality_gate": Case("--quality-gate 0.9", also="--steps-reward 0.5", alone="refused"),
+    "quality_gate": Case("--quality-gate 0.9"),
     "quality_clip": Case("--quality-clip 0.1"),
     "reward_weights": Case("--reward-weights x=y", "refused"),
     "micro_batch": Case("--micro-batch 3", "same", by="losses"),  # the gradient is a sum over micro-batches

@@ -59,7 +59,7 @@ def test_a_checkpoint_is_exported_with_it_and_so_is_an_adapter(run, tiny_generat
 
 
 def test_a_training_of_one_step_count_saves_no_step_policy(tiny_generator_folder, tmp_path):
-    options = given(tiny_generator_folder, tmp_path) | {"steps": "2", "steps_reward": 0.0}
+    options = given(tiny_generator_folder, tmp_path) | {"steps": "2", "steps_reward": None}
     train(out=tmp_path / "run", **options)
     assert not own(load_generator(tmp_path / "run"))
 

@@ -75,7 +75,7 @@ def test_by_default_group_advantages_reach_the_weights_and_the_step_policy(optio
     monkeypatch.setattr(speedrl.updates, "policy_loss", spy)
     given = {name: options[name] for name in ("model", "prompts", "bf16", "compile", "search")}
     for name in ("red", "blue"):
-        train(out=tmp_path / name, steps_reward=0.5, iterations=2, groups=4, group_size=8, save_every=1,
+        train(out=tmp_path / name, iterations=2, groups=4, group_size=8, save_every=1,
               quality=f"tests.test_train:{name}", **given)  # fmt: skip
         advantages = torch.cat([part[0] for part in seen])
         assert advantages.abs().max() > 0.5 and advantages.min() < 0 < advantages.max()
@@ -94,14 +94,13 @@ def test_by_default_group_advantages_reach_the_weights_and_the_step_policy(optio
     assert not all(torch.equal(base[name], now[name]) for name in base)
 
 
-def test_rewards_of_the_run_are_quality_plus_speed_in_units_of_the_gap(options, tmp_path):
-    train(out=tmp_path / "run", iterations=1, steps_reward=0.5, **options | {"steps": "1-8"})
+@pytest.mark.parametrize("given", [{}, {"steps_reward": 0.5}], ids=["default", "given"])
+def test_rewards_of_the_run_are_quality_plus_speed_in_units_of_the_gap(options, tmp_path, given):
+    train(out=tmp_path / "run", iterations=1, **given, **options | {"steps": "1-8"})
     (row,) = metrics(tmp_path / "run")
     gap = json.loads((tmp_path / "run/checkpoints/000001/state.json").read_text(encoding="utf-8"))["gap"]
-    saved = (8 - row["steps"]) / 7
-    alternatives = [saved, 1 - row["steps"] / 8]
-    assert any(row["reward"] - row["quality"] == pytest.approx(0.5 * gap * s, rel=1e-3, abs=1e-7) for s in alternatives)
-    assert row["reward"] > row["quality"]
+    speed = 0.5 * gap * (1 - row["steps"] / 8)
+    assert speed > 0 and row["reward"] - row["quality"] == pytest.approx(speed, rel=1e-3, abs=1e-7)
 
 
 def trained_counts(out, options, **more):
@@ -130,7 +129,7 @@ def test_where_quality_grows_with_steps_and_speed_earns_nothing_they_become_many
     def grows(images, prompts):
         return by_chance(images, prompts) / 8 + (taken["steps"][: len(images)] / 8 if taken else 0)
 
-    first, last = trained_counts(tmp_path / "run", options, quality=grows)
+    first, last = trained_counts(tmp_path / "run", options, quality=grows, steps_reward=0.0)
     assert first < 5 and last > 6
 
 
@@ -226,7 +225,7 @@ def refused(options, *more):
         (["--quality", "tests.test_train:rounded", "--reward-gradient", "1"], ["--reward-gradient", "gradient"]),
         (["--likelihood", "exact", "--temperature", "0"],
          ["--likelihood exact", "--temperature above 0", "--likelihood token"]),
-        (["--quality-gate", "0.1"], ["--quality-gate", "--steps-reward above 0"]),
+        (["--quality-gate", "0.1", "--steps-reward", "0"], ["--quality-gate", "--steps-reward above 0"]),
         (["--offload"], ["--offload", "--parallel fsdp"]),
     ],
 )  # fmt: skip

@@ -65,7 +65,7 @@ def idle(settings: Mapping[str, Any], least: int, most: int) -> list[tuple[Any, 
         (not has("iterations") and (without_reward or not has("search")),
          "--iterations 0 searches the sampler and does not train: it needs a --quality and --search above 0"),
         (has("steps_reward") and least == most,
-         f"--steps-reward {has('steps_reward'):g} cannot act with --steps {most}, where every image costs the same: "
+         f"--steps-reward {has('steps_reward')} cannot act with --steps {most}, where every image costs the same: "
          f"give a range, like --steps 1-{max(2, most)}, or --steps-reward 0"),
         (has("groups") < 2 and least < most,
          "--groups must be at least 2 with a range of --steps: tokens are compared with those of other prompts at "

@@ -35,7 +35,7 @@ CURVES = {"quality": "quality of the rollouts", "steps": "steps of the rollouts"
 def all_ablations() -> dict[str, dict[str, dict]]:
     """Every ablation by name: its variants, each with the options of `train` that it sets.
 
-    The first variant is the baseline, the default but for a speed reward in the first and in likelihood and method.
+    The first variant is the baseline, the default but for the speed reward of likelihood and method.
     AGAIN is the baseline with other seeds (an A/A pair): a difference no larger than its own is no result. group-size:
     always 128 images an iteration. method: what each part of the method gives; "no reward" trains by the divergence
     from the guided reference alone.
@@ -67,7 +67,7 @@ def all_ablations() -> dict[str, dict[str, dict]]:
         "remask": {"half remasked": {"remask": None}} | each("remask", 0.0, 0.25, 0.75),
         "search": {f"{n} rounds of search": {"search": n} for n in (64, 0, 16)},
         "lr": each("lr", 1e-4, 2e-5, 5e-5, 2e-4),
-        "method": {"GRPO": fast, "no reward": {"quality": "none", "steps_reward": 0.0}}
+        "method": {"GRPO": fast, "no reward": {"quality": "none"}}
         | {"exact likelihood": fast | {"likelihood": "exact"}, "reward gradient": fast | {"reward_gradient": 0.3}},
         "order": {"the model's order": {"order": None}, "random": {"order": "random"}, "halton": {"order": "halton"}},
     }
