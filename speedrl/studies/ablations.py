@@ -35,7 +35,7 @@ CURVES = {"quality": "quality of the rollouts", "steps": "steps of the rollouts"
 def all_ablations() -> dict[str, dict[str, dict]]:
     """Every ablation by name: its variants, each with the options of `train` that it sets.
 
-    The first variant is the baseline, the default but for the speed reward of likelihood and method.
+    The first variant is the baseline, the default but for the speed reward of the first, likelihood and method.
     AGAIN is the baseline with other seeds (an A/A pair): a difference no larger than its own is no result. group-size:
     always 128 images an iteration. method: what each part of the method gives; "no reward" trains by the divergence
     from the guided reference alone.
@@ -51,7 +51,7 @@ def all_ablations() -> dict[str, dict[str, dict]]:
     token = fast | {"likelihood": "token"}
     kinds = {f"{kind}, weight 0.2": {"kl": kind, "kl_weight": 0.2} for kind in ("reverse", "k2", "k3")}
     found: dict[str, dict[str, dict]] = {
-        "speed-reward": each("steps_reward", 0.5, 0.0, 0.08, 4.0),
+        "speed-reward": each("steps_reward", 4.0, 0.5, 0.08, 0.0),
         "likelihood": {"token": token, "exact": fast | {"likelihood": "exact"}}
         | {"token, random order": token | {"order": "random"}, "sequence": fast | {"likelihood": "sequence"}},
         "kl": weights | kinds | {"none": {"kl": "none"}},
