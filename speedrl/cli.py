@@ -301,7 +301,7 @@ def train(
         float | None,
         Option(
             help="What saving all steps is worth, in units of the base's quality gap between most steps and one. "
-            "[default: 0.5 where --steps is a range, else 0]"
+            "[default: 0.5; 0 where --steps is one number or --quality is none]"
         ),
     ],
     iterations: Annotated[int, Option(help="Rollouts, each followed by its updates; 0 only searches the sampler.")],

@@ -35,7 +35,7 @@ CURVES = {"quality": "quality of the rollouts", "steps": "steps of the rollouts"
 def all_ablations() -> dict[str, dict[str, dict]]:
     """Every ablation by name: its variants, each with the options of `train` that it sets.
 
-    The first variant is the baseline, the default but for the speed reward of the first, likelihood and method.
+    The first variant is the baseline: the default, but with --steps-reward 4 in speed-reward, likelihood and method.
     AGAIN is the baseline with other seeds (an A/A pair): a difference no larger than its own is no result. group-size:
     always 128 images an iteration. method: what each part of the method gives; "no reward" trains by the divergence
     from the guided reference alone.
