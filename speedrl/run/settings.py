@@ -71,7 +71,8 @@ def idle(settings: Mapping[str, Any], least: int, most: int) -> list[tuple[Any, 
          "--groups must be at least 2 with a range of --steps: tokens are compared with those of other prompts at "
          "equal step count"),
         (has("quality_gate") is not None and not has("steps_reward"),
-         "--quality-gate says which images earn the speed reward: give --steps-reward above 0 with it"),
+         "--quality-gate says which images earn the speed reward: give a range of --steps and "
+         "--steps-reward above 0 with it"),
         (without_reward and has("steps_reward"),
          "--steps-reward is in units of the quality, and --quality none has none: give --steps-reward 0"),
         (without_reward and has("reward_gradient"), "--reward-gradient needs a reward: --quality none has none"),
