@@ -16,7 +16,7 @@ from speedrl.cli import in_one_line
 from speedrl.evaluation.figures import save_image
 from speedrl.evaluation.measuring import has_step_policy, prompt_sets
 from speedrl.evaluation.reports import AFTER, BEFORE, SEARCHED, before_after, with_sampler_of
-from speedrl.models.checkpoint import load_generator
+from speedrl.models.loading import load_generator
 
 
 def main(

@@ -21,19 +21,21 @@ from rich.console import Console
 from typer import Option
 
 from speedrl.cli import in_one_line
-from speedrl.models.checkpoint import Generator, find, save_generator
+from speedrl.models.generator import Generator
+from speedrl.models.loading import save_generator
 from speedrl.models.meissonic import MeissonicTransformer
+from speedrl.models.sources import find
 from speedrl.system.platform import import_torchvision
 
 VQ = dict(
     down_block_types=["DownEncoderBlock2D"] * 5, up_block_types=["UpDecoderBlock2D"] * 5, layers_per_block=2,
     block_out_channels=(128, 256, 256, 512, 768), latent_channels=64, sample_size=32, num_vq_embeddings=8192,
     vq_embed_dim=64, norm_num_groups=32, mid_block_add_attention=False, lookup_from_codebook=True, force_upcast=True,
-)  # fmt: skip
+)
 TEXT = dict(
     vocab_size=49408, hidden_size=1024, intermediate_size=4096, projection_dim=1024, num_hidden_layers=24,
     num_attention_heads=16, max_position_embeddings=77, hidden_act="gelu",
-)  # fmt: skip
+)
 # mean brightness: a reward that costs nothing
 REWARD = "def score(images, prompts):\n    return images.mean((1, 2, 3))\n"
 
@@ -51,7 +53,7 @@ def build(out: Path, *, double: int, single: int, seed: int = 0) -> None:
     generator = Generator(
         transformer, VQModel(**VQ), CLIPTextModelWithProjection(CLIPTextConfig(**TEXT)), words, config,
         {"_class_name": "Scheduler", "mask_token_id": 8255}, (64, 64), (1024, 1024), 8255, 8192, 64, 9.0, 2.0, "", (),
-    )  # fmt: skip
+    )
     save_generator(generator, out, dtype=torch.float16)
 
 

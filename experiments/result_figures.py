@@ -51,7 +51,7 @@ def panels_of(rows: list[dict]) -> tuple["Figure", Any, dict[tuple[str, str], An
 def points(rows: Iterable[dict], across: str, metric: str) -> list[tuple[float, float, float]]:
     """Sorted places, means and half-widths of intervals, 0 without one, of the rows that have both."""
     return sorted((row[across], row[metric], row.get(f"{metric}_interval") or 0.0) for row in rows
-                  if row.get(across) is not None and row.get(metric) is not None)  # fmt: skip
+                  if row.get(across) is not None and row.get(metric) is not None)
 
 
 def quality_figure(found: dict) -> "Figure":
@@ -72,7 +72,7 @@ def quality_figure(found: dict) -> "Figure":
             panel.fill_between(places, low, high, color=style["color"], alpha=0.2, linewidth=0)
         for place, mean, width in points((row for row in own if row["steps"] == "auto"), "network_evaluations", metric):
             panel.errorbar(place, mean, yerr=width, label=f"{name}, auto steps", capsize=2, markersize=12,
-                           **style | {"marker": "*", "linestyle": ""})  # fmt: skip
+                           **style | {"marker": "*", "linestyle": ""})
     for panel in panels.values():
         label_evaluations(panel, shown)
     legend(figure, axes, columns=2)

@@ -176,7 +176,7 @@ def section(found: dict, *, figure: str = "") -> str:
     parts.append("".join(f"- Failed: {run}: `{portable(why)}`\n" for run, why in found["failed"].items()))
     if found["commands"]:
         parts += ["The command, then those of its runs, where N is a seed:\n", shell([ablate_command(found)]),
-                  shell(run_commands(found))]  # fmt: skip
+                  shell(run_commands(found))]
     return "\n".join(part for part in parts if part)
 
 
@@ -187,10 +187,10 @@ def front_page(found: dict) -> str:
     header = ["", "NFE", f"reward, {' / '.join(sets)} prompts", *(TITLES[metric] for metric in SHOWN[1:])]
     lines = [[name, " / ".join(dict.fromkeys(map(nfe_of, own))),
               *(" / ".join(number(row, metric) for row in own) for metric in SHOWN)]
-             for name, own in front_rows(found)]  # fmt: skip
+             for name, own in front_rows(found)]
     (own, *_) = all_ablations()[MAIN].values()
     text = (f"Trained: mean of {runs} training{'s' * (runs > 1)} by `speedrl ablate {MAIN}` ({flags_of(own)}); "
-            "± is the 95 % interval.")  # fmt: skip
+            "± is the 95 % interval.")
     if floor := floors(found["differences"]):
         pair = max(found["seeds"] for found in found["differences"] if found["variant"] == AGAIN)
         sizes = [f"{TITLES[metric]} by {floor[metric]:.3f}" for metric in SHOWN if metric in floor]

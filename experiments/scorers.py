@@ -98,7 +98,7 @@ def main(
                 done = subprocess.run(
                     [sys.executable, "-m", "experiments.scorers", *command, "--repeats", str(repeats)],
                     check=True, stdout=subprocess.PIPE, encoding="utf-8",
-                )  # fmt: skip
+                )
             rows.append({"reward": name, "whose": whose} | json.loads(done.stdout.splitlines()[-1]))
     table = Table("reward", "whose", "images/s", "times the package's", "peak GB")
     for row in rows:

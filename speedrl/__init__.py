@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from speedrl.method.steps import draw_steps as draw_steps
     from speedrl.method.steps import step_choices as step_choices
     from speedrl.method.steps import step_loss as step_loss
-    from speedrl.models.checkpoint import decode as decode
-    from speedrl.models.checkpoint import encode_prompts as encode_prompts
-    from speedrl.models.checkpoint import load_generator as load_model  # noqa: F401
-    from speedrl.models.checkpoint import save_generator as save_model  # noqa: F401
+    from speedrl.models.generator import decode as decode
+    from speedrl.models.generator import encode_prompts as encode_prompts
+    from speedrl.models.loading import load_generator as load_model  # noqa: F401
+    from speedrl.models.loading import save_generator as save_model  # noqa: F401
     from speedrl.policies import make_policy as make_policy
     from speedrl.policies import token_log_probs as token_log_probs
     from speedrl.rewards.loading import load_quality as load_quality
@@ -48,7 +48,8 @@ _PLACES = {
     "method.sampling": ("Trajectory", "draw_noise", "rollout"),
     "method.search": ("scalars_at",),
     "method.steps": ("StepPolicy", "draw_steps", "step_choices", "step_loss"),
-    "models.checkpoint": ("decode", "encode_prompts", "load_model=load_generator", "save_model=save_generator"),
+    "models.generator": ("decode", "encode_prompts"),
+    "models.loading": ("load_model=load_generator", "save_model=save_generator"),
     "policies": ("make_policy", "token_log_probs"),
     "rewards.loading": ("load_quality",),
     "stages": ("search_sampler",),

@@ -153,7 +153,7 @@ def uncollected() -> Iterator[None]:
 def loading(options: dict[str, Any]) -> dict[str, Any]:
     """Takes what is for `load_generator` out of a command's options. ValueError for what cannot be read."""
     names = {"text_encoder": "text_encoder", "size": "size", "negative": "negative_prompt",
-             "micro_conds": "micro_conds", "base": "base"}  # fmt: skip
+             "micro_conds": "micro_conds", "base": "base"}
     found = {name: options.pop(option, None) for name, option in names.items()}
     if (size := found["size"]) is not None:
         try:
@@ -177,7 +177,7 @@ def loading(options: dict[str, Any]) -> dict[str, Any]:
 
 def tell(prompts: list[str], generator: Any, *, guidance: float | None, negative: str | None) -> None:
     """Warns of prompts that the text encoder cuts, and of a negative prompt that nothing leads away from."""
-    from speedrl.models.checkpoint import cut_prompts
+    from speedrl.models.generator import cut_prompts
 
     if cut := cut_prompts(generator, list(dict.fromkeys(prompts))):
         print(f"warning: {cut} of the prompts are longer than the text encoder reads, and are cut", file=sys.stderr)
@@ -269,7 +269,7 @@ def sample(
     with uncollected():
         from speedrl.evaluation.figures import check_suffix, contact_sheet, save_image, to_pil
         from speedrl.generation import sample as draw
-        from speedrl.models.checkpoint import load_generator
+        from speedrl.models.loading import load_generator
         from speedrl.system.platform import pick_device, quiet_allocator
 
         check_suffix(out)
@@ -278,7 +278,7 @@ def sample(
     wanted = [prompt for prompt in prompts for _ in range(count)]
     tell(wanted, generator, guidance=guidance, negative=negative_prompt)
     images = draw(generator, wanted, steps=steps, seed=seed, guidance=guidance, temperature=temperature,
-                  schedule=schedule, order=order, remask=remask)  # fmt: skip
+                  schedule=schedule, order=order, remask=remask)
     scale = max(1, 256 // generator.size[0])  # small images large enough to see
     if len(images) == 1:
         save_image(to_pil(images[0], scale=scale), out)
@@ -402,7 +402,7 @@ def train(
         from speedrl.evaluation.reports import report
 
         report(model, trained, out=out, loading=how, prompts=prompts, quality=quality, reward_weights=reward_weights,
-               compile=compile, device=pick_device(device))  # fmt: skip
+               compile=compile, device=pick_device(device))
 
 
 @app.command()
@@ -515,18 +515,18 @@ def ablate(
 ) -> None:
     """Train and measure the variants of an ablation, or of all, and put them into one report."""
     given = {"iterations": iterations, "groups": groups, "group_size": group_size, "lr": lr, "prompts": prompts,
-             "quality": quality}  # fmt: skip
+             "quality": quality}
     training: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     training |= assignments(set, "training.train")
     measuring = {"seeds": numbers(seeds, int, option="seeds"),
-                 "eval_steps": numbers(eval_steps, int, option="eval-steps")}  # fmt: skip
+                 "eval_steps": numbers(eval_steps, int, option="eval-steps")}
     evaluation = {} if eval_prompts is None else {"prompts": eval_prompts}
     from speedrl.studies.ablations import ablate
     from speedrl.system.platform import quiet_allocator
 
     quiet_allocator()
     ablate(name, out=out, model=model, beside=beside, device=device, jobs=jobs, quick=quick, eval_count=eval_count,
-           eval_seeds=eval_seeds, evaluation=evaluation, **measuring, **training)  # fmt: skip
+           eval_seeds=eval_seeds, evaluation=evaluation, **measuring, **training)
 
 
 def assignments(texts: list[str], target: str) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from torch import Tensor
 from speedrl.method.sampling import Noise, draw_noise, rollout
 from speedrl.method.search import scalars_at
 from speedrl.method.steps import step_log_probs
-from speedrl.models.checkpoint import Generator, check_guidance, decode, fitting_batch
+from speedrl.models.generator import Generator, decode, fitting_batch
+from speedrl.models.loading import check_guidance
 from speedrl.policies import Policy, from_random, make_policy
 
 DEFAULT_STEPS = 8  # of a model without a step policy
@@ -82,12 +83,12 @@ def draw(
             beyond = draw_noise(len(index), 1, length, seed=seed, device=device, names=[f"start,{n}" for n in named])
             beyond = Noise(*(part[:, 0] for part in beyond))
             policy = from_random(policy, beyond, share=generator.random_share, mask_id=generator.mask_id,
-                                 codes=generator.codes)  # fmt: skip
+                                 codes=generator.codes)
         drawn = rollout(
             policy, counts[index], noise, grid=generator.grid, mask_id=generator.mask_id, temperature=temperature,
             schedule=schedule or generator.schedule, order=order or generator.order,
             remask=generator.remask if remask is None else remask, scalars=scalars_at(table, counts[index]),
-        )  # fmt: skip
+        )
         tokens.append(drawn.tokens)
     return torch.cat(tokens), counts
 

@@ -14,16 +14,10 @@ from speedrl.method.advantages import group_advantages
 from speedrl.method.losses import reward_slopes
 from speedrl.method.sampling import Trajectory
 from speedrl.method.steps import StepPolicy
-from speedrl.models.checkpoint import (
-    Generator,
-    codebook,
-    cut_prompts,
-    decode_embeddings,
-    find,
-    fitting_batch,
-    load_generator,
-)
+from speedrl.models.generator import Generator, codebook, cut_prompts, decode_embeddings, fitting_batch
+from speedrl.models.loading import load_generator
 from speedrl.models.lora import WithoutLora, add_lora
+from speedrl.models.sources import find
 from speedrl.policies import Policy
 from speedrl.rewards.mixing import Reward
 from speedrl.run import distributed
@@ -54,7 +48,7 @@ def sampler_of(generator: Generator, settings: Mapping[str, Any], *, most: int) 
         "guidance": 1.0 if generator.guidance < WEAK_GUIDANCE else generator.guidance,
         "reference_guidance": generator.guidance, "temperature": generator.temperature,
         "schedule": generator.schedule, "order": generator.order, "remask": 0.5 if most >= 6 else 0.0,
-    }  # fmt: skip
+    }
     return SamplerSettings(**{name: value if settings[name] is None else settings[name] for name, value in own.items()})
 
 
@@ -75,7 +69,7 @@ def warn_of_prompts(
     looked = list(prompts[:first])
     if cut := cut_prompts(generator, looked):
         warn(f"{cut} of the {'first ' * (len(prompts) > first)}{len(looked)} prompts are longer than the text encoder "
-             "reads, and are cut")  # fmt: skip
+             "reads, and are cut")
     if generator.negative and how.guidance == how.reference_guidance == 1:
         warn("the negative prompt has no effect at guidance 1: give --guidance or --reference-guidance above 1")
 
@@ -147,7 +141,7 @@ def add_adapter(transformer: nn.Module, settings: Mapping[str, Any]) -> None:
     """Adds the adapter that the settings ask for, in place; nothing without one."""
     if settings["lora"] is not None:
         add_lora(transformer, rank=settings["lora"], alpha=settings["lora_alpha"], targets=settings["lora_targets"],
-                 seed=settings["seed"])  # fmt: skip
+                 seed=settings["seed"])
 
 
 def whole_generator(generator: Generator, settings: Mapping[str, Any]) -> Generator:

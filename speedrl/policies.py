@@ -13,7 +13,7 @@ from speedrl.method.divergences import kl as divergence
 from speedrl.method.likelihoods import guided, log_probs
 from speedrl.method.losses import expected_gain
 from speedrl.method.sampling import Noise, Trajectory
-from speedrl.models.checkpoint import Generator, Prompts, encode_prompts, join, repeat, take
+from speedrl.models.generator import Generator, Prompts, cat_prompts, encode_prompts, index_prompts, repeat_prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Policy:
     def features(self, tokens: Tensor, timestep: Tensor, samples: Tensor) -> Tensor:
         """What the head reads: [T, n, L, C], T = 1 at guidance 1, else 2, the negative prompt's first."""
         times = 1 if self.guidance == 1 else 2
-        prompts = take(self.prompts, samples)
-        prompts = prompts if times == 1 else join(repeat(self.empty, len(samples)), prompts)
+        prompts = index_prompts(self.prompts, samples)
+        prompts = prompts if times == 1 else cat_prompts(repeat_prompts(self.empty, len(samples)), prompts)
         rows = tokens.repeat(times, 1).unflatten(1, self.grid)
         return self.transformer.features(rows, timestep.repeat(times), *prompts).unflatten(0, (times, -1))
 
@@ -52,7 +52,7 @@ class Policy:
 
     def __getitem__(self, index: Tensor | slice) -> "Policy":
         """The policy of the samples at `index`, int64 [n] or a slice."""
-        return dataclasses.replace(self, prompts=take(self.prompts, index))
+        return dataclasses.replace(self, prompts=index_prompts(self.prompts, index))
 
 
 def make_policy(generator: Generator, prompts: list[str], *, guidance: float | None = None) -> Policy:

@@ -10,7 +10,7 @@ from speedrl.learner import SamplerSettings
 from speedrl.method.advantages import group_advantages
 from speedrl.method.sampling import draw_noise, rollout
 from speedrl.method.search import Scalars, ask, new_search, scalars_at, tell
-from speedrl.models.checkpoint import Generator, decode
+from speedrl.models.generator import Generator, decode
 from speedrl.policies import make_policy
 from speedrl.rewards.mixing import Reward
 
@@ -44,7 +44,7 @@ def draw_images(
         temperature=generator.temperature if temperature is None else temperature,
         schedule=schedule or generator.schedule, order=order or generator.order,
         remask=generator.remask if remask is None else remask,
-    )  # fmt: skip
+    )
     return decode(generator, drawn.tokens)
 
 
@@ -141,7 +141,7 @@ def prepare_sampler(
     table = generator.sampler.get("search")
     if rounds and reward.scores:
         table = search_sampler(generator, prompts, quality, choices, rounds=rounds, seed=seed, table=table,
-                               **sampler)  # fmt: skip
+                               **sampler)
     gap = 1.0
     if reward.scores and len(choices) > 1:
         gap = quality_gap(generator, prompts, quality, int(choices.max()), table=table, seed=seed, **sampler)

@@ -25,7 +25,8 @@ from speedrl.method.sampling import compiled_step, draw_noise, rollout, step
 from speedrl.method.schedules import parse_steps
 from speedrl.method.search import scalars_at
 from speedrl.method.steps import draw_steps, step_choices, step_loss
-from speedrl.models.checkpoint import codebook, decode, encode_prompts, load_generator, take
+from speedrl.models.generator import codebook, decode, encode_prompts, index_prompts
+from speedrl.models.loading import load_generator
 from speedrl.policies import Policy, score_logits
 from speedrl.rewards.mixing import check_gradient, open_reward
 from speedrl.run import distributed
@@ -69,7 +70,7 @@ def train(
     # what nobody turns
     steps_lr: float = 0.1, warmup: int = 5, clip_grad: float = 1.0, max_skipped: int = 10, keep_checkpoints: int = 3,
     lora_alpha: float | None = None, lora_targets: str | None = None, loading: Mapping[str, Any] | None = None,
-) -> Path:  # fmt: skip
+) -> Path:
     """Trains `model` to need fewer steps and saves it: to OUT/model, or with `lora`, a rank, to OUT/adapter.
 
     The method (Speed-RL, arXiv 2512.01094): each iteration draws `group_size` images of `groups` prompts. The reward of
@@ -122,12 +123,12 @@ def train(
     sample = partial(
         rollout, grid=generator.grid, mask_id=generator.mask_id, temperature=how.temperature, schedule=how.schedule,
         order=how.order, remask=how.remask, step=compiled_step() if compiles else step,
-    )  # fmt: skip
+    )
     backward = partial(
         gradients, autocast=autocast, mask_id=generator.mask_id, order=how.order, likelihood=likelihood,
         clip_range=clip_range, kl=kl, kl_weight=kl_weight, codes=codebook(generator) if reward_gradient else None,
         score=torch.compile(score_logits, dynamic=True) if compiles else score_logits,
-    )  # fmt: skip
+    )
     size, local = groups * group_size, distributed.local_slice(groups, times=group_size)  # samples, this rank's
     of_group = torch.arange(groups, device=device).repeat_interleave(group_size)
 
@@ -138,19 +139,19 @@ def train(
         run.stage(f"searching the sampler, {search} rounds" if search else "measuring the base")
         with autocast, distributed.gathered_weights(learner.transformer, sharded=sharded):
             stages = partial(prepare_sampler, record, generator, texts, reward, how, choices, rounds=search, seed=seed,
-                             between=run.stop_if_asked)  # fmt: skip
+                             between=run.stop_if_asked)
             table, gap = distributed.on_all_ranks(stages)
         run.stage("compiling: the first iteration takes a minute or two" if compiles else "the first iteration")
         for iteration in run.iterations():
             # ROLLOUT of this rank's samples; prompts, counts and noise do not depend on the number of ranks
             began, chosen = time.time(), [texts[i] for i in draw_prompts(len(texts), groups, random)]
             asked = [text for text in chosen for _ in range(group_size)][local]
-            prompt = take(encode_prompts(generator, chosen), of_group)
+            prompt = index_prompts(encode_prompts(generator, chosen), of_group)
             drawn = draw_steps(learner.step_log_probs(prompt.pooled), torch.rand(size, generator=random).to(device))
             counts = choices[drawn]
             policy = Policy(learner.transformer, prompt, empty, how.guidance, generator.grid)[local]
             noise = draw_noise(len(asked), most, rows * columns, seed=seed, first=iteration * size + local.start,
-                               device=device)  # fmt: skip
+                               device=device)
             with autocast, distributed.gathered_weights(learner.transformer, sharded=sharded):
                 trajectory = sample(policy, counts[local], noise, scalars=scalars_at(table, counts[local]))
             # REWARD of all ranks' samples: quality, and speed in units of the base's quality gap
@@ -158,7 +159,7 @@ def train(
             parts = distributed.gathered_parts(distributed.on_all_ranks(partial(reward.parts, images, asked)))
             qualities = reward.observe(parts, size)
             rewards = combine(qualities, speed_reward(counts, max_steps=most), steps_reward=steps_reward * gap,
-                              gate=quality_gate)  # fmt: skip
+                              gate=quality_gate)
             # ADVANTAGE within the group of a prompt; tokens are compared at equal step count
             by_group, counts_by_group = (rearrange(x, "(g n) -> g n", n=group_size) for x in (qualities, counts))
             residuals, known = count_residuals(by_group, counts_by_group)
@@ -175,9 +176,9 @@ def train(
                 trained = trained_steps(counts, train_steps, random)[local]
                 accumulate = partial(backward, policy, learner.reference_for(policy, how.reference_guidance),
                                      trajectory, trained, advantages[local], keep[local],
-                                     keep.sum() * rows * columns, slopes=slopes)  # fmt: skip
+                                     keep.sum() * rows * columns, slopes=slopes)
                 totals, micro_batch = with_oom_backoff(accumulate, micro_batch, undo=learner.optimizer.zero_grad,
-                                                       halve=not sharded)  # fmt: skip
+                                                       halve=not sharded)
                 if update == 0 and learner.step_policy is not None:
                     log_p = learner.step_log_probs(prompt.pooled)
                     (step_loss(log_p[local], drawn[local], of_steps[local]) / size).backward()

@@ -132,7 +132,7 @@ def gradients(
             loss, stats = micro_batch_loss(
                 policy[index], None if reference is None else reference[index], trajectory[index], trained[index],
                 advantages[index], keep[index], slopes=None if slopes is None else slopes[index], **how,
-            )  # fmt: skip
+            )
         loss = loss * (1 + 0 * loss.detach())  # one that is not finite has a gradient that is not, whatever made it so
         normalise(loss, divisor).backward()
         for name, value in stats.items():
@@ -189,7 +189,7 @@ def ema_update(average: Mapping[str, Tensor], learned: Mapping[str, Tensor], *, 
 def iteration_metrics(
     iteration: int, rewards: Tensor, quality: Tensor, steps: Tensor, keep: Tensor, norm: Tensor,
     totals: Mapping[str, float],
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float]:
     """A row of metrics: rewards, steps and keep [B], quality [G, n], and what `gradients` summed over all ranks.
 
     reward: mean of the joint reward. quality: mean of the quality alone. steps: mean step count. group_std: mean

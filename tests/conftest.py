@@ -7,14 +7,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from speedrl.models.checkpoint import load_generator
+from speedrl.models.loading import load_generator
 from speedrl.models.meissonic import MeissonicTransformer
 from speedrl.system.platform import import_torchvision
 
 TRANSFORMER = dict(
     num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=24,
     pooled_projection_dim=32, axes_dims_rope=[4, 6, 6], vocab_size=40, codebook_size=32,
-)  # fmt: skip
+)
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -27,7 +27,7 @@ def write_tokenizer(folder: Path) -> None:
     config = {
         "tokenizer_class": "CLIPTokenizer", "model_max_length": 8, "bos_token": "<|startoftext|>",
         "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "unk_token": "<|endoftext|>",
-    }  # fmt: skip
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
@@ -49,11 +49,11 @@ def write_generator(folder: Path) -> Path:
         down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
         block_out_channels=(8, 8, 8), layers_per_block=1, latent_channels=4, sample_size=16, num_vq_embeddings=32,
         norm_num_groups=4, vq_embed_dim=4, mid_block_add_attention=False, lookup_from_codebook=True,
-    ).save_pretrained(folder / "vqvae")  # fmt: skip
+    ).save_pretrained(folder / "vqvae")
     text = CLIPTextConfig(
         vocab_size=55, hidden_size=24, intermediate_size=32, projection_dim=32, num_hidden_layers=2,
         num_attention_heads=2, max_position_embeddings=8, bos_token_id=53, eos_token_id=54, pad_token_id=54,
-    )  # fmt: skip
+    )
     CLIPTextModelWithProjection(text).save_pretrained(folder / "text_encoder")
     write_tokenizer(folder / "tokenizer")
     (folder / "scheduler").mkdir()

@@ -19,7 +19,7 @@ def free_port() -> int:
 def one(work, rank: int, world: int, port: int, log: str, arguments: tuple) -> None:
     """A rank as torchrun starts it: its place in the environment, its output in a file."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     apart(work, log, arguments)
 
 

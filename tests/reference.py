@@ -113,7 +113,7 @@ def imagereward_weights(folder: Path) -> dict[str, torch.Tensor]:
         "layer_norm_eps": 1e-12, "max_position_embeddings": 512, "model_type": "bert", "num_attention_heads": 12,
         "num_hidden_layers": 12, "pad_token_id": 0, "type_vocab_size": 2, "vocab_size": 30524, "encoder_width": 1024,
         "add_cross_attention": True,
-    }  # fmt: skip
+    }
     (folder / "med_config.json").write_text(json.dumps(bert), encoding="utf-8")
     torch.manual_seed(0)
     model = ImageRewardModel(vision=VISION, text=TEXT)

@@ -51,7 +51,7 @@ def calls(monkeypatch):
         trained = model not in ("embedded", "other")
         reward = float((Path(model) / "reward").read_text(encoding="utf-8")) if trained else -1.0
         row = {"model": model, "prompts": "training", "guidance": 1.0, "temperature": 1.0, "schedule": "cosine",
-               "order": "random", "remask": 0.5, "seconds_per_image": 0.5, "weights": "w", "settings": "s"}  # fmt: skip
+               "order": "random", "remask": 0.5, "seconds_per_image": 0.5, "weights": "w", "settings": "s"}
         row |= dict.fromkeys(METRICS) | {"reward": reward, "steps_mean": reward, "steps_mode": 4}
         rows = [row | {"steps": s, "network_evaluations": reward if s == "auto" else s} for s in options["steps"]]
         return rows + (evaluate(others, out=out, **options) if others else [])
@@ -67,7 +67,7 @@ def test_one_report_of_all_variants(calls, tmp_path, capsys):
     names = ["token", AGAIN, "exact", "token, random order", "sequence"]
     assert [(row["model"], row["steps"]) for row in rows] == [
         ("start", 2), *((name, steps) for name in names for steps in (2, "auto"))
-    ]  # fmt: skip
+    ]
     assert [row["reward"] for row in rows[1::2]] == [5.5, 5.5, 5.5, 5.5, 8.5] and rows[0]["reward"] == -1
     assert rows[0]["reward_spread"] is None and rows[1]["reward_spread"] == pytest.approx(0.5**0.5)
     assert rows[1]["reward_interval"] == pytest.approx(12.706 * 0.5, rel=1e-4)  # t of one degree of freedom
@@ -193,7 +193,7 @@ def test_differences_are_paired_by_seed_at_equal_settings():
 
 def test_a_difference_no_larger_than_that_of_identical_arms_is_no_result():
     one = {"variant": "b", "prompts": "training", "steps": 4, "network_evaluations": 8, "metric": "reward",
-           "difference": 0.1, "interval": 0.05, "outside": True}  # fmt: skip
+           "difference": 0.1, "interval": 0.05, "outside": True}
     pair = one | {"variant": AGAIN, "difference": -0.1}
     assert is_result(one, floors([])) and not is_result(one, floors([pair]))
     assert differences_of([pair, one])[1][1] == ["b", "training", "4, 8 NFE", "+0.100 ±0.050"]
@@ -201,7 +201,7 @@ def test_a_difference_no_larger_than_that_of_identical_arms_is_no_result():
 
 def test_a_metric_that_no_run_has_has_no_interval():
     row = {"model": "m", "prompts": "given", "steps": 1, "guidance": 1.0, "temperature": 1.0,
-           "network_evaluations": 1, "seconds_per_image": 1.0, "reward": 0.5, "judge_r1": None}  # fmt: skip
+           "network_evaluations": 1, "seconds_per_image": 1.0, "reward": 0.5, "judge_r1": None}
     (found,) = over_runs("v", [[row], [row | {"reward": 0.7}]])
     assert found["reward"] == pytest.approx(0.6) and found["runs"] == 2 and "judge_r1_interval" not in found
 
@@ -235,7 +235,7 @@ def tiny(tiny_generator_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     return {"model": str(tiny_generator_folder), "prompts": str(tmp_path / "prompts.txt"), "iterations": 1, "groups": 1,
             "group_size": 2, "steps": "2", "quality": "brightness:score", "compile": False, "seed": 0,
-            "search": 0}  # fmt: skip
+            "search": 0}
 
 
 def test_processes_side_by_side_do_their_runs_and_one_that_fails_stops_no_other(tiny, tmp_path):
@@ -243,7 +243,7 @@ def test_processes_side_by_side_do_their_runs_and_one_that_fails_stops_no_other(
 
     runs = {tmp_path / "good/seed-0": tiny, tmp_path / "bad/seed-0": tiny | {"lr": -1.0}}
     evaluation = {"steps": (1,), "count": 1, "seeds": 1, "images": 0, "guidance": (1.0,), "prompts": tiny["prompts"],
-                  "quality": tiny["quality"]}  # fmt: skip
+                  "quality": tiny["quality"]}
     found = side_by_side(runs, evaluation=evaluation, devices=["cpu"], jobs=2, console=Console())
     (row,) = found[tmp_path / "good/seed-0"]
     assert row["steps"] == 1 and row["reward"] > 0

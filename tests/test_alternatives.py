@@ -12,7 +12,7 @@ from experiments.alternatives.distil import auxiliary_loss, distil, divergence_g
 from experiments.alternatives.finetune import finetune, finetune_loss
 from experiments.alternatives.shared import kept, mask_again
 from speedrl.cli import in_one_line
-from speedrl.models.checkpoint import load_generator
+from speedrl.models.loading import load_generator
 from speedrl.studies.runs import command
 
 

@@ -10,7 +10,8 @@ import torch
 from speedrl.generation import draw, sample
 from speedrl.method.sampling import draw_noise, rollout
 from speedrl.method.schedules import timesteps
-from speedrl.models.checkpoint import decode, encode_prompts, load_generator, save_generator
+from speedrl.models.generator import decode, encode_prompts
+from speedrl.models.loading import load_generator, save_generator
 from speedrl.policies import make_policy
 from speedrl.system.platform import import_torchvision
 from speedrl.training import train
@@ -31,18 +32,18 @@ def pipeline():
         hidden_size=16, cond_embed_dim=32, micro_cond_encode_dim=4, micro_cond_embed_dim=20, encoder_hidden_size=24,
         vocab_size=MASK + 1, codebook_size=CODES, in_channels=8, block_out_channels=8, num_res_blocks=1,
         block_num_heads=1, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, sample_size=4,
-    )  # fmt: skip
+    )
     for parameter in transformer.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     vqvae = VQModel(
         down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
         block_out_channels=(8, 8, 8), layers_per_block=1, latent_channels=4, sample_size=16, num_vq_embeddings=CODES,
         norm_num_groups=4, vq_embed_dim=4, mid_block_add_attention=False, lookup_from_codebook=True,
-    )  # fmt: skip
+    )
     text = CLIPTextModelWithProjection(CLIPTextConfig(
         vocab_size=55, hidden_size=24, intermediate_size=32, projection_dim=32, num_hidden_layers=2,
         num_attention_heads=2, max_position_embeddings=8, bos_token_id=53, eos_token_id=54, pad_token_id=54,
-    ))  # fmt: skip
+    ))
     return AmusedPipeline(vqvae, None, text.eval(), transformer.eval(), AmusedScheduler(MASK))
 
 
@@ -58,7 +59,7 @@ def folder(tmp_path_factory) -> Path:
         "transformer": ("diffusers", "UVit2DModel"), "vqvae": ("diffusers", "VQModel"),
         "scheduler": ("diffusers", "AmusedScheduler"), "tokenizer": ("transformers", "CLIPTokenizer"),
         "text_encoder": ("transformers", "CLIPTextModelWithProjection"),
-    }.items()}  # fmt: skip
+    }.items()}
     (path / "model_index.json").write_text(json.dumps({"_class_name": "AmusedPipeline"} | index), encoding="utf-8")
     return path
 
@@ -226,7 +227,7 @@ def test_it_learns_to_choose_its_steps_and_the_pipeline_still_loads_it(folder, t
         quality=lambda images, prompts: images[:, 1].mean((1, 2)),
         steps="1-4", iterations=2, groups=2, group_size=3, compile=False, guidance=2.0, reference_guidance=2.0,
         search=0, lr=1e-2, warmup=0,
-    )  # fmt: skip
+    )
     again = load_generator(tmp_path / "run")
     assert again.sampler["steps.choices"].tolist() == [1, 2, 4] and again.sampler["steps.bias"].abs().max() > 0
     assert set(draw(again, ["an owl", "a cat"])[1].tolist()) <= {1, 2, 4}

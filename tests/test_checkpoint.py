@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from speedrl.generation import draw as draw_tokens
 from speedrl.generation import sample
-from speedrl.models.checkpoint import decode, encode_prompts, load_generator, repeat, save_generator, take
+from speedrl.models.generator import decode, encode_prompts, index_prompts, repeat_prompts
+from speedrl.models.loading import load_generator, save_generator
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -81,7 +82,7 @@ def test_another_text_encoder_takes_the_place_of_the_generators_own(tiny_generat
     torch.manual_seed(3)
     g = load_generator(tiny_generator_folder)
     vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1,
-              "image_size": 8, "patch_size": 4}  # fmt: skip
+              "image_size": 8, "patch_size": 4}
     text = {k: v for k, v in g.text_encoder.config.to_dict().items() if k not in ("architectures", "model_type")}
     whole = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=32))  # as on the hub
     whole.save_pretrained(tmp_path / "clip")
@@ -162,8 +163,8 @@ def test_prompts_are_clips_own(tiny_generator):
     torch.testing.assert_close(prompts.text, expected.hidden_states[-2][[0, 1, 0]])
     torch.testing.assert_close(prompts.pooled, expected.text_embeds[[0, 1, 0]])
     assert prompts.micro_conds.tolist() == [[16, 16, 0, 0, 6]] * 3
-    assert torch.equal(take(prompts, torch.tensor([1, 0])).text, prompts.text[[1, 0]])
-    assert torch.equal(repeat(prompts, 2).pooled, prompts.pooled[[0, 0, 1, 1, 2, 2]])
+    assert torch.equal(index_prompts(prompts, torch.tensor([1, 0])).text, prompts.text[[1, 0]])
+    assert torch.equal(repeat_prompts(prompts, 2).pooled, prompts.pooled[[0, 0, 1, 1, 2, 2]])
 
 
 def test_long_prompts_are_cut_and_no_prompt_is_an_error(tiny_generator):
@@ -222,7 +223,7 @@ def edit(path, change):
             "another shape for 1 of",
         ),
     ],
-)  # fmt: skip
+)
 def test_a_damaged_folder_says_what_is_wrong_in_one_line(damaged, harm, kind, says):
     harm(damaged)
     with pytest.raises(kind, match=says) as caught:

@@ -98,7 +98,7 @@ def test_ctrl_c_is_one_line_and_exit_130(monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt("stopped after iteration 3; go on with --resume")
 
-    monkeypatch.setattr("speedrl.models.checkpoint.load_generator", interrupted)
+    monkeypatch.setattr("speedrl.models.loading.load_generator", interrupted)
     result = run("sample", "an owl")
     assert result.exit_code == 130 and result.stderr == "stopped after iteration 3; go on with --resume\n"
 
@@ -134,7 +134,7 @@ NO_FLAG = {
     ("command", "target", "more"),
     [("train", "training.train", LOADING | {"compare"}),
      ("evaluate", "evaluation.measuring.evaluate", LOADING | {"precision", "model", "base"})],
-)  # fmt: skip
+)
 def test_every_keyword_of_the_function_is_an_option_but_what_nobody_turns(command, target, more):
     assert set(inspect.signature(getattr(cli, command)).parameters) == set(cli.defaults(target)) - NO_FLAG | more
 
@@ -171,7 +171,7 @@ def test_ablate_forwards_what_is_given_and_nothing_else(monkeypatch):
         "name": "kl", "seeds": (0, 1), "model": "embedded", "beside": [], "device": "cpu", "jobs": 1,
         "quick": False, "iterations": 3, "lora": 16,
         "checkpointing": True, "eval_steps": (2, 8), "eval_count": 4, "eval_seeds": 1, "evaluation": {},
-    }  # fmt: skip
+    }
     assert run("ablate").exit_code == 0 and seen["name"] == "all"
     assert "option of train" in one_line(run("ablate", "--set", "lora:16"))
     assert "option of train" in one_line(run("ablate", "--set", "loras=16"))

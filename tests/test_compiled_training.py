@@ -28,7 +28,7 @@ def test_compiled_training_is_eager_training_and_compiles_in_the_first_iteration
     model = str(tiny_generator_folder)
     options = dict(model=model, prompts=["a b", "c d", "e f"], quality="tests.test_train:red",
                    steps="1-8", steps_reward=0.5, groups=4, group_size=4, bf16=False, search=0,
-                   save_every=1)  # fmt: skip
+                   save_every=1)
     train(out=tmp_path / "compiled", iterations=4, compile=True, **options)
     compiled = list(graphs)
     assert compiled[0] > 3, "blocks, what surrounds them, the sampler's step and the score"

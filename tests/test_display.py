@@ -11,7 +11,7 @@ import pytest
 from speedrl.run.display import columns_that_fit, moving_means, number, sparkline
 
 ROW = {"iteration": 12, "reward": 0.5312, "quality": 0.4811, "steps": 6.25, "group_std": 0.2, "kl": 0.0312,
-       "clip_fraction": 0.0, "ratio_max": 1.0, "grad_norm": 0.55, "kept": 0.84, "images_per_second": 9.31}  # fmt: skip
+       "clip_fraction": 0.0, "ratio_max": 1.0, "grad_norm": 0.55, "kept": 0.84, "images_per_second": 9.31}
 SCRIPT = f"""
 from speedrl.run.display import Display
 row = {ROW!r}

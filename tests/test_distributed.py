@@ -22,7 +22,7 @@ from tests.ranks import command, finish, free_port, start_ranks
 from tests.test_state import arguments, wait_for
 
 OPTIONS = dict(steps="2-4", groups=4, group_size=3, iterations=1, compile=False, bf16=False, lr=1e-3, micro_batch=5,
-               percentile=60.0, updates=1, search=0, quality="embedded")  # fmt: skip
+               percentile=60.0, updates=1, search=0, quality="embedded")
 
 
 def green(images, prompts):
@@ -33,7 +33,7 @@ def green(images, prompts):
 def options(tiny_generator_folder, tmp_path):
     (tmp_path / "prompts.txt").write_text("a b\nc d\ne f\ng h\ni j\n", encoding="utf-8")
     return OPTIONS | {"model": str(tiny_generator_folder), "prompts": str(tmp_path / "prompts.txt"),
-                      "quality": "tests.test_distributed:green"}  # fmt: skip
+                      "quality": "tests.test_distributed:green"}
 
 
 def keep_gradient(path):
@@ -197,7 +197,7 @@ def test_torchrun_starts_killed_ranks_again_which_resume_and_stops_them_in_good_
         process = subprocess.Popen(
             [*torchrun, "--master-port", str(free_port()), "-m", "speedrl", *flags], cwd=tmp_path, stdout=log,
             stderr=log, env=os.environ | where,
-        )  # fmt: skip
+        )
     try:
         wait_for(tmp_path / "run/checkpoints/000004")
         process.terminate()
@@ -222,7 +222,7 @@ def test_torchrun_starts_killed_ranks_again_which_resume_and_stops_them_in_good_
 def joins_again(port, attempt):
     """As torchrun starts a rank, with the store that torchrun has kept; rank 1 comes late the second time."""
     os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True",
-                   "TORCHELASTIC_RESTART_COUNT": str(attempt)}  # fmt: skip
+                   "TORCHELASTIC_RESTART_COUNT": str(attempt)}
     if attempt and os.environ["RANK"] == "1":
         time.sleep(2)
     join("cpu", minutes=1)

@@ -113,7 +113,7 @@ def test_the_evidence_for_deviations_is_in_the_results():
     table = re.search(r"^\| deviation .*?\n\n", (ROOT / "docs/method.md").read_text(encoding="utf-8"), re.M | re.S)
     sources = ("docs/results.md", "docs/ablations.md", "speedrl/models/embedded/README.md")
     measured = {number for source in sources
-                for number in re.findall(r"\d\.\d{3}", (ROOT / source).read_text(encoding="utf-8"))}  # fmt: skip
+                for number in re.findall(r"\d\.\d{3}", (ROOT / source).read_text(encoding="utf-8"))}
     assert set(re.findall(r"\d\.\d{3}", table[0])) <= measured
 
 
@@ -127,21 +127,21 @@ def test_every_licence_that_files_are_under_has_its_text():
 
 FRONT = "before\n<!-- results:begin -->\nold\n<!-- results:end -->\nafter\n"
 VALUES = {"reward": 0.5711, "judge_r1": 0.4044, "judge_margin": 0.1234, "diversity": 0.3333, "judge_r5": 0.6,
-          "frechet": 12.34, "pixel_diversity": 0.2}  # fmt: skip
+          "frechet": 12.34, "pixel_diversity": 0.2}
 
 
 def row(model, steps, *, prompts="training", guidance=1.0, runs=3, **values):
     found = {"model": model, "prompts": prompts, "steps": steps, "guidance": guidance, "temperature": 4.5, "runs": runs,
-             "schedule": "cosine", "order": "confidence", "remask": 0.5, "seconds_per_image": 0.01}  # fmt: skip
+             "schedule": "cosine", "order": "confidence", "remask": 0.5, "seconds_per_image": 0.01}
     found |= {"network_evaluations": 7.26, "steps_mean": 7.26, "steps_mode": 8} if steps == "auto" else {
-        "network_evaluations": steps * (1 if guidance == 1 else 2)}  # fmt: skip
+        "network_evaluations": steps * (1 if guidance == 1 else 2)}
     spread = {f"{name}_interval": None if runs == 1 else 0.0123 for name in VALUES}
     return found | VALUES | spread | {f"{name}_spread": None for name in VALUES} | values
 
 
 def difference(variant, metric, size, *, outside=True, steps=4):
     return {"variant": variant, "prompts": "training", "steps": steps, "network_evaluations": steps, "metric": metric,
-            "difference": size, "interval": 0.004, "seeds": 3, "outside": outside}  # fmt: skip
+            "difference": size, "interval": 0.004, "seeds": 3, "outside": outside}
 
 
 def ablation(name="method", base="embedded", searched="start"):
@@ -149,16 +149,16 @@ def ablation(name="method", base="embedded", searched="start"):
     sets, variants = ("training", "held-out"), [*all_ablations()[name]]
     rows = [row(base, 32, prompts=which, guidance=1.3, runs=1) for which in sets]
     rows += [row(model, steps, prompts=which, runs=1 if model in (base, searched) else 3)
-             for model in (base, searched, *variants) for which in sets for steps in (4, 8, "auto")]  # fmt: skip
+             for model in (base, searched, *variants) for which in sets for steps in (4, 8, "auto")]
     differences = [difference(AGAIN, "reward", -0.011), difference(AGAIN, "judge_r1", 0.021),
-                   difference("no reward", "reward", -0.2), difference("no reward", "judge_r1", 0.02)]  # fmt: skip
+                   difference("no reward", "reward", -0.2), difference("no reward", "judge_r1", 0.02)]
     commands = [f"speedrl {line}" for seed in (0, 1, 2) for line in (
         f"train --out /tmp/a/runs/default/seed-{seed}/run --iterations 50 --ema 0.5 --model embedded --seed {seed} "
         "--no-compare",
         f"eval --model /tmp/a/runs/default/seed-{seed}/run --steps 4,8,auto --count 4 --seeds 1",
-    )]  # fmt: skip
+    )]
     return {"ablation": name, "failed": {"no reward, seed 1": "no file /tmp/a/b/c.txt"}, "rows": rows,
-            "differences": differences, "words": [], "commands": commands}  # fmt: skip
+            "differences": differences, "words": [], "commands": commands}
 
 
 @pytest.fixture
@@ -186,7 +186,7 @@ def test_the_front_page_takes_its_table_from_the_file_and_keeps_its_limits(found
     assert [line.split(" | ")[:2] for line in table[2:]] == [
         ["| base", "64"], ["| base, its sampler searched", "7.3"], ["| trained", "7.3"],
         ["| base, its sampler searched", "4"], ["| trained", "4"],
-    ]  # fmt: skip
+    ]
     assert "| 0.571 / 0.571 | 0.404 / 0.404 |" in table[2] and "| 0.571±0.012 / 0.571±0.012 |" in table[4]
     text = " ".join(after.split("-->")[1].split())
     assert "3 trainings" in text and "3 other seeds (A/A) change reward by 0.011, R@1 by 0.021" in text

@@ -37,7 +37,7 @@ def judge(monkeypatch):
         torch.nn.Identity(), ["dog", "cat", "bird"], frozenset({"bird"}), torch.full((3,), 0.5), torch.eye(3),
         torch.eye(3)[:, :2], {"training": torch.zeros(2)}, {"training": torch.eye(2)},
         {"training": {"judge_r1": 0.6}},
-    )  # fmt: skip
+    )
     monkeypatch.setattr(speedrl.evaluation.measuring, "features", lambda judge, images: images.mean((2, 3)))
     monkeypatch.setattr(speedrl.evaluation.measuring, "load_judge", lambda device: made)
     monkeypatch.setattr(
@@ -126,7 +126,7 @@ def test_shares_to_remask_are_rows_of_their_own(judge, tiny_generator_folder, tm
     rows = evaluate([tiny_generator_folder], remask=(0.0, 0.5), **options)
     assert [(row["remask"], row["steps"], row["network_evaluations"]) for row in rows] == [
         (0.0, 4, 4), (0.0, 8, 8), (0.5, 4, 4), (0.5, 8, 8)
-    ]  # fmt: skip
+    ]
     assert rows[0]["reward"] == rows[2]["reward"] and rows[1]["reward"] != rows[3]["reward"]
     header, lines = columns_of(rows)
     assert "schedule" not in header and [line[header.index("remask")] for line in lines] == ["0", "0", "0.5", "0.5"]
@@ -137,7 +137,7 @@ def test_orders_and_schedules_are_rows_of_their_own(judge, tiny_generator_folder
     rows = evaluate([tiny_generator_folder], schedule=("cosine", "square"), order=("random", "halton"), **options)
     assert [(row["schedule"], row["order"]) for row in rows] == [
         ("cosine", "random"), ("cosine", "halton"), ("square", "random"), ("square", "halton")
-    ]  # fmt: skip
+    ]
     assert len({row["reward"] for row in rows}) == 4
     (own,) = evaluate([tiny_generator_folder], **options)
     assert (own["schedule"], own["order"], own["remask"]) == ("cosine", "confidence", 0.0)
@@ -191,7 +191,7 @@ def test_plot_of_many_curves(tmp_path):
          "schedule": "cosine", "order": "random", "remask": 0.0, "network_evaluations": s, "seconds_per_image": 0.1,
          "reward": s / 9, "reward_spread": 0.01, "judge_r1": None}
         for m in range(6) for which in ("training", "held-out") for s in (1, 2, 4) for t in (0.5, 2.0)
-    ]  # fmt: skip
+    ]
     assert plot(rows, tmp_path / "plot.png", real={"training": {"reward": 0.4}})
     assert (tmp_path / "plot.png").stat().st_size > 10_000
     assert not plot([row | {"reward": None} for row in rows], tmp_path / "none.png")
@@ -205,7 +205,7 @@ def with_steps(tiny_generator_folder, tmp_path):
 
     folder = shutil.copytree(tiny_generator_folder, tmp_path / "with-steps")
     tensors = {"steps.choices": torch.tensor([1, 2, 4]), "steps.bias": torch.tensor([0.0, 0.0, 9.0]),
-               "steps.weight": torch.zeros(3, 32)}  # fmt: skip
+               "steps.weight": torch.zeros(3, 32)}
     save_file(tensors, folder / "scheduler/sampler.safetensors")
     return folder
 
@@ -228,7 +228,7 @@ def test_a_table_fits_its_width_and_keeps_what_matters(width):
 
     row = {"model": "runs/a-name-that-is-rather-long/model", "prompts": "held-out", "steps": 16, "guidance": 1.0,
            "temperature": 2.0, "schedule": "cosine", "order": "confidence", "remask": 0.5, "network_evaluations": 16,
-           "seconds_per_image": 0.123} | {name: 0.5 for name in speedrl.evaluation.measuring.METRICS}  # fmt: skip
+           "seconds_per_image": 0.123} | {name: 0.5 for name in speedrl.evaluation.measuring.METRICS}
     rows = [row | {"reward_spread": 0.01}, row | {"order": "halton"}]
     console = Console(width=width, record=True)
     console.print(table(rows, width=width))

@@ -11,12 +11,12 @@ from speedrl.models.meissonic import MeissonicTransformer
 SMALL = dict(
     attention_head_dim=16, num_attention_heads=2, joint_attention_dim=24, pooled_projection_dim=32,
     axes_dims_rope=(4, 6, 6), vocab_size=40, codebook_size=48,
-)  # fmt: skip
+)
 
 
 def inputs(batch: int, grid: tuple[int, int], text: int) -> tuple[torch.Tensor, ...]:
     return (torch.zeros(batch, *grid, dtype=torch.int64), torch.ones(batch, dtype=torch.int64),
-            torch.randn(batch, text, 24), torch.randn(batch, 32), torch.ones(batch, 5))  # fmt: skip
+            torch.randn(batch, text, 24), torch.randn(batch, 32), torch.ones(batch, 5))
 
 
 @pytest.mark.parametrize(

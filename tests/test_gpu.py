@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from speedrl.method.losses import reward_slopes
 from speedrl.method.sampling import draw_noise, rollout
-from speedrl.models.checkpoint import codebook, decode_embeddings, load_generator
+from speedrl.models.generator import codebook, decode_embeddings
+from speedrl.models.loading import load_generator
 from speedrl.policies import make_policy
 from speedrl.system.platform import bf16_autocast
 from speedrl.training import train
@@ -32,7 +33,7 @@ def without_tf32(put=setattr):
 def options(tiny_generator_folder, tmp_path):
     (tmp_path / "prompts.txt").write_text("a b\nc d\ne f\ng h\ni j\n", encoding="utf-8")
     return OPTIONS | {"model": str(tiny_generator_folder), "prompts": str(tmp_path / "prompts.txt"),
-                      "quality": "tests.test_distributed:green"}  # fmt: skip
+                      "quality": "tests.test_distributed:green"}
 
 
 @pytest.mark.parametrize("likelihood", ["exact", "token", "sequence"])
@@ -82,7 +83,7 @@ def spawned(work, world, folder, *arguments):
 @pytest.mark.parametrize(
     ("world", "how"), [(1, {"parallel": "fsdp"}), (1, {"parallel": "fsdp", "offload": True}), (2, {}),
                        (2, {"parallel": "fsdp"}), (2, {"parallel": "fsdp", "lora": 2})],
-)  # fmt: skip
+)
 def test_ranks_give_the_gradient_and_the_metrics_of_one(options, tmp_path, world, how):
     if torch.cuda.device_count() < world:
         pytest.skip(f"needs {world} GPUs")
@@ -136,7 +137,7 @@ def test_where_the_devices_memory_runs_out_smaller_batches_give_the_same_gradien
         gradients(
             policy, None, trajectory, which, advantages, keep, keep.sum() * LENGTH, size, kl="none", kl_weight=0.0,
             autocast=bf16_autocast(DEVICE, enabled=False), mask_id=generator.mask_id, likelihood="token",
-        )  # fmt: skip
+        )
         return [p.grad.clone() for p in learned if p.grad is not None]
 
     codes, texts = codebook(generator), ["an owl"] * count

@@ -9,11 +9,11 @@ import torch
 from typer.testing import CliRunner
 
 import speedrl.evaluation.measuring
-import speedrl.models.checkpoint
+import speedrl.models.loading
 import speedrl.training
 from speedrl import cli
 from speedrl.evaluation.figures import contact_sheet
-from speedrl.models.checkpoint import encode_prompts
+from speedrl.models.generator import encode_prompts
 from speedrl.run.checkpoints import append_row
 from speedrl.run.prompts import open_prompts, read_prompts
 from speedrl.system.files import seal
@@ -35,7 +35,7 @@ def test_marks_blank_lines_and_control_characters_leave_the_prompts(tmp_path):
     ("content", "says"),
     [(b"an owl\n\xff\xfe\n", "not a text file"), ("an owl\n".encode("utf-16"), "not a text file"), (b"", "no prompts"),
      (b"\n \n\x00\n", "no prompts")],
-)  # fmt: skip
+)
 def test_a_file_without_prompts_in_utf_8_is_one_line(tmp_path, content, says):
     (tmp_path / "p.txt").write_bytes(content)
     with pytest.raises(ValueError, match=says):
@@ -66,7 +66,7 @@ def test_a_prompt_of_100000_characters_trains_and_is_drawn(tiny_generator_folder
     long = "a red apple 🦉 " * 7000
     (tmp_path / "p.txt").write_text(f"{long}\nb\n", encoding="utf-8")
     train(out=tmp_path / "run", model=str(tiny_generator_folder), prompts=tmp_path / "p.txt", iterations=1, steps="1",
-          search=0, quality="tests.test_hostile:dark", groups=3, group_size=2, compile=False)  # fmt: skip
+          search=0, quality="tests.test_hostile:dark", groups=3, group_size=2, compile=False)
     assert encode_prompts(tiny_generator, [long]).text.shape == (1, 8, 24)
     sheet = contact_sheet([torch.zeros(1, 3, 16, 16)], labels=[long], titles=[long])
     assert sheet.width < 2000
@@ -107,10 +107,10 @@ BAD = {  # each value of each option is bad whatever the others are
     "--reward-weights": WORDS | WORDS.map(lambda text: f"clip={text}"),
     "--text-encoder": WORDS.map(lambda text: f"./{text}"),  # no name of the hub
     "--no-such-flag": WORDS,
-}  # fmt: skip
+}
 SWITCHES = {"--offload": ""}  # contradictory without --parallel fsdp
 SHARED = {name: BAD[name] for name in ("--schedule", "--order", "--device", "--size", "--micro-conds", "--model",
-                                       "--text-encoder", "--no-such-flag")}  # fmt: skip
+                                       "--text-encoder", "--no-such-flag")}
 SHARED |= {"--precision": WORDS, "--count": COUNTS}
 NO_LISTS = (NOT_NUMBERS | NOT_FINITE).filter(lambda text: text != "1,2")
 OF_OTHERS = {  # the options of the other commands; "" is what has no flag
@@ -127,7 +127,7 @@ OF_OTHERS = {  # the options of the other commands; "" is what has no flag
                **dict.fromkeys(("--iterations", "--groups", "--group-size", "--lr", "--eval-count", "--eval-seeds"),
                                NOT_NUMBERS)},
     "export": {"": WORDS, "--no-such-flag": WORDS, "--raw": st.just("yes")},
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -136,13 +136,13 @@ def place(tiny_generator_folder, tiny_generator, tmp_path, monkeypatch):
     (tmp_path / "p.txt").write_text("a b\nc d\n", encoding="utf-8")
     (tmp_path / "run/checkpoints/000001").mkdir(parents=True)
     (tmp_path / "run/metrics.jsonl").write_text('{"iteration": 1}\n', encoding="utf-8")
-    plain, same = speedrl.models.checkpoint.load_generator, str(tiny_generator_folder)
+    plain, same = speedrl.models.loading.load_generator, str(tiny_generator_folder)
 
     def load(model, **how):
         usual = model == same and how.keys() <= {"device"} and how.get("device", "cpu") == "cpu"
         return tiny_generator if usual else plain(model, **how)
 
-    for module in (speedrl.models.checkpoint, speedrl.training, speedrl.evaluation.measuring):
+    for module in (speedrl.models.loading, speedrl.training, speedrl.evaluation.measuring):
         monkeypatch.setattr(module, "load_generator", load)
     monkeypatch.setattr(speedrl.evaluation.measuring, "judge_if_there", lambda *_: None)  # seconds, each time
     return tmp_path
@@ -155,7 +155,7 @@ def files(folder):
 def examples(count):
     """The same `count` examples in every run."""
     return hypothesis.settings(max_examples=count, deadline=None, database=None, derandomize=True,
-                               suppress_health_check=list(hypothesis.HealthCheck))  # fmt: skip
+                               suppress_health_check=list(hypothesis.HealthCheck))
 
 
 def refused(arguments, *, also=()):
@@ -181,7 +181,7 @@ def test_bad_flags_are_one_line_and_lose_no_file(place, tiny_generator_folder):
     def bad(data):
         flag = data.draw(st.sampled_from([*BAD, *SWITCHES]))
         given = {"--model": str(tiny_generator_folder), "--prompts": str(place / "p.txt"), "--steps": "2",
-                 "--quality": "tests.test_hostile:dark", "--out": str(place / "new")}  # fmt: skip
+                 "--quality": "tests.test_hostile:dark", "--out": str(place / "new")}
         given[flag] = data.draw(BAD[flag]) if flag in BAD else None
         tried.add(flag)
         refused(["train", "--no-compare", "--no-compile", *flags_of(given)])
@@ -201,7 +201,7 @@ def test_bad_flags_of_the_other_commands_are_one_line_and_lose_no_file(place, ti
     model, prompts = {"--model": str(tiny_generator_folder)}, {"--prompts": "p.txt"}
     works = {"sample": model | {"--out": "new.png", "--steps": "2"},
              "eval": model | prompts | {"--out": "new", "--steps": "2", "--quality": "tests.test_hostile:dark"},
-             "ablate": model | {"--out": "new"}, "export": {"--out": "new"}}  # fmt: skip
+             "ablate": model | {"--out": "new"}, "export": {"--out": "new"}}
 
     @examples(110)
     @hypothesis.given(st.data())
@@ -221,7 +221,7 @@ def test_bad_flags_of_the_other_commands_are_one_line_and_lose_no_file(place, ti
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just("9" * 5000),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=5,
-)  # fmt: skip
+)
 
 
 def damaged(data, content):
@@ -249,14 +249,14 @@ def finished(tiny_generator_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     (folder / "p.txt").write_text("a b\nc d\n", encoding="utf-8")
     train(out=folder / "run", model=str(tiny_generator_folder), prompts=folder / "p.txt", iterations=2, steps="2",
-          search=0, quality="tests.test_hostile:dark", groups=1, group_size=2, save_every=1, compile=False)  # fmt: skip
+          search=0, quality="tests.test_hostile:dark", groups=1, group_size=2, save_every=1, compile=False)
     return folder
 
 
 def test_damaged_files_are_one_line_or_do_no_harm_and_nothing_is_lost(finished, place, tiny_generator_folder):
     """A checkpoint's files are sealed again after the damage, as by one who means no good."""
     kinds, ended = ("p.txt", "p.jsonl", "metrics.jsonl", "state.json", "manifest.json", "random.st",
-                    "tensors.safetensors", "results.json"), {}  # fmt: skip
+                    "tensors.safetensors", "results.json"), {}
     prompts = {"--model": str(tiny_generator_folder), "--prompts": str(place / "p.txt"), "--steps": "2"}
     given = prompts | {
         "--quality": "tests.test_hostile:dark",
@@ -323,7 +323,7 @@ def test_damaged_files_are_one_line_or_do_no_harm_and_nothing_is_lost(finished, 
     "arguments",
     [["--out", "run"], ["--out", "p.txt"], ["--out", "p.txt/run"], ["--out", "run/metrics.jsonl", "--resume"],
      ["--out", "run", "--resume"]],
-)  # fmt: skip
+)
 def test_a_folder_that_holds_something_else_stays_as_it_is(place, tiny_generator_folder, arguments, monkeypatch):
     monkeypatch.chdir(place)
     before = files(place)
@@ -346,7 +346,7 @@ def test_a_folder_that_holds_something_else_stays_as_it_is(place, tiny_generator
     "arguments",
     [["export", "nowhere", "--out", "x"], ["export", ".", "--out", "x"], ["eval", "--guidance", "1,nan"],
      ["ablate", "no", "--seeds", "a"], ["sample", "a", "--micro-conds", "1,2,3,4,inf"]],
-)  # fmt: skip
+)
 def test_other_commands_refuse_in_one_line_too(tmp_path, monkeypatch, arguments):
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(cli.app, arguments)

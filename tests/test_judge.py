@@ -36,7 +36,7 @@ def small():
     return Judge(
         torch.nn.Identity(), [f"thing {i}" for i in range(8)], frozenset(), torch.ones(1280), axes[:8], axes[:, :32],
         {"training": torch.zeros(32)}, {"training": torch.eye(32)}, {},
-    )  # fmt: skip
+    )
 
 
 def test_names_are_found_as_whole_words_the_longest_first():

@@ -77,7 +77,7 @@ def test_every_module_has_its_place_in_the_order():
 
 def test_the_order_has_no_circle():
     graph = {name: {m for m in imports(path) if m in MODULES and m != "speedrl"} for name, path in
-             ((module_name(path), path) for path in FILES if path.name != "__init__.py")}  # fmt: skip
+             ((module_name(path), path) for path in FILES if path.name != "__init__.py")}
     done: set[str] = set()
 
     def visit(name: str, above: tuple[str, ...]) -> None:
@@ -174,7 +174,7 @@ def test_the_minimal_experiment_is_at_most_45_lines_and_trains_the_embedded_mode
         "the public API alone"
     )
     used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
-            and node.value.id == "speedrl"}  # fmt: skip
+            and node.value.id == "speedrl"}
     assert used <= set(speedrl.__all__)
     monkeypatch.setattr(minimal, "G", 2)
     monkeypatch.setattr(minimal, "N", 3)

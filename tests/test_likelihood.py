@@ -30,7 +30,7 @@ CASES = [
     (TOY, 2, "halton", {"schedule": "linear"}), (TOY, 3, "halton", {"schedule": "arccos"}),
     # six steps, of which the last two remask
     (SMALL, 6, "confidence", {"remask": 1.0}), (SMALL, 6, "random", {"remask": 1.0}),
-]  # fmt: skip
+]
 NAMES = [f"{steps} steps, {order}, {', '.join(how) or 'plain'}" for _, steps, order, how in CASES]
 
 
@@ -51,7 +51,7 @@ def test_exact_probabilities_sum_to_one_and_their_score_has_mean_zero(toy, steps
 
 
 @pytest.mark.parametrize(("toy", "steps", "order", "how"), [c for c in CASES if "scalars" not in c[3]],
-                         ids=[n for n in NAMES if "scalars" not in n])  # fmt: skip
+                         ids=[n for n in NAMES if "scalars" not in n])
 def test_rollouts_have_the_enumerated_distribution(toy, steps, order, how):
     count, trajectories = 4000, enumerated(toy, steps, order, how)
 
@@ -190,7 +190,7 @@ def test_sampling_in_two_levels_is_sampling_in_one(codes):
 
 def test_only_the_exact_likelihood_of_confidence_order_scores_what_was_discarded():
     found = {(k, o) for k in ("token", "sequence", "exact") for o in ("confidence", "random", "halton")
-             if needs_all_drawn(k, o)}  # fmt: skip
+             if needs_all_drawn(k, o)}
     assert found == {("exact", "confidence")}
     with pytest.raises(ValueError, match="'best'"):
         ones = torch.ones(1, 2, dtype=torch.bool)

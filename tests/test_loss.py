@@ -89,7 +89,7 @@ def test_reward_rises_on_a_toy_problem(likelihood):
         advantages = group_advantages(reward).flatten()
         for _ in range(2):
             loss, _ = micro_batch_loss(policy, start, trajectory, every_step(trajectory), advantages, torch.ones(64),
-                                       mask_id=3, likelihood=likelihood, kl_weight=0.01)  # fmt: skip
+                                       mask_id=3, likelihood=likelihood, kl_weight=0.01)
             optimizer.zero_grad()
             normalise(loss, torch.tensor(64.0 * 3)).backward()
             optimizer.step()

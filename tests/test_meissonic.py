@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
-from speedrl.models.checkpoint import encode_prompts
+from speedrl.models.generator import encode_prompts
 from speedrl.models.meissonic import (
     Down,
     MeissonicTransformer,

@@ -18,7 +18,7 @@ import speedrl.evaluation.reports
 import speedrl.models.meissonic
 import speedrl.updates
 from speedrl import cli
-from speedrl.models.checkpoint import load_generator
+from speedrl.models.loading import load_generator
 
 
 def red(images, prompts):
@@ -113,7 +113,7 @@ def place(tiny_generator_folder, tmp_path_factory):
 
 def scale(path: Path, factor: float) -> None:
     save_file({k: v * factor if v.is_floating_point() else v for k, v in load_file(path).items()}, path,
-              metadata={"format": "pt"})  # fmt: skip
+              metadata={"format": "pt"})
 
 
 def run_once(flags: str, place: Path, model: Path) -> dict[str, Any]:
@@ -195,7 +195,7 @@ def test_an_option_that_is_changed_alone_acts_or_is_refused(name, base, place, t
         assert learned, f"{case.flags} changes nothing"
     else:
         close = all(a[k] == pytest.approx(b[k], rel=1e-4, abs=1e-6)
-                    for a, b in zip(changed["rows"], before["rows"], strict=True) for k in a)  # fmt: skip
+                    for a, b in zip(changed["rows"], before["rows"], strict=True) for k in a)
         assert close and changed[case.by] != before[case.by]
     if case.alone == "refused":
         assert refused(run_once(f"{BASE} {case.flags}", place, tiny_generator_folder))

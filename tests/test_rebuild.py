@@ -186,7 +186,7 @@ def row(prompts: str, steps: int, r1: float) -> dict:
         "model": "base", "prompts": prompts, "steps": steps, "guidance": 1.5, "temperature": 4.0, "schedule": "cosine",
         "order": "confidence", "remask": 0.0, "network_evaluations": 2 * steps, "seconds_per_image": 0.1,
         "judge_r1": r1, "judge_r1_spread": None,
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture
@@ -201,7 +201,7 @@ def parts() -> dict:
         "training": {"base": {"updates": 60_000, "seconds": 36_000.0}, "tokens": {"updates": 8_000, "seconds": 0.0}},
         "SAMPLING": {"num_inference_steps": 32, "guidance_scale": 1.5}, "curves": best,
         "sheet": {"seed": 3, "steps": 32, "prompts": ["an owl", "an apple"]},
-    }  # fmt: skip
+    }
     return measured | {"targets": measure.targets(measured)}
 
 

@@ -48,7 +48,7 @@ def test_no_two_lines_look_alike_without_colour():
 def test_figures_are_written_as_png_and_svg_and_the_same_twice(tmp_path):
     variants = {"token": {0: run(0.1, 0.2), 1: run(0.2, 0.3)}, "sequence, one run": {0: run(0.1, 0.15)}, "none": {}}
     row = {"network_evaluations": 4, "steps": 4, "seconds_per_image": 0.1, "judge_r1": 0.5, "diversity": 0.4,
-           "judge_r1_interval": 0.05}  # fmt: skip
+           "judge_r1_interval": 0.05}
     more = row | {"network_evaluations": 8, "judge_r1": 0.6}
     methods = {"base": [row, more], "one step": [row | {"diversity": None}]}
     for folder in ("a", "b"):
@@ -68,14 +68,14 @@ def trained(tiny_generator_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(
         speedrl.evaluation.reports, "load_qualities",
         lambda text, **_: ({"redness": lambda images, prompts: images[:, 0].mean((1, 2))}, {"redness": 1.0}),
-    )  # fmt: skip
+    )
     folder = shutil.copytree(tiny_generator_folder, tmp_path / "trained")
     path = folder / "transformer/diffusion_pytorch_model.safetensors"
     from safetensors.torch import load_file
 
     save_file({name: 1.1 * value for name, value in load_file(path).items()}, path)
     tensors = {"search": torch.full((7, 4), 0.1), "steps.choices": torch.tensor([1, 2]),
-               "steps.bias": torch.tensor([0.0, 9.0]), "steps.weight": torch.zeros(2, 32)}  # fmt: skip
+               "steps.bias": torch.tensor([0.0, 9.0]), "steps.weight": torch.zeros(2, 32)}
     save_file(tensors, folder / "scheduler/sampler.safetensors")
     config = folder / "scheduler/scheduler_config.json"
     settings = json.loads(config.read_text(encoding="utf-8")) | {"guidance_scale": 1.0, "remask_share": 0.5}
@@ -91,7 +91,7 @@ def test_the_report_compares_like_with_like(trained, tiny_generator_folder, tmp_
     assert found == [
         (searched, "auto", 2), (after, "auto", 2), (searched, 4, 4), (after, 4, 4), (searched, 8, 8), (after, 8, 8),
         ("base", 6, 12), (searched, 16, 16), (after, 16, 16),
-    ]  # fmt: skip
+    ]
     base, others = rows[6], rows[:6] + rows[7:]
     assert base["guidance"] == 3.0 and base["remask"] == 0.0
     assert all(row["guidance"] == 1.0 and row["remask"] == 0.5 for row in others)
@@ -118,7 +118,7 @@ def test_the_front_pages_sheet_has_random_prompts_of_a_stated_seed(trained, tiny
 def test_a_count_that_all_prompts_take_is_compared_once(trained, tiny_generator_folder, tmp_path, capsys):
     path = trained / "scheduler/sampler.safetensors"
     save_file({"search": torch.zeros(7, 4), "steps.choices": torch.tensor([1, 4]),
-               "steps.bias": torch.tensor([0.0, 9.0]), "steps.weight": torch.zeros(2, 32)}, path)  # fmt: skip
+               "steps.bias": torch.tensor([0.0, 9.0]), "steps.weight": torch.zeros(2, 32)}, path)
     options = dict(out=tmp_path / "out", prompts=["a b"], some=1, images=1)
     assert [row["steps"] for row in report(str(tiny_generator_folder), trained, **options)].count(4) == 0
     path.unlink()  # trained with one number of steps, 6 by its scheduler

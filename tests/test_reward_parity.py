@@ -17,7 +17,7 @@ from tests.reference import hpsv2_weights, imagereward_weights, pictures, tensor
 
 PROMPTS = ["a red cat on a mat", "a dog"]
 need = {name: pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"the package {name} is not installed")
-        for name in ("ImageReward", "hpsv2")}  # fmt: skip
+        for name in ("ImageReward", "hpsv2")}
 
 
 @pytest.fixture(scope="module")

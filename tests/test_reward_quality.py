@@ -49,7 +49,7 @@ def folder(tmp_path_factory) -> Path:
         "text_cfg": {
             "context_length": 8, "vocab_size": 55, "width": 16, "heads": 2, "layers": 1, "hf_tokenizer_name": ".",
         },
-    }  # fmt: skip
+    }
     about = {"model_cfg": model, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
     (path / "open_clip_config.json").write_text(json.dumps(about), encoding="utf-8")
     torch.manual_seed(0)
@@ -353,7 +353,7 @@ def test_names_and_weights_are_read():
     assert parse_quality("embedded") == {"embedded": 1.0}
     assert parse_quality("hpsv2=1, imagereward=0.5,clip:ViT-B-32:openai=-2") == {
         "hpsv2": 1.0, "imagereward": 0.5, "clip:ViT-B-32:openai": -2.0,
-    }  # fmt: skip
+    }
     for bad in ("", "a=b", "=1", "a,a", "a=nan", "a=0", "a=1,", "a==1"):
         with pytest.raises(ValueError, match="quality"):
             parse_quality(bad)
@@ -458,7 +458,7 @@ SMALL_VISION = VISION | {"hidden_size": 32, "intermediate_size": 64, "num_hidden
 SMALL_TEXT = TEXT | {
     "vocab_size": 60, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "encoder_hidden_size": 32,
-}  # fmt: skip
+}
 
 
 def to_image_reward(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -477,7 +477,7 @@ def to_image_reward(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
                 ("embeddings.position_embedding", "pos_embed"), ("post_layernorm", "norm"),
                 ("encoder.layers", "blocks"), ("layer_norm", "norm"), ("self_attn.projection", "attn.proj"),
                 ("self_attn.qkv", "attn.qkv"),
-            ):  # fmt: skip
+            ):
                 rest = rest.replace(ours, theirs)
             found[f"blip.visual_encoder.{rest}"] = value
     return found
@@ -501,7 +501,7 @@ def test_imagereward_reads_the_packages_names_and_its_picture_tower_is_timms(tmp
     tower = VisionTransformer(
         img_size=224, patch_size=16, embed_dim=32, depth=2, num_heads=4, mlp_ratio=2, num_classes=0, global_pool="",
         norm_layer=lambda width, **_: torch.nn.LayerNorm(width, eps=1e-6),
-    ).eval()  # fmt: skip
+    ).eval()
     prefix = "blip.visual_encoder."
     tower.load_state_dict({k.removeprefix(prefix): v for k, v in theirs.items() if k.startswith(prefix)})
     images = pictures(2, side=224)

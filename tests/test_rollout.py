@@ -13,7 +13,7 @@ GRID, LENGTH, CODES = (2, 4), 8, 4
 TOY = Toy(LENGTH, CODES)
 MIXED = [1, 2, 4, 8]  # the last one remasks in its last two steps
 SCALARS = Scalars(*(torch.tensor(x) for x in ([1.0, 1.5, 0.8, 1.2], [1.0, 0.5, 2.0, 1.0], [1.0, 2.0, 0.7, 1.3],
-                                              [1.0, 1.5, 2.0, 0.9])))  # fmt: skip
+                                              [1.0, 1.5, 2.0, 0.9])))
 
 
 def sample(steps: list[int] = MIXED, **how):

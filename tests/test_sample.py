@@ -6,7 +6,8 @@ import torch
 from speedrl.evaluation.figures import contact_sheet
 from speedrl.generation import draw, sample
 from speedrl.method.sampling import Noise
-from speedrl.models.checkpoint import decode, encode_prompts, load_generator
+from speedrl.models.generator import decode, encode_prompts
+from speedrl.models.loading import load_generator
 from speedrl.policies import from_random, make_policy
 
 PROMPTS = ["an owl", "a fox", "an elk", "a cat", "an owl"]
@@ -55,7 +56,7 @@ def test_images_are_reproducible_by_seed(tiny_generator):
     "options",
     [{}, {"order": "random", "schedule": "linear", "guidance": 1.0}, {"order": "halton", "schedule": "arccos"},
      {"steps": 8, "remask": 0.5}],
-)  # fmt: skip
+)
 def test_an_image_depends_on_its_prompt_its_seed_and_its_number_alone(tiny_generator, options):
     whole = tokens_of(tiny_generator, seed=3, **options)
     assert torch.equal(whole, tokens_of(tiny_generator, seed=3, batch=2, **options))

@@ -11,18 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from speedrl.models.checkpoint import (
-    WEIGHTS,
-    check_guidance,
-    cut_prompts,
-    load_generator,
-    recorded_source,
-    resolve_source,
-    resolve_text_encoder,
-    save_generator,
-)
+from speedrl.models.generator import cut_prompts
+from speedrl.models.loading import check_guidance, load_generator, save_generator
 from speedrl.models.lora import add_lora, save_lora
 from speedrl.models.meissonic import MeissonicTransformer
+from speedrl.models.sources import WEIGHTS, recorded_source, resolve_source, resolve_text_encoder
 from speedrl.run.checkpoints import save, tensors
 from speedrl.run.exporting import export
 from tests.conftest import TRANSFORMER
@@ -97,7 +90,7 @@ def away(hub: str, cache: Path, script: str, *arguments, cwd: Path = ROOT) -> st
     """What a script prints in a process that knows the hub of this address and no other."""
     environment = os.environ | {"HF_ENDPOINT": hub, "HF_HOME": str(cache), "PYTHONPATH": str(ROOT),
                                 "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
-                                "HF_HUB_DISABLE_TELEMETRY": "1"}  # fmt: skip
+                                "HF_HUB_DISABLE_TELEMETRY": "1"}
     command = [sys.executable, "-c", script, *map(str, arguments)]
     done = subprocess.run(command, env=environment, cwd=cwd, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
@@ -106,7 +99,8 @@ def away(hub: str, cache: Path, script: str, *arguments, cwd: Path = ROOT) -> st
 
 LOADS = """
 import sys
-from speedrl.models.checkpoint import load_generator, resolve_source
+from speedrl.models.loading import load_generator
+from speedrl.models.sources import resolve_source
 print(resolve_source(sys.argv[1]))
 for source in (sys.argv[1], resolve_source(sys.argv[1])):
     g = load_generator(source, text_encoder=sys.argv[2] if len(sys.argv) > 2 else None)
@@ -130,7 +124,7 @@ def test_an_adapter_and_a_text_encoder_on_the_hub_load(tiny_generator_folder, tm
     write_adapter(tmp_path / "adapter", base="someone/tiny")
     halve(shutil.copytree(tiny_generator_folder, tmp_path / "half"))
     there = {"someone/tiny": tiny_generator_folder, "someone/adapter": tmp_path / "adapter",
-             "someone/clip": tmp_path / "half/text_encoder"}  # fmt: skip
+             "someone/clip": tmp_path / "half/text_encoder"}
     with loopback_hub(there, []) as hub:
         said = away(hub, tmp_path / "cache", LOADS, "someone/adapter", "someone/clip").splitlines()
     expected = load_generator(tmp_path / "adapter", base=tiny_generator_folder)
@@ -180,7 +174,7 @@ def write_checkpoint(out: Path, generator, *, model: str, **more) -> None:
     """A run's checkpoint as training writes it, with the weights doubled."""
     learned = dict(generator.transformer.named_parameters())
     settings = {"model": model, "loading": None, "steps": "2", "guidance": 1.0, "temperature": None, "schedule": None,
-                "order": None, "lora": None, "lora_alpha": None, "lora_targets": None}  # fmt: skip
+                "order": None, "lora": None, "lora_alpha": None, "lora_targets": None}
     doubled = {name: torch.nn.Parameter(p.detach() * 2) for name, p in learned.items()}
     found = tensors(doubled, torch.optim.SGD(list(doubled.values())), {})
     save(out, 1, found, {}, {"settings": settings | more}, keep=1)

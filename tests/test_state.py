@@ -21,7 +21,7 @@ import speedrl.training
 import speedrl.updates
 from speedrl.cli import app
 from speedrl.generation import sample
-from speedrl.models.checkpoint import load_generator
+from speedrl.models.loading import load_generator
 from speedrl.run.checkpoints import all_checkpoints, changed, newest
 from speedrl.run.exporting import export
 from speedrl.system.errors import Stopped
@@ -43,7 +43,7 @@ def flat(images, prompts):
 def given(model, folder):
     (folder / "prompts.txt").write_text("a b\nc d\ne f\n", encoding="utf-8")
     return dict(model=str(model), prompts=folder / "prompts.txt", quality="tests.test_state:blue", steps="2", groups=2,
-                group_size=2, compile=False, bf16=False, lr=3e-3, save_every=1, search=0)  # fmt: skip
+                group_size=2, compile=False, bf16=False, lr=3e-3, save_every=1, search=0)
 
 
 @pytest.fixture
@@ -415,7 +415,7 @@ def short(images, prompts):
     [("failing", "fails on 4 images.*the judge"),
      ("nan", "gives inf, not a finite number, for 1 of 4 images, the first of the prompt '. .'"),
      ("short", r"must give a tensor \[4\]")],
-)  # fmt: skip
+)
 def test_a_reward_that_fails_later_ends_the_training_in_one_line(options, tmp_path, name, says):
     with pytest.raises((ValueError, OSError), match=says):
         train(out=tmp_path / "run", iterations=2, **options | {"quality": f"tests.test_state:{name}"})

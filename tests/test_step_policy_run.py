@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from speedrl import cli
 from speedrl.generation import draw
-from speedrl.models.checkpoint import load_generator, save_generator
+from speedrl.models.loading import load_generator, save_generator
 from speedrl.run.exporting import export
 from speedrl.training import train
 
@@ -24,7 +24,7 @@ def given(model, folder):
     (folder / "prompts.txt").write_text("a b\nc d\ne f\n", encoding="utf-8")
     return dict(model=str(model), prompts=str(folder / "prompts.txt"), quality="tests.test_step_policy_run:green",
                 steps="1-4", steps_reward=0.5, groups=2, group_size=4, search=0, compile=False, bf16=False, warmup=0,
-                iterations=2, lr=3e-3)  # fmt: skip
+                iterations=2, lr=3e-3)
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ def test_the_study_compares_every_method_and_keeps_what_is_finished(app, tiny_ge
     monkeypatch.syspath_prepend(tmp_path)
     options = ["--quick", "--base", tiny_generator_folder, "--out", tmp_path / "out", "--quality", "brightness:score",
                "--prompts", tmp_path / "prompts.txt", "--eval-prompts", tmp_path / "prompts.txt", "--steps", "2-4",
-               "--lrs", "1e-3"]  # fmt: skip
+               "--lrs", "1e-3"]
     assert app(*options).exit_code == 0
     report = tmp_path / "out/report"
     found = json.loads((report / "study.json").read_text(encoding="utf-8"))
@@ -45,7 +45,7 @@ def test_the_study_compares_every_method_and_keeps_what_is_finished(app, tiny_ge
     assert set(found["picked"]) == trained
     assert all(found["budgets"][name]["images"] == 8 for name in ("fine-tuning", "one-step distillation"))
     assert any(line.startswith("python -m experiments.alternatives.distil --out") for line in
-               found["commands"]["one-step distillation"])  # fmt: skip
+               found["commands"]["one-step distillation"])
     page = (report / "index.html").read_text(encoding="utf-8")
     assert not re.search(r"https?:", page) and "outside the noise" in page
     for name in ("pareto-given.png", "pareto-given.svg", "equal_evaluations.png", "study.md"):
@@ -78,7 +78,7 @@ def test_learning_rates_are_chosen_by_the_reward(monkeypatch, tmp_path):
 def test_methods_are_compared_at_equal_evaluations_in_words():
     row = {"prompts": "training", "network_evaluations": 4, "judge_r1": 0.5, "judge_r1_spread": 0.01, "runs": 3}
     rows = {"ours": [row, row | {"network_evaluations": 8}], "base": [row | {"judge_r1": 0.4, "runs": 1}],
-            "other": [row | {"network_evaluations": 2}]}  # fmt: skip
+            "other": [row | {"network_evaluations": 2}]}
     words = against("ours", rows, seeds=3)
     assert words[0] == "ours, against base. Training prompts, 4 NFE: R@1 is 0.100 ± 0.023 higher, outside the noise."
     assert words[1].startswith("1 of 1 differences") and "Welch" in words[1] and len(words) == 2

@@ -23,7 +23,7 @@ def started(monkeypatch):
 
 def test_each_training_has_a_run_of_its_own_and_a_resumed_one_goes_on(started, tmp_path):
     for folder, resume in (("a/train", False), ("b/train", False), ("a/train", True), ("a/train", False),
-                           ("a/train", True), ("new/train", True)):  # fmt: skip
+                           ("a/train", True), ("new/train", True)):
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
         assert open_trackers(["wandb"], tmp_path / folder, {}, resume=resume)({"iteration": 1}) == []
     first, second, resumed, again, resumed_again, new = (run["id"] for run in started)

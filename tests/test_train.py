@@ -13,7 +13,7 @@ import speedrl.training
 import speedrl.updates
 from speedrl.cli import app
 from speedrl.learner import draw_prompts
-from speedrl.models.checkpoint import load_generator
+from speedrl.models.loading import load_generator
 from speedrl.training import train
 from speedrl.updates import trained_steps
 
@@ -46,7 +46,7 @@ def options(tiny_generator_folder, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a b\nc d\ne f\n", encoding="utf-8")
     return dict(model=str(tiny_generator_folder), prompts=str(prompts), quality="tests.test_train:red", steps="3",
-                groups=2, group_size=4, search=0, compile=False, bf16=False, lr=3e-3)  # fmt: skip
+                groups=2, group_size=4, search=0, compile=False, bf16=False, lr=3e-3)
 
 
 def metrics(folder):
@@ -76,7 +76,7 @@ def test_by_default_group_advantages_reach_the_weights_and_the_step_policy(optio
     given = {name: options[name] for name in ("model", "prompts", "bf16", "compile", "search")}
     for name in ("red", "blue"):
         train(out=tmp_path / name, iterations=2, groups=4, group_size=8, save_every=1,
-              quality=f"tests.test_train:{name}", **given)  # fmt: skip
+              quality=f"tests.test_train:{name}", **given)
         advantages = torch.cat([part[0] for part in seen])
         assert advantages.abs().max() > 0.5 and advantages.min() < 0 < advantages.max()
         assert any((slope[weights > 0] != 0).any() for _, slope, weights in seen)
@@ -145,7 +145,7 @@ def test_reward_rises_and_the_model_is_saved_in_the_layout_it_came_in(options, t
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 def test_ratio_is_one_and_kl_zero_before_the_first_update(options, tmp_path, likelihood, guidance):
     train(out=tmp_path / "run", iterations=1, likelihood=likelihood, guidance=guidance, reference_guidance=guidance,
-          **options | {"steps": "2-8"})  # fmt: skip
+          **options | {"steps": "2-8"})
     (row,) = metrics(tmp_path / "run")
     assert row["ratio_max"] == pytest.approx(1, abs=1e-5)
     assert row["kl"] == pytest.approx(0, abs=1e-6)
@@ -180,7 +180,7 @@ def test_the_learning_rate_of_the_policy_warms_up_and_that_of_the_step_policy_st
         train(out=tmp_path / str(warmup), warmup=warmup, **options)
         now = held(tmp_path / str(warmup), 1)
         moved[warmup] = max((now[f"transformer.{name}"] - base[name]).abs().max().item() for name in base
-                            if f"transformer.{name}" in now)  # fmt: skip
+                            if f"transformer.{name}" in now)
         away = now["transformer.steps.bias"] + torch.tensor([2.0, 4.0, 8.0]).log()
         assert away.abs().max().item() == pytest.approx(0.1, rel=0.05)  # Adam's first
     assert moved[0] == pytest.approx(options["lr"], rel=0.05)
@@ -198,7 +198,7 @@ def test_an_error_of_settings_names_them_with_dashes_and_nothing_is_written(opti
         ({"offload": True}, "--parallel fsdp"), ({"kl": "k1"}, "--kl k1"), ({"remask": 0.5}, "from 6 steps on"),
         ({"lora_alpha": 2.0}, "--lora"), ({"advantage_std": "all"}, "--advantage-std"), ({"search": -1}, "--search"),
         ({"reward_gradient": 1.0, "updates": 2}, "--updates 1"), ({"trackers": ["paper"]}, "--tracker"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match=says):
             train(out=tmp_path / "run", **options | change)
         assert not (tmp_path / "run").exists(), change
@@ -228,7 +228,7 @@ def refused(options, *more):
         (["--quality-gate", "0.1", "--steps-reward", "0"], ["--quality-gate", "--steps-reward above 0"]),
         (["--offload"], ["--offload", "--parallel fsdp"]),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_act_is_refused_in_one_line_that_says_what_to_do(options, flags, says):
     said = refused(options, *flags)
     assert all(text in said for text in says), said
@@ -358,7 +358,7 @@ def test_peft_itself_reads_the_adapter(options, with_lora):
     model = load_generator(options["model"])
     wanted = load_generator(with_lora).transformer
     inputs = (torch.randint(32, (2, 4, 4)), torch.tensor([2, 1]), torch.randn(2, 8, 24), torch.randn(2, 32),
-              torch.tensor([[16.0, 16, 0, 0, 6]]).expand(2, -1))  # fmt: skip
+              torch.tensor([[16.0, 16, 0, 0, 6]]).expand(2, -1))
     loaded = PeftModel.from_pretrained(model.transformer, str(with_lora / "adapter"))
     assert isinstance(loaded.peft_config["default"], LoraConfig)
     torch.testing.assert_close(loaded(*inputs), wanted(*inputs), atol=1e-5, rtol=1e-5)

@@ -103,7 +103,7 @@ def test_every_choice_of_steps_is_as_likely():
     few = trained_steps(torch.tensor([1, 2, 5]), 2, torch.Generator())
     assert few.sum(1).tolist() == [1, 2, 2] and not few[0, 1:].any() and not few[1, 2:].any()
     assert torch.equal(trained_steps(torch.tensor([1, 3]), None, torch.Generator()),
-                       torch.tensor([[True, False, False], [True] * 3]))  # fmt: skip
+                       torch.tensor([[True, False, False], [True] * 3]))
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
@@ -112,7 +112,7 @@ def test_after_an_update_clipped_events_have_no_gradient_and_others_do(likelihoo
     trajectory, advantages = sampled(TOY, steps, grid=GRID), torch.linspace(-1, 1, 16)
     part, token = scored(policy, trajectory, all_drawn=likelihood == "exact")
     ratio, sample, tokens = log_ratios(token, trajectory, part, mask_id=CODES, order="confidence",
-                                       likelihood=likelihood)  # fmt: skip
+                                       likelihood=likelihood)
     loss, stats = policy_loss(ratio, advantages[sample], tokens)
     (gradient,) = torch.autograd.grad(loss, ratio, retain_graph=True)
     a, r = advantages[sample], ratio.exp()
@@ -121,14 +121,14 @@ def test_after_an_update_clipped_events_have_no_gradient_and_others_do(likelihoo
     assert (gradient[~clipped & (tokens > 0)] != 0).all()
     assert 0 < stats["clipped"] < stats["weight"]
     loss, stats = micro_batch_loss(policy, None, trajectory, every_step(trajectory), advantages, torch.ones(16),
-                                   mask_id=CODES, likelihood=likelihood, kl="none")  # fmt: skip
+                                   mask_id=CODES, likelihood=likelihood, kl="none")
     assert stats["clipped"] == tokens[clipped].sum() and stats["ratio_max"] > 1.05
     # only events that are not clipped reach the weights
     (found,) = torch.autograd.grad(loss, policy.weights)
     live = -(ratio.exp() * a * tokens)[~clipped].sum()
     torch.testing.assert_close(found, torch.autograd.grad(live, policy.weights)[0], atol=1e-4, rtol=1e-3)
     before = micro_batch_loss(TOY, None, trajectory, every_step(trajectory), advantages, torch.ones(16),
-                              mask_id=CODES, likelihood=likelihood, kl="none")[1]  # fmt: skip
+                              mask_id=CODES, likelihood=likelihood, kl="none")[1]
     assert before["clipped"] == 0 and before["ratio_max"] == 1
 
 
@@ -143,7 +143,7 @@ def test_micro_batches_add_up_with_filtered_samples(likelihood, kl):
         totals = gradients(
             policy, TOY, trajectory, trained, ADVANTAGES, keep, keep.sum() * LENGTH, size, autocast=OFF, mask_id=CODES,
             likelihood=likelihood, kl=kl,
-        )  # fmt: skip
+        )
         found.append((policy.weights.grad, totals))
     for gradient, totals in found[:2]:
         torch.testing.assert_close(gradient, found[2][0], atol=1e-6, rtol=1e-4)
@@ -161,7 +161,7 @@ def test_samples_that_are_not_kept_are_not_computed():
     trajectory = sampled(TOY, [1, 2, 4, 8], grid=GRID)
     policy = Watched(TOY.length, TOY.codes, weights=TOY.weights.clone().requires_grad_())
     gradients(policy, None, trajectory, every_step(trajectory), ADVANTAGES, torch.tensor([0.0, 1.0, 0.0, 1.0]),
-              torch.tensor(8.0), 3, autocast=OFF, mask_id=CODES, kl="none")  # fmt: skip
+              torch.tensor(8.0), 3, autocast=OFF, mask_id=CODES, kl="none")
     assert seen == [1, 3]
 
 
@@ -171,7 +171,7 @@ def test_nothing_kept_gives_no_gradient_and_a_loss_that_is_not_finite_one_that_i
     gradients(policy, TOY, *given, ONES[:2], torch.zeros(2), torch.tensor(0.0), 2, autocast=OFF, mask_id=CODES)
     assert not policy.weights.grad.any()
     gradients(policy, None, *given, torch.tensor([torch.inf, 1.0]), ONES[:2], torch.tensor(16.0), 2, autocast=OFF,
-              mask_id=CODES, kl="none")  # fmt: skip
+              mask_id=CODES, kl="none")
     assert not policy.weights.grad.isfinite().all()
 
 
@@ -231,7 +231,7 @@ def test_at_the_reference_the_divergence_and_its_gradient_are_zero(kl):
     policy = TOY.moved(0.0)
     trajectory = sampled(policy, [2, 4, 8], grid=GRID, remask=0.5)
     loss, stats = micro_batch_loss(policy, TOY, trajectory, every_step(trajectory), torch.zeros(3), ONES[:3],
-                                   mask_id=CODES, kl=kl, kl_weight=10.0)  # fmt: skip
+                                   mask_id=CODES, kl=kl, kl_weight=10.0)
     assert stats["kl"] == 0 and torch.autograd.grad(loss, policy.weights)[0].abs().max() < 1e-5
 
 
@@ -241,7 +241,7 @@ def test_the_divergence_weighs_less_in_few_steps_and_its_metric_does_not():
     def held(i: slice) -> tuple[float, float]:
         part = trajectory[i]
         loss, stats = micro_batch_loss(policy, TOY, part, every_step(part), torch.zeros(len(part)), ONES[: len(part)],
-                                       mask_id=CODES, kl="ce", kl_weight=1.0)  # fmt: skip
+                                       mask_id=CODES, kl="ce", kl_weight=1.0)
         return loss.item(), stats["kl"].item()
 
     alone = [held(slice(i, i + 1)) for i in range(3)]
@@ -260,7 +260,7 @@ def test_only_the_last_draw_of_each_position_has_a_gain():
     random = torch.Generator().manual_seed(0)
     slopes, codes = torch.randn(3, LENGTH, 2, generator=random), torch.randn(CODES, 2, generator=random)
     found = gradient_of(policy, trajectory, every_step(trajectory), torch.zeros(3), ONES[:3], slopes=slopes,
-                        codes=codes)  # fmt: skip
+                        codes=codes)
     expected = torch.zeros(())
     for i in range(3):
         for s in range(int(trajectory.steps[i])):
@@ -304,7 +304,7 @@ def test_loss_and_gradient_are_those_of_a_plain_loop(tiny_generator, monkeypatch
             loss, stats = micro_batch_loss(
                 policy, base, trajectory, every_step(trajectory), ADVANTAGES, keep, mask_id=tiny_generator.mask_id,
                 likelihood=likelihood, kl=kl, kl_weight=3.0,
-            )  # fmt: skip
+            )
         loss.backward()
         found.append((loss.detach(), {name: p.grad for name, p in moved.transformer.named_parameters()}))
     torch.testing.assert_close(found[0][0], found[1][0], atol=1e-4, rtol=1e-4)
@@ -416,12 +416,12 @@ def test_nothing_is_compiled_again_after_the_first_iteration(tiny_generator):
 
     def iteration(counts: list[int]) -> None:
         policy, held = (make_policy(tiny_generator._replace(transformer=m), PROMPTS, guidance=1.0)
-                        for m in (model, reference))  # fmt: skip
+                        for m in (model, reference))
         steps = torch.tensor(counts)
         noise = draw_noise(4, max(counts), 16, seed=0)
         done = rollout(policy, steps, noise, grid=(4, 4), mask_id=tiny_generator.mask_id, step=decide, remask=0.5)
         loss, _ = micro_batch_loss(policy, held, done, every_step(done), ADVANTAGES, ONES, score=score,
-                                   mask_id=tiny_generator.mask_id)  # fmt: skip
+                                   mask_id=tiny_generator.mask_id)
         loss.backward()
 
     iteration([1, 4, 2, 3])

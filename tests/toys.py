@@ -101,7 +101,7 @@ def every_trajectory(policy: Toy, steps: int, *, grid: tuple[int, int], order: s
         tokens=torch.stack([tokens for tokens, *_ in found]), steps=torch.full((count,), steps), **recorded,
         timestep=plan.timestep.expand(count, -1), temperature=plan.temperature.expand(count, -1),
         logit_scale=plan.logit_scale.expand(count, -1),
-    )  # fmt: skip
+    )
 
 
 def log_likelihood(policy: Toy, trajectory: Trajectory, *, order: str = "confidence") -> Tensor:

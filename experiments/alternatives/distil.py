@@ -21,7 +21,7 @@ from speedrl.cli import in_one_line
 from speedrl.evaluation.measuring import evaluations
 from speedrl.method.likelihoods import sample_tokens
 from speedrl.method.sampling import Noise, draw_noise
-from speedrl.models.checkpoint import Prompts, take
+from speedrl.models.generator import Prompts, index_prompts
 from speedrl.policies import from_random
 from speedrl.system.platform import bf16_autocast
 from speedrl.updates import optimizer_step
@@ -63,7 +63,7 @@ def one_step(student: Student, prompts: Prompts, noise: Noise, *, random_share: 
     policy = from_random(
         student.policy(prompts), Noise(noise.uniform[:, 1], noise.gumbel[:, 1]), share=random_share,
         mask_id=teacher.mask_id, codes=teacher.codes,
-    )  # fmt: skip
+    )
     nothing = torch.full((size, student.length), teacher.mask_id, device=prompts.text.device)
     logits = logits_of(policy, nothing, torch.zeros(size, dtype=torch.int64, device=nothing.device))
     tokens, _ = sample_tokens(logits.detach(), noise.uniform[:, 0])
@@ -110,7 +110,7 @@ def distil(
         noise = draw_noise(images, 2, student.length, seed=seed, first=first, device=device)
         totals = {"gradient": 0.0, "auxiliary_loss": 0.0}
         for index in torch.arange(images, device=device).split(micro_batch):
-            part, share = take(encoded, index), len(index) / images
+            part, share = index_prompts(encoded, index), len(index) / images
             now = Noise(noise.uniform[index], noise.gumbel[index])
             with autocast:
                 logits, tokens = one_step(student, part, now, random_share=random_share)

@@ -19,7 +19,8 @@ from speedrl.evaluation.measuring import evaluations, fingerprint
 from speedrl.generation import draw
 from speedrl.method.likelihoods import log_probs
 from speedrl.method.schedules import parse_steps
-from speedrl.models.checkpoint import parts_of, take
+from speedrl.models.generator import index_prompts
+from speedrl.models.sources import parts_of
 from speedrl.system.platform import bf16_autocast
 from speedrl.updates import optimizer_step
 
@@ -75,7 +76,7 @@ def finetune(
         loss = 0.0
         for index in torch.arange(images, device=device).split(micro_batch):
             with autocast:
-                logits = logits_of(student.policy(take(encoded, index)), state[index], timestep[index])
+                logits = logits_of(student.policy(index_prompts(encoded, index)), state[index], timestep[index])
                 part = finetune_loss(logits, targets[index], masked[index]) * (len(index) / images)
             part.backward()
             loss += part.item()

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from speedrl.learner import draw_prompts, training_prompts
-from speedrl.models.checkpoint import Generator, Prompts, encode_prompts, load_generator, save_generator, take
+from speedrl.models.generator import Generator, Prompts, encode_prompts, index_prompts
+from speedrl.models.loading import load_generator, save_generator
 from speedrl.policies import Policy
 from speedrl.run.checkpoints import to_jsonable
 from speedrl.system.files import append_lines, write_atomically, write_json
@@ -36,7 +37,7 @@ class Student(NamedTuple):
         """`count` prompts at random, no two the same where there are as many: encoded, and their texts."""
         chosen = draw_prompts(len(self.texts), count, random)
         index = torch.tensor(chosen, device=self.prompts.text.device)
-        return take(self.prompts, index), [self.texts[i] for i in chosen]
+        return index_prompts(self.prompts, index), [self.texts[i] for i in chosen]
 
     def policy(self, prompts: Prompts, *, of: nn.Module | None = None, guidance: float = 1.0) -> Policy:
         """The policy of the student's transformer, or of another network, for encoded prompts."""

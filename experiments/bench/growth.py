@@ -6,7 +6,7 @@ from experiments.bench.measure import exponent, in_a_process
 from experiments.bench.parts import TINY, options
 
 BASE = {"width": 512, "head": 64, "double": 1, "single": 2, "batch": 8, "micro-batch": 8, "steps": 4, "grid": 16,
-        "codes": 1024, "text": 77}  # fmt: skip
+        "codes": 1024, "text": 77}
 SWEEPS = {
     "batch": (2, 4, 8, 16, 32),
     "steps": (2, 4, 8, 16, 32),
@@ -31,7 +31,7 @@ def growth(ceilings: dict[str, float], *, device: str, small: bool, out: Path) -
             points.append((value**2 if name == "grid" else value, found))
         larger = points[(len(points) - 1) // 2 :]
         fitted = {what: exponent([x for x, _ in larger], [max(found[key], 1e-3) for _, found in larger])
-                  for what, key in MEASURED.items()}  # fmt: skip
+                  for what, key in MEASURED.items()}
         what = "tokens" if name == "grid" else name
         rows.append({"what grows": what, "from": points[0][0], "to": points[-1][0]} | fitted)
     return rows

@@ -20,7 +20,8 @@ from experiments.bench.plain import plain_rollout, plain_update
 from experiments.bench.scaling import picture_flops
 from speedrl.cli import in_one_line
 from speedrl.method.sampling import Step, Trajectory, compiled_step, draw_noise, rollout, step
-from speedrl.models.checkpoint import Prompts, load_generator, repeat, take
+from speedrl.models.generator import Prompts, index_prompts, repeat_prompts
+from speedrl.models.loading import load_generator
 from speedrl.models.meissonic import MeissonicTransformer
 from speedrl.policies import Policy, score_logits
 from speedrl.system.platform import bf16_autocast, bf16_is_fast, quiet_allocator
@@ -53,7 +54,7 @@ def build(*, width: int, head: int, double: int, single: int, codes: int, device
         num_layers=double, num_single_layers=single, attention_head_dim=head, num_attention_heads=width // head,
         joint_attention_dim=width, pooled_projection_dim=width, axes_dims_rope=(head // 8, *[head * 7 // 16] * 2),
         vocab_size=codes + 64, codebook_size=codes,
-    )  # fmt: skip
+    )
     return model.to(device)
 
 
@@ -74,7 +75,7 @@ def sample(policy: Policy, sizes: Sizes) -> Trajectory:
 def update(
     policy: Policy, reference: nn.Module | None, optimizer: torch.optim.Optimizer, batch: Trajectory,
     advantages: Tensor, autocast: torch.autocast, sizes: Sizes,
-) -> None:  # fmt: skip
+) -> None:
     """As the training loop does it."""
     trained = trained_steps(batch.steps, sizes.train_steps, torch.Generator().manual_seed(0))
     keep = torch.ones_like(advantages)
@@ -83,7 +84,7 @@ def update(
         policy, before, batch, trained, advantages, keep,
         keep.sum() * batch.tokens.shape[1], sizes.micro_batch, autocast=autocast, mask_id=sizes.mask_id,
         likelihood=sizes.likelihood, kl_weight=sizes.kl_weight, score=sizes.score,
-    )  # fmt: skip
+    )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -93,7 +94,7 @@ def operations(model: MeissonicTransformer, sizes: Sizes) -> tuple[float, float]
     each = picture_flops(
         model, grid=sizes.grid, text=sizes.text, steps=sizes.steps, trained=sizes.train_steps, guidance=sizes.guidance,
         reference=bool(sizes.kl_weight),
-    )  # fmt: skip
+    )
     return sizes.batch * each[0], sizes.batch * each[1]
 
 
@@ -138,11 +139,11 @@ def main(
     if compile:
         decide, score = compiled_step(), torch.compile(score_logits, dynamic=True)
     sizes = Sizes(batch, steps, side, text, guidance, micro_batch or batch, train_steps or None, likelihood, kl_weight,
-                  mask_id, decide, score)  # fmt: skip
+                  mask_id, decide, score)
     reference = copy.deepcopy(transformer).requires_grad_(False) if kl_weight else None
     transformer.gradient_checkpointing = checkpointing
     prompts = random_prompts(batch, transformer, text=text, device=device)
-    empty = take(prompts, torch.zeros(1, dtype=torch.int64, device=device))
+    empty = index_prompts(prompts, torch.zeros(1, dtype=torch.int64, device=device))
     advantages = torch.randn(batch, generator=torch.Generator().manual_seed(2)).to(device)
     fast = bf16_is_fast(device) if precision == "auto" else precision == "bf16"
     autocast = bf16_autocast(device, enabled=fast)
@@ -162,7 +163,7 @@ def main(
             update(policy, reference, optimizer, held[0], advantages, autocast, sizes)
     else:
         how = {"steps": steps, "guidance": guidance, "grid": side}
-        everyone = repeat(empty, batch)
+        everyone = repeat_prompts(empty, batch)
         if reference is None:
             raise typer.BadParameter("the plain iteration has a reference: give a --kl-weight")
 
@@ -174,7 +175,7 @@ def main(
             plain_update(
                 transformer, reference, optimizer, held[0], prompts, everyone, advantages, autocast=autocast,
                 kl_weight=kl_weight, each_step=kind == "plain-each-step", **how,
-            )  # fmt: skip
+            )
 
     found = {"kind": kind, "precision": "bf16" if fast else "fp32"}
     before = peak_gb(device)

@@ -21,7 +21,7 @@ PARTS = {
 }
 TITLES = {"mfu": "Share of the machine's best", "pipeline": "Against diffusers", "plain": "Against a plain iteration",
           "train-steps": "Training on some of the steps", "sample": "The command, and where its time goes",
-          "growth": "Growth"}  # fmt: skip
+          "growth": "Growth"}
 
 
 def report(folder: Path) -> str:

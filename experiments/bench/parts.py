@@ -33,7 +33,7 @@ def utilisation(ceilings: dict[str, float], *, device: str, small: bool, out: Pa
         for what in ("sampling", "training"):
             speed = found[f"{what} FLOP"] / found[f"{what} s"] / 1e12
             rows.append({"model": name, "what": what, "precision": found["precision"], "seconds": found[f"{what} s"],
-                         "TFLOP/s": speed, "MFU": speed / ceilings[f"{found['precision']} TFLOP/s"]})  # fmt: skip
+                         "TFLOP/s": speed, "MFU": speed / ceilings[f"{found['precision']} TFLOP/s"]})
     return rows
 
 
@@ -45,14 +45,14 @@ def against_plain(ceilings: dict[str, float], *, device: str, small: bool, out: 
     kinds = {"plain": ("plain",), "plain, our allocator": ("plain", "--quiet"),
              "plain, backward each step": ("plain-each-step",), "ours": ("ours", "--micro-batch", 2),
              "ours, micro-batch 1": ("ours", "--micro-batch", 1),
-             "ours, exact likelihood": ("ours", "--micro-batch", 2, "--likelihood", "exact")}  # fmt: skip
+             "ours, exact likelihood": ("ours", "--micro-batch", 2, "--likelihood", "exact")}
     rows = []
     for name, kind in kinds.items():
         found = in_a_process("experiments.bench.iteration", *kind, *options(setting))
         rows.append({"iteration": name, "sampling s": found["sampling s"], "training s": found["training s"],
-                     "seconds": found["sampling s"] + found["training s"], "peak GB": found["peak GB"]})  # fmt: skip
+                     "seconds": found["sampling s"] + found["training s"], "peak GB": found["peak GB"]})
     return [row | {"times as fast": rows[0]["seconds"] / row["seconds"],
-                   "share of memory": row["peak GB"] / rows[0]["peak GB"]} for row in rows]  # fmt: skip
+                   "share of memory": row["peak GB"] / rows[0]["peak GB"]} for row in rows]
 
 
 def trained_steps(ceilings: dict[str, float], *, device: str, small: bool, out: Path) -> list[dict]:

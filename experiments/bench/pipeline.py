@@ -12,7 +12,8 @@ import torch
 
 from experiments.bench.measure import synchronise
 from speedrl.generation import sample
-from speedrl.models.checkpoint import find, load_generator
+from speedrl.models.loading import load_generator
+from speedrl.models.sources import find
 from speedrl.system.platform import bf16_is_fast, import_torchvision
 
 
@@ -28,16 +29,16 @@ def write_model(folder: Path, *, hidden: int, layers: int, codes: int, tokens: i
         encoder_hidden_size=hidden, vocab_size=codes + 1, codebook_size=codes, in_channels=hidden,
         block_out_channels=hidden, num_res_blocks=3, block_num_heads=hidden // 64, num_hidden_layers=layers,
         num_attention_heads=hidden // 64, intermediate_size=4 * hidden, sample_size=tokens,
-    ).save_pretrained(folder / "transformer")  # fmt: skip
+    ).save_pretrained(folder / "transformer")
     VQModel(
         down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, layers_per_block=1,
         block_out_channels=(32, 32, 64, 64), latent_channels=64, sample_size=32, num_vq_embeddings=codes,
         vq_embed_dim=64, norm_num_groups=32, mid_block_add_attention=False, lookup_from_codebook=True,
-    ).save_pretrained(folder / "vqvae")  # fmt: skip
+    ).save_pretrained(folder / "vqvae")
     text = CLIPTextConfig(
         hidden_size=hidden, intermediate_size=4 * hidden, projection_dim=hidden, num_hidden_layers=4,
         num_attention_heads=hidden // 64, max_position_embeddings=77,
-    )  # fmt: skip
+    )
     CLIPTextModelWithProjection(text).save_pretrained(folder / "text_encoder")
     AmusedScheduler(codes).save_pretrained(folder / "scheduler")
     shutil.copytree(find("embedded") / "tokenizer", folder / "tokenizer")
@@ -48,7 +49,7 @@ def write_model(folder: Path, *, hidden: int, layers: int, codes: int, tokens: i
         "transformer": ("diffusers", "UVit2DModel"), "vqvae": ("diffusers", "VQModel"),
         "scheduler": ("diffusers", "AmusedScheduler"), "tokenizer": ("transformers", "CLIPTokenizer"),
         "text_encoder": ("transformers", "CLIPTextModelWithProjection"),
-    }.items()}  # fmt: skip
+    }.items()}
     text = json.dumps({"_class_name": "AmusedPipeline"} | index)
     (folder / "model_index.json").write_text(text, encoding="utf-8")
 
@@ -61,7 +62,7 @@ def against_pipeline(ceilings: dict[str, float], *, device: str, small: bool, ou
     from diffusers import AmusedPipeline
 
     sizes = {"hidden": 64, "layers": 2, "codes": 64, "tokens": 8} if small else {"hidden": 512, "layers": 8,
-             "codes": 8192, "tokens": 16}  # fmt: skip
+             "codes": 8192, "tokens": 16}
     dtype = torch.bfloat16 if bf16_is_fast(device) else torch.float32
     steps, repeats, side = (2, 1, sizes["tokens"] * 8) if small else (12, 5, sizes["tokens"] * 8)
     ways = {}
@@ -93,5 +94,5 @@ def against_pipeline(ceilings: dict[str, float], *, device: str, small: bool, ou
         speed = {name: batch / statistics.median(seconds) for name, seconds in times.items()}
         rows.append({"batch": batch, "precision": "bf16" if dtype is torch.bfloat16 else "fp32"} | speed | {
                      "over theirs": speed["ours compiled"] / speed["theirs"],
-                     "over theirs compiled": speed["ours compiled"] / speed["theirs compiled"]})  # fmt: skip
+                     "over theirs compiled": speed["ours compiled"] / speed["theirs compiled"]})
     return rows

@@ -8,18 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from speedrl.method.schedules import masked_counts, temperatures
-from speedrl.models.checkpoint import Prompts, join
+from speedrl.models.generator import Prompts, cat_prompts
 
 
 def guided_logits(
     transformer: nn.Module, tokens: Tensor, timestep: int, prompts: Prompts, empty: Prompts, *, guidance: float,
     grid: tuple[int, int],
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Logits of every position: int64 [B, L] -> float32 [B, L, V]."""
     countdown = torch.full((len(tokens),), timestep, device=tokens.device)
     if guidance == 1:
         return transformer(tokens.unflatten(1, grid), countdown, *prompts).float()
-    both = join(empty, prompts)
+    both = cat_prompts(empty, prompts)
     found = transformer(tokens.repeat(2, 1).unflatten(1, grid), countdown.repeat(2), *both)
     uncond, cond = found.float().chunk(2)
     return uncond + guidance * (cond - uncond)
@@ -29,7 +29,7 @@ def guided_logits(
 def plain_rollout(
     transformer: nn.Module, prompts: Prompts, empty: Prompts, *, steps: int, guidance: float, grid: tuple[int, int],
     mask_id: int,
-) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:  # fmt: skip
+) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
     """States before each step, what each revealed, the tokens and their log-probabilities [B, L]."""
     batch, length, device = len(prompts.text), grid[0] * grid[1], prompts.text.device
     count = torch.tensor([steps])
@@ -58,7 +58,7 @@ def plain_update(
     transformer: nn.Module, reference: nn.Module, optimizer: torch.optim.Optimizer, sampled: tuple, prompts: Prompts,
     empty: Prompts, advantages: Tensor, *, steps: int, guidance: float, grid: tuple[int, int], each_step: bool,
     autocast: torch.autocast, kl_weight: float = 0.02, clip_range: float = 0.2,
-) -> None:  # fmt: skip
+) -> None:
     """One update on the clipped loss and the divergence, one backward pass of all steps or, if asked, of each."""
     states, reveals, tokens, old = sampled
     total = 0.0

@@ -12,7 +12,8 @@ from experiments.bench.measure import seconds_of
 from speedrl.cli import in_one_line
 from speedrl.evaluation.figures import to_pil
 from speedrl.generation import draw
-from speedrl.models.checkpoint import decode, encode_prompts, load_generator
+from speedrl.models.generator import decode, encode_prompts
+from speedrl.models.loading import load_generator
 from speedrl.system.platform import quiet_allocator
 
 

@@ -43,7 +43,7 @@ class Size(NamedTuple):
 QUICK = Size(
     concepts=12, tokenizer_images=200, token_steps=60, decoder_steps=20, tokenizer_batch=8, base_steps=50,
     base_decay=20, base_batch=8, reward_steps=20, reward_images=300, prompts=30, evaluated=10,
-)  # fmt: skip
+)
 
 
 def drawn_images(sprites: np.ndarray, path: Path, *, count: int, seed: int = 0) -> np.ndarray:
@@ -67,7 +67,7 @@ def train_base_on(cache: Path, size: Size, *, minutes: float, device: str, proce
         train_base.train(
             train_base.read_pool(base), base, steps=size.base_steps, decay=size.base_decay, minutes=minutes,
             batch=size.base_batch, device=device,
-        )  # fmt: skip
+        )
     else:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         options = ["--only-base", "--cache", str(cache), "--base-steps", str(size.base_steps)]
@@ -107,7 +107,7 @@ def main(
         train_base.train(
             train_base.read_pool(cache / "base"), cache / "base", steps=size.base_steps, decay=size.base_decay,
             minutes=minutes, batch=size.base_batch,
-        )  # fmt: skip
+        )
         return
     out = out or cache / "generator"
 

@@ -105,7 +105,7 @@ def draw_prompts(
 def recall_by_vendor(
     network: nn.Module, mean: Tensor, centres: Tensor, pixel_mean: Tensor, pixel_centres: Tensor, sprites: np.ndarray,
     names: list[str], rng: np.random.Generator,
-) -> dict:  # fmt: skip
+) -> dict:
     """R@1 and R@5 of real composed images per training vendor and size, and R@1 by 16x16 raw pixels."""
     found, concepts, colours = {}, [(name,) for name in names], list(compose.COLOURS)
     for style, vendor in enumerate(data.TRAIN_VENDORS):
@@ -126,7 +126,7 @@ def recall_by_vendor(
 def build(
     listed: list[dict], sprites: np.ndarray, other: np.ndarray, out: Path,
     *, seed: int = 0, real: int = 12, count: int = 4, evaluated: int = 150, training: int = 640,
-) -> dict:  # fmt: skip
+) -> dict:
     """Writes out/judge/judge.{json,safetensors} and out/prompts/{train,eval,held_out}.txt; returns judge.json's table.
 
     `sprites` are the training vendors' designs of the concepts `listed`, `other` the judge's. There are `evaluated`
@@ -174,7 +174,7 @@ def build(
     judged = judge.Judge(
         network, names, frozenset(held_out), mean, centres, axes,
         dict(zip(prompts, tensors["real_mean"], strict=True)), dict(zip(prompts, tensors["real_cov"], strict=True)), {},
-    )  # fmt: skip
+    )
     reached = {}
     for which, lines in prompts.items():
         # as many images as an evaluation makes by default: the distance depends on their number
@@ -187,7 +187,7 @@ def build(
             "judge_r1": float(first.float().mean()), "judge_r5": float(five.float().mean()),
             "frechet": judge.frechet(judged, values, prompts=which), "diversity": judge.diversity(judged, grouped),
             "pixel_diversity": judge.pixel_diversity(images),
-        }  # fmt: skip
+        }
     summary = {
         "names": names,
         "held_out": sorted(held_out),

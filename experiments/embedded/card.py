@@ -134,10 +134,10 @@ def card(parts: dict[str, Any]) -> str:
     total = sum(parts["parameters"].values())
     header, lines = columns_of(parts["curves"])  # the last column is a time, which needs an idle machine
     trained = [[PARTS[part], f"{of['updates']:,}", f"{of['seconds'] / 3600:.1f}" if of["seconds"] else "–"]
-               for part, of in parts["training"].items()]  # fmt: skip
+               for part, of in parts["training"].items()]
     best = [[f"{row['prompts']}, {row['steps']} steps", f"{row['guidance']:g}", f"{row['temperature']:g}",
              f"{row['remask']:g}", number(row["judge_r1"]), number(real[row["prompts"]]["judge_r1"])]
-            for row in parts["best"]]  # fmt: skip
+            for row in parts["best"]]
     reconstructed = [
         *([design, number(of["real"]), number(of["reconstructed"])] for design, of in tokens["by_design"].items()),
         ["all", number(tokens["real"]), number(tokens["reconstructed"])],
@@ -164,7 +164,7 @@ def card(parts: dict[str, Any]) -> str:
         tokenizer=table(["design and size", "R@1, real", "R@1, reconstructed"], reconstructed),
         curves=table(header[:-1], [line[:-1] for line in lines], text=2),
         sheet=len(sheet["prompts"]), sheet_steps=sheet["steps"], seed=sheet["seed"],
-    )  # fmt: skip
+    )
 
 
 def main(

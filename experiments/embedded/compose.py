@@ -16,7 +16,7 @@ SIDE = 64  # pixels
 COLOURS = {  # paler than most things, which are seen on all of them
     "red": (228, 116, 116), "yellow": (252, 230, 150), "green": (136, 202, 146), "blue": (122, 170, 236),
     "purple": (174, 142, 214),
-}  # fmt: skip
+}
 STYLES = ("cartoon", "flat")  # Noto, Fluent: the order of data.TRAIN_VENDORS
 CELL = 8  # pixels: places lie on this grid, so that a thing is cut into the same tokens wherever it stands
 SMALL, BIG = 48, 56  # pixels: the longer side of a thing; at 40 the tokenizer loses a third of the judge's R@1

@@ -54,7 +54,7 @@ LEFT_OUT = {
     "pie", "poodle", "pot of food", "rice ball", "rice cracker", "ring buoy", "sake", "seedling", "shaved ice",
     "shortcake", "skunk", "spaghetti", "squid", "takeout box", "tropical drink", "tumbler glass", "turkey", "chestnut",
     "steaming bowl", "bug",
-}  # fmt: skip
+}
 ALSO = {
     "locomotive", "bullet train", "bus", "ambulance", "fire engine", "police car", "taxi", "automobile",
     "delivery truck", "tractor", "racing car", "motor scooter", "bicycle", "skateboard", 
@@ -74,7 +74,7 @@ ALSO = {
     "bomb", "shield", "wrench", "screwdriver", "gear", "magnet", "ladder", "microscope", "telescope",
     "door", "chair", "toilet", "bathtub", "broom", "bucket", 
     "toothbrush", "fire extinguisher", "shopping cart", "house", "castle", "tent", "anchor", "volcano",
-}  # fmt: skip
+}
 RENAME = {
     "sun with face": "sun", "hourglass done": "hourglass", "horizontal traffic light": "traffic light",
     "heart suit": "heart", "spade suit": "spade", "high voltage": "lightning bolt", "locked": "padlock",
@@ -86,7 +86,7 @@ RENAME = {
     "cow face": "cow", "pig face": "pig", "mouse face": "mouse", "rabbit face": "rabbit",
     "tiger face": "tiger", "monkey face": "monkey", "dragon face": "dragon", "poultry leg": "chicken leg",
     "optical disk": "disc", "leafy green": "lettuce", "automobile": "car",
-}  # fmt: skip
+}
 
 
 def fetch(folder: Path) -> None:

@@ -25,7 +25,9 @@ from speedrl.evaluation import judging as judge
 from speedrl.evaluation.figures import contact_sheet, save_image
 from speedrl.evaluation.measuring import SAMPLER, fingerprint, one_cell, plot
 from speedrl.generation import sample
-from speedrl.models.checkpoint import Generator, load_generator, parts_of
+from speedrl.models.generator import Generator
+from speedrl.models.loading import load_generator
+from speedrl.models.sources import parts_of
 from speedrl.rewards.loading import load_qualities
 from speedrl.system.files import write_json
 from speedrl.system.platform import bf16_is_fast, can_compile, quiet_allocator
@@ -82,7 +84,7 @@ class Cells:
             found = one_cell(
                 self.generator, self.judge, self.scores, self.prompts[which], which=which, steps=steps,
                 count=self.counts[which], seeds=1, warm=False, **how,
-            )  # fmt: skip
+            )
             self.rows[key] = {"model": "base", "prompts": which, "steps": steps} | how | found
             write_json(self.kept, self.rows)
         return self.rows[key]
@@ -161,7 +163,7 @@ def targets(parts: dict[str, Any]) -> list[dict[str, Any]]:
             for which, target in (("training", 0.85), ("held-out", 0.75))
         ),
         (f"base, best samplers, R@1 in {MANY} steps to that in {FEW}", ratio(many, few), 1.25),
-    ]  # fmt: skip
+    ]
     return [
         {"what": what, "value": value, "target": target, "met": value is not None and value >= target}
         for what, value, target in found
@@ -189,7 +191,7 @@ def parameters(generator: Generator) -> dict[str, int]:
     parts = {
         "transformer": generator.transformer, "text encoder": generator.text_encoder, "codebook": vqvae.quantize,
         "decoder": nn.ModuleList([vqvae.post_quant_conv, vqvae.decoder]),
-    }  # fmt: skip
+    }
     return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
 
 
@@ -219,7 +221,7 @@ def main(
     cells = Cells(model, out / "rows.json", effort)
     parts |= {"concepts": number, "held_out": len(judged.held_out), "real": judged.real, "effort": effort._asdict(),
               "parameters": parameters(cells.generator), "sampler": {}, "best": [],
-              "prompts": len(cells.prompts["training"]) + len(cells.prompts["held-out"])}  # fmt: skip
+              "prompts": len(cells.prompts["training"]) + len(cells.prompts["held-out"])}
     parts["training"] = {part: train_vq.effort(cache / "vq", part) for part in ("tokens", "decoder")}
     if (cache / "base/state.pt").exists():
         parts["training"]["base"] = train_base.effort(cache / "base")
@@ -235,7 +237,7 @@ def main(
     parts["SAMPLING"] = {  # for train_base.SAMPLING
         "num_inference_steps": MANY, "guidance_scale": best["guidance"], "temperature": best["temperature"],
         "remask_share": best["remask"],
-    }  # fmt: skip
+    }
     parts["targets"] = targets(parts)
     parts["sheet"] = {"seed": SHEET_SEED, "steps": MANY, "sampler": best}
     parts["sheet"]["prompts"] = sheet(cells, out / "sheet.png", count=effort.sheet, steps=MANY, **best)

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from experiments.embedded import compose
 from experiments.embedded.train_vq import CODES, GRID, load_tokens, load_vqmodel, tokens_of
-from speedrl.models.checkpoint import Generator, save_generator
+from speedrl.models.generator import Generator
+from speedrl.models.loading import save_generator
 from speedrl.models.meissonic import MeissonicTransformer
 from speedrl.system.files import write_atomically, write_json
 from speedrl.system.platform import bf16_autocast, import_torchvision
@@ -31,11 +32,11 @@ TRANSFORMER = dict(
     num_layers=1, num_single_layers=4, attention_head_dim=64, num_attention_heads=3, joint_attention_dim=WIDTH,
     pooled_projection_dim=WIDTH, axes_dims_rope=(8, 28, 28), vocab_size=MASK + 1, codebook_size=CODES,
     downsample=True, upsample=True,
-)  # fmt: skip
+)
 # what `measure` found; at low temperatures a base that is trained little fills images with their ground, one token
 SAMPLING = {
     "num_inference_steps": 32, "guidance_scale": 1.5, "temperature": 4.0, "remask_share": 0.75, "negative_prompt": "",
-}  # fmt: skip
+}
 
 
 def train_tokenizer(captions: list[str], out: Path, *, size: int = 2048) -> None:
@@ -85,7 +86,7 @@ def new_text_encoder(tokenizer):
             bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id, attn_implementation="eager",
         )
-    )  # fmt: skip
+    )
 
 
 def orthogonalised(matrix: Tensor, *, iterations: int = 5) -> Tensor:
@@ -149,7 +150,7 @@ def read_pool(out: Path) -> dict[str, Tensor]:
 def make_pool(
     sprites: np.ndarray, names: list[str], tags: list[list[str]], vq: Path, out: Path,
     *, captions: int = 4, seed: int = 0, device: str = "cpu",
-) -> None:  # fmt: skip
+) -> None:
     """Writes all images that can be composed, as tokens, to out/pool.safetensors, for `read_pool`.
 
     In the order thing, design, ground, placement: all `placements` of one stand beside each other. Each image has
@@ -167,7 +168,7 @@ def make_pool(
         contents = [
             compose.Composition(thing, style, colour, *placement)
             for style in range(len(compose.STYLES)) for colour in compose.COLOURS for placement in placed
-        ]  # fmt: skip
+        ]
         painted = torch.from_numpy(np.stack([compose.paint(content, sprites) for content in contents]))
         tokens[thing] = tokens_of(model, painted)
         texts = [compose.caption(content, names, tags, rng) for content in contents for _ in range(captions)]
@@ -319,7 +320,7 @@ def train(
     def save(step: int) -> None:
         value = {"model": model.state_dict(), "average": average, "step": step, "first": first,
                  "seconds": seconds + time.monotonic() - began,
-                 "optimizers": [optimizer.state_dict() for optimizer in optimizers]}  # fmt: skip
+                 "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
         write_atomically(state, lambda partial: torch.save(value, partial))
 
     began, recent, over = time.monotonic(), [], torch.zeros(1)
@@ -404,13 +405,13 @@ def export(base: Path, vq: Path, out: Path) -> None:
     model = new_model(words)
     model.load_state_dict(average_of(base))
     config = {"_class_name": "Transformer2DModel", "guidance_embeds": False, "in_channels": WIDTH, "patch_size": 1,
-              "sample_size": GRID} | TRANSFORMER  # fmt: skip
+              "sample_size": GRID} | TRANSFORMER
     scheduler = {"_class_name": "Scheduler", "mask_token_id": MASK, "masking_schedule": "cosine"} | SAMPLING
     generator = Generator(
         model["transformer"], load_vqmodel(vq), model["text"], words, config, scheduler, (GRID, GRID),
         (compose.SIDE,) * 2, MASK, CODES, steps=SAMPLING["num_inference_steps"], guidance=SAMPLING["guidance_scale"],
         temperature=SAMPLING["temperature"], negative="", micro_conds=(),
-    )  # fmt: skip
+    )
     fresh = base / "generator"
     save_generator(generator, fresh, dtype=torch.float16)
     out.mkdir(parents=True, exist_ok=True)

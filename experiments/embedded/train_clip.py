@@ -35,7 +35,7 @@ MODEL = {
         "hf_tokenizer_name": ".",  # open_clip reads the tokenizer beside the weights, whatever the name
         "pool_type": "argmax",  # the end of the text has the highest id; the padding, the same id, comes after it
     },
-}  # fmt: skip
+}
 PREPROCESS = {"size": compose.SIDE, "mode": "RGB", "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}
 
 
@@ -135,7 +135,7 @@ def ground_images() -> Tensor:
 def prepare(
     sprites: np.ndarray, names: list[str], tags: list[list[str]], vq: Path, out: Path,
     *, images: int, captions: int, seed: int,
-) -> dict[str, Tensor]:  # fmt: skip
+) -> dict[str, Tensor]:
     """The training set, kept in `out/images.pt` until the training is over. The first half of it is decoded.
 
     images, twins: uint8 [N, 64, 64, 3]; facts int64 [N, 5]; ids int64 [N, captions, WORDS]; said int64
@@ -165,7 +165,7 @@ def prepare(
     values = {
         "images": clean, "twins": twins, "facts": table, "ids": ids.view(images, captions, -1),
         "said": torch.tensor([said(text, names) for text in flat]).view(images, captions, -1),
-    }  # fmt: skip
+    }
     write_atomically(kept, lambda partial: torch.save(values, partial))
     return values
 
@@ -231,7 +231,7 @@ def train(
     sprites: np.ndarray, names: list[str], tags: list[list[str]], vq: Path, out: Path,
     *, steps: int = 2400, batch: int = 64, images: int = 12_000, captions: int = 4, lr: float = 2e-3,
     decay: float = 0.05, naming_weight: float = 0.25, seed: int = 0, save_every: int = 200,
-) -> None:  # fmt: skip
+) -> None:
     """Trains for `steps` updates with AdamW, warmed up and then on a cosine, and saves the reward to `out`.
 
     Half of a batch are images of the same things as the other half, so that what else captions say matters; half of
@@ -302,7 +302,7 @@ def train(
             recent = []
         if step % save_every == save_every - 1 and step + 1 < steps:
             value = {"model": model.state_dict(), "prototypes": [table.detach() for table in prototypes],
-                     "optimizer": optimizer.state_dict(), "step": step + 1, "torch": torch.get_rng_state()}  # fmt: skip
+                     "optimizer": optimizer.state_dict(), "step": step + 1, "torch": torch.get_rng_state()}
             write_atomically(state, lambda partial, value=value: torch.save(value, partial))
     save(model, config, out)
     state.unlink(missing_ok=True)
@@ -312,7 +312,7 @@ def train(
 def report(
     sprites: np.ndarray, names: list[str], tags: list[list[str]], vq: Path, folder: Path,
     *, images: int = 3, seed: int = 1,
-) -> dict:  # fmt: skip
+) -> dict:
     """What the reward in `folder` sees, on fresh images, `images` of each concept, real and decoded.
 
     Retrieval of the concept's name among all ("r1"); whether, of captions that differ in one word, it prefers the

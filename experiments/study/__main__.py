@@ -31,7 +31,7 @@ from speedrl.generation import sample
 from speedrl.learner import SamplerSettings, sampler_of, training_prompts
 from speedrl.method.schedules import parse_steps
 from speedrl.method.steps import step_choices
-from speedrl.models.checkpoint import load_generator, save_generator
+from speedrl.models.loading import load_generator, save_generator
 from speedrl.rewards.loading import load_quality
 from speedrl.stages import search_sampler
 from speedrl.studies.ablations import over_runs
@@ -73,7 +73,7 @@ def trainers(
     shared = {"model": base, "prompts": prompts}
     group_size = max(2, min(16, images // 2))
     own = {"steps": steps, "groups": images // group_size, "group_size": group_size, "quality": quality, "search": 0,
-           "compile": compile}  # fmt: skip
+           "compile": compile}
     one = shared | {"images": images, "compile": compile, "device": device}
     few = one | {"steps": steps}
 
@@ -109,7 +109,7 @@ def at(costs: Sequence[int], *, guidance: float, remask: float) -> dict[str, tup
 def search_base(
     base: str, out: Path, prompts: Sequence[str], how: SamplerSettings, *, most: int, quality: str, device: str,
     rounds: int,
-) -> Path:  # fmt: skip
+) -> Path:
     """The base with its searched sampler, kept in OUT: what every method starts from."""
     if not (out / "transformer").exists():
         generator = load_generator(base, device=device)
@@ -210,7 +210,7 @@ def equal_evaluations(methods: Mapping[str, Method], budget: int, prompts: list[
         costs = [
             (evaluations(steps, settings["guidance"][0]), steps, settings)
             for settings in method.settings for steps in settings["steps"]
-        ]  # fmt: skip
+        ]
         fitting = [cost for cost in costs if cost[0] <= budget or name == OWN]
         if fitting:
             cost, steps, settings = max(fitting, key=lambda found: found[0])
@@ -270,7 +270,7 @@ def main(
     own_cost = evaluations(start.steps, start.guidance)
     own_settings = at([own_cost], guidance=start.guidance, remask=start.remask)
     searched = str(search_base(base, out / "base-searched", training, how, most=most, quality=quality, device=device,
-                               rounds=1 if quick else 16))  # fmt: skip
+                               rounds=1 if quick else 16))
     methods = {
         OWN: Method((base,), (own_settings,), note=f"{start.steps} steps, as it comes"),
         "base": Method((base,), (plain,)),
@@ -278,7 +278,7 @@ def main(
     }
     failed, picked = {}, {}
     makers = trainers(searched, steps=steps, prompts=prompts, images=images, quality=quality, device=device,
-                      compile=not quick)  # fmt: skip
+                      compile=not quick)
     for name, method in makers.items():
         folder = out / name.replace(" ", "-")
         console.rule(name)
@@ -370,7 +370,7 @@ def conclude(
     commands = {name: commands_of(m, out=out / "eval", measuring=measuring, seeds=seeds) for name, m in methods.items()}
     again = shlex.join(["python", "-m", "experiments.study", *sys.argv[1:]])
     write_json(report / "study.json", {"command": again, "rows": every, "failed": failed, "picked": picked,
-                                       "words": words, "budgets": budgets, "commands": commands})  # fmt: skip
+                                       "words": words, "budgets": budgets, "commands": commands})
     text = "# Reinforcement learning and its alternatives\n\n" + "\n\n".join((*about, *words))
     text += f"\n\n{markdown(every, error='interval')}\n    {again}\n"
     write_atomically(report / "study.md", lambda partial: partial.write_text(text, encoding="utf-8"))

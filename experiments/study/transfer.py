@@ -31,7 +31,9 @@ from speedrl.evaluation.judging import concepts_in, load_judge, nearest_hits
 from speedrl.evaluation.measuring import evaluations, measure
 from speedrl.evaluation.pages import Section, write_page
 from speedrl.generation import draw
-from speedrl.models.checkpoint import decode, load_generator, parts_of
+from speedrl.models.generator import decode
+from speedrl.models.loading import load_generator
+from speedrl.models.sources import parts_of
 from speedrl.rewards.loading import load_quality
 from speedrl.run.prompts import read_prompts
 from speedrl.studies.intervals import caution, interval, paired, say
@@ -41,7 +43,7 @@ from speedrl.system.platform import bf16_is_fast, quiet_allocator
 COLUMNS = {
     "reward": "reward", "judge_r1": "R@1 EfficientNet", "sscd_r1": "R@1 SSCD", "judge_r5": "R@5 EfficientNet",
     "sscd_r5": "R@5 SSCD", "background": "one background", "diversity": "diversity",
-}  # fmt: skip
+}
 SIZES = {"small": compose.SMALL, "big": compose.BIG}
 Features = Callable[[Tensor], Tensor]  # images [B, 3, H, W] in [0, 1] -> [B, F]
 
@@ -224,10 +226,10 @@ def main(
     text = "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *lines))
     report = "\n\n".join(["# What was trained on one reward, elsewhere", about, text, *words])
     write_json(out / "transfer.json", {"models": model, "base": base, "seed": seed, "rows": found, "words": words,
-                                       "lists": lists})  # fmt: skip
+                                       "lists": lists})
     write_atomically(out / "transfer.md", lambda partial: partial.write_text(report + "\n", encoding="utf-8"))
     write_page(out / "index.html", "What was trained on one reward, elsewhere",
-               [Section("All rows", [about, *words], tables=[(header, lines)])])  # fmt: skip
+               [Section("All rows", [about, *words], tables=[(header, lines)])])
     console.print(report, soft_wrap=True, highlight=False, markup=False)
 
 

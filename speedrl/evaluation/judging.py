@@ -49,7 +49,7 @@ def load_network(device: torch.device | str = "cpu") -> Any:
     network.eval().requires_grad_(False)
     for block in (network, *network._blocks):
         for conv, norm in (("_conv_stem", "_bn0"), ("_conv_head", "_bn1"), ("_expand_conv", "_bn0"),
-                           ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")):  # fmt: skip
+                           ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")):
             if hasattr(block, conv):
                 fused = nn.utils.fusion.fuse_conv_bn_eval(getattr(block, conv), getattr(block, norm))
                 setattr(block, conv, fused)

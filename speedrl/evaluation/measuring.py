@@ -32,7 +32,9 @@ from speedrl.evaluation.judging import (
 from speedrl.generation import draw, sample
 from speedrl.method.sampling import ORDERS
 from speedrl.method.schedules import mask_ratio
-from speedrl.models.checkpoint import Generator, check_guidance, decode, fitting_batch, load_generator, parts_of
+from speedrl.models.generator import Generator, decode, fitting_batch
+from speedrl.models.loading import check_guidance, load_generator
+from speedrl.models.sources import parts_of
 from speedrl.rewards.loading import EMBEDDED, Score, load_qualities
 from speedrl.run.checkpoints import to_jsonable
 from speedrl.run.prompts import read_prompts
@@ -42,11 +44,11 @@ from speedrl.system.platform import check_device
 METRICS = {
     "reward": "reward", "judge_r1": "R@1", "judge_margin": "margin", "diversity": "diversity", "judge_r5": "R@5",
     "frechet": "Fréchet", "pixel_diversity": "pixel diversity",
-}  # fmt: skip
+}
 SAMPLER = ("guidance", "temperature", "schedule", "order", "remask")  # what rows of one model and count differ in
 # columns of a table that give way first where it is too wide
 LESS_IMPORTANT = ("pixel diversity", "order", "schedule", "temperature", "Fréchet", "R@5", "s/image", "remask",
-                  "diversity", "guidance", "margin", "prompts")  # fmt: skip
+                  "diversity", "guidance", "margin", "prompts")
 
 
 def evaluate(
@@ -107,7 +109,7 @@ def evaluate(
     weights = {model: fingerprint(*parts_of(model, base)) for model in models}
     if "auto" in steps and (fixed := [model for model in models if not has_step_policy(model, base)]):
         raise ValueError(f"--steps auto is for models that were trained with a range of steps, and {fixed[0]} was not: "
-                         "give numbers")  # fmt: skip
+                         "give numbers")
     check_device(device)
     kept = read_results(out / "results.json")
     kept = {key: row for key, row in kept.items() if weights.get(row["model"], row["weights"]) == row["weights"]}
@@ -140,7 +142,7 @@ def evaluate(
                 )
             ]
             alike = [how for how in samplers if how["guidance"] == samplers[0]["guidance"]
-                     and how["temperature"] == samplers[0]["temperature"]]  # fmt: skip
+                     and how["temperature"] == samplers[0]["temperature"]]
             for how, s in itertools.product(alike, dict.fromkeys(steps)) if shown else ():
                 progress.update(task, description=f"{shorten(model)}: images")
                 sheet.append(sample(generator, shown, steps=s, **how).cpu())
@@ -171,7 +173,7 @@ def evaluate(
                     count=count, seeds=seeds, batch=batch,
                     after_seed=partial(progress.advance, task, cost / seeds),
                     **{name: row[name] for name in SAMPLER},
-                )  # fmt: skip
+                )
                 done += cost
                 kept[identity(row)] = row
                 write_json(out / "results.json", list(kept.values()))
@@ -190,7 +192,7 @@ def evaluate(
 def check_samplers(
     guidance: Iterable[float] | None, temperature: Iterable[float] | None, schedule: Iterable[str] | None,
     order: Iterable[str] | None, remask: Iterable[float] | None,
-) -> None:  # fmt: skip
+) -> None:
     """ValueError for a setting of the sampler that is out of range."""
     for value in guidance or ():
         check_guidance(value)
@@ -421,7 +423,7 @@ def columns_of(rows: list[dict], *, spreads: bool = True, error: str = "spread")
          *(row[name] if isinstance(row[name], str) else f"{row[name]:g}" for name in told),
          *(number(row, name) for name in shown), f"{row['seconds_per_image']:.3f}"]
         for row in rows
-    ]  # fmt: skip
+    ]
     return header, lines
 
 
@@ -498,7 +500,7 @@ def plot(rows: list[dict], path: Path, *, real: dict | None = None) -> bool:
                     costs, values, yerr=spreads, label=", ".join([shorten(model), *["auto"] * auto, *words]),
                     marker="osD^vPX*<>"[k % 10], linestyle=("-", "--", "-.", (0, (1, 1)))[k % 4], color=f"C{k % 10}",
                     markersize=5, linewidth=1.4, capsize=2,
-                )  # fmt: skip
+                )
         if real and real.get(which, {}).get(metric) is not None:
             panel.axhline(real[which][metric], color="0.75", linewidth=4, zorder=0, label="real images")
         label_evaluations(panel, rows, name=i == len(sets) - 1)

@@ -12,7 +12,8 @@ from rich.progress import track
 from speedrl.evaluation.figures import contact_sheet, save_image
 from speedrl.evaluation.measuring import SAMPLER, evaluations, judge_if_there, nfe_of, one_cell, prompt_sets, table
 from speedrl.generation import draw, step_counts
-from speedrl.models.checkpoint import Generator, decode, load_generator
+from speedrl.models.generator import Generator, decode
+from speedrl.models.loading import load_generator
 from speedrl.policies import make_policy
 from speedrl.rewards.loading import load_qualities
 from speedrl.system.files import write_json

@@ -78,7 +78,7 @@ class AmusedTransformer(UVit2DModel):
         if backend == "inductor" and not can_compile(self.device):
             return
         lists = [getattr(part, kind) for part in (self.down_block, self.up_block)
-                 for kind in ("res_blocks", "attention_blocks")]  # fmt: skip
+                 for kind in ("res_blocks", "attention_blocks")]
         for layer in itertools.chain(self.transformer_layers, *lists):
             layer.compile(dynamic=True, backend=backend)
 

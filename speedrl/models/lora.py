@@ -99,7 +99,7 @@ def save_lora(transformer: nn.Module, out: Path, *, base: str, scheduler: dict) 
     config = {
         "peft_type": "LORA", "base_model_name_or_path": base, "r": first.r["default"],
         "lora_alpha": first.lora_alpha["default"], "bias": "none", "target_modules": sorted(layers),
-    }  # fmt: skip
+    }
     weights = {
         f"base_model.model.{name}.{part}.weight": getattr(layer, part)["default"].weight.detach().cpu().contiguous()
         for name, layer in layers.items()

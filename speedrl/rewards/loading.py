@@ -220,7 +220,7 @@ def load_quality(
 def differentiable(
     score: Score, *, device: torch.device | str = "cpu", prompts: Sequence[str] | None = None,
     size: tuple[int, int] = SIZE,
-) -> bool:  # fmt: skip
+) -> bool:
     """Whether a score has a gradient at its images: it is tried on two, as in `load_quality`."""
     images, texts = samples(prompts, size, device)
     images.requires_grad_()
@@ -258,7 +258,7 @@ def load_qualities(
     for name in wanted:
         of = functions.get(name)
         scores[name] = load_quality(of if callable(of) else name, device=device, weights=files.get(name), bf16=bf16,
-                                    prompts=prompts, size=size, name=name)  # fmt: skip
+                                    prompts=prompts, size=size, name=name)
     return scores, wanted
 
 

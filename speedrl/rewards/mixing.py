@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from speedrl.method.rewards import Moments, disagreeing, mixture, observe
-from speedrl.models.checkpoint import Generator
+from speedrl.models.generator import Generator
 from speedrl.rewards.loading import Score, differentiable, load_qualities, rate
 
 TREND = 20  # iterations over which qualities are watched for disagreement
@@ -70,7 +70,7 @@ def open_reward(
 ) -> Reward:
     """The reward of `load_qualities`, tried on the run's own prompts and at the generator's image size."""
     scores, shares = load_qualities(quality, device=device, weights=weights, bf16=bf16, prompts=prompts,
-                                    size=generator.size)  # fmt: skip
+                                    size=generator.size)
     return Reward(scores, shares, clip=clip, device=device)
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speedrl.models.checkpoint import NoInitialisation, count_positions
+from speedrl.models.loading import NoInitialisation, count_positions
 from speedrl.system.errors import one_line
 from speedrl.system.hub import hub_file
 from speedrl.system.platform import bf16_autocast, import_torchvision
@@ -113,7 +113,7 @@ def sequence_first(model: Any) -> Any:
 def clip_features(
     model: Any, tokenizer: Callable, preprocess: Callable[[Tensor], Tensor], *,
     device: torch.device | str, bf16: bool | None = None, micro_batch: int = 64,
-) -> tuple[Callable[[Tensor], Tensor], Callable[[list[str]], Tensor]]:  # fmt: skip
+) -> tuple[Callable[[Tensor], Tensor], Callable[[list[str]], Tensor]]:
     """An open_clip model as two functions: of float [B, 3, H, W] in [0, 1], on any device, and of B prompts.
 
     Both return float32 [B, D] of norm 1 on `device`, of pictures with a gradient where they have one; the latest
@@ -170,7 +170,7 @@ def clip_score(
 def hpsv2_score(
     *, device: torch.device | str = "cpu", weights: str | None = None, bf16: bool | None = None,
     architecture: str = "ViT-H-14", micro_batch: int = 16,
-) -> Score:  # fmt: skip
+) -> Score:
     """HPSv2.1 (arXiv 2306.09341): open_clip's ViT-H-14 with human preferences' weights; the cosine of the features.
 
     `weights` is HPS_v2.1_compressed.pt, by default that of the hub's xswu/HPSv2. Preprocessing is that of the package
@@ -191,15 +191,15 @@ def hpsv2_score(
     images, texts = clip_features(
         model, open_clip.get_tokenizer(architecture), lambda pictures: normalised(padded(pictures, side)),
         device=device, bf16=bf16, micro_batch=micro_batch,
-    )  # fmt: skip
+    )
     return lambda pictures, prompts: (images(pictures) * texts(prompts)).sum(-1)
 
 
 VISION = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=224,
-              patch_size=16, layer_norm_eps=1e-6)  # fmt: skip
+              patch_size=16, layer_norm_eps=1e-6)
 TEXT = dict(vocab_size=30524, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
             encoder_hidden_size=1024, max_position_embeddings=512, is_decoder=True, hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0)  # fmt: skip
+            attention_probs_dropout_prob=0.0)
 
 
 class ImageRewardModel(nn.Module):
@@ -222,7 +222,7 @@ class ImageRewardModel(nn.Module):
         read = self.text(
             input_ids=ids, attention_mask=mask, encoder_hidden_states=seen, encoder_attention_mask=everywhere,
             is_decoder=False,
-        )  # fmt: skip
+        )
         x = read.last_hidden_state[:, 0].float()
         with torch.autocast(x.device.type, enabled=False):  # the package's head is float32
             for layer in self.head:
@@ -234,9 +234,9 @@ def from_image_reward(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """ImageReward.pt's keys as `ImageRewardModel`'s: its BLIP has timm's names, ours transformers'."""
     renamed = {}
     vision = {"patch_embed.proj": "embeddings.patch_embedding", "cls_token": "embeddings.class_embedding",
-              "pos_embed": "embeddings.position_embedding", "norm": "post_layernorm"}  # fmt: skip
+              "pos_embed": "embeddings.position_embedding", "norm": "post_layernorm"}
     block = {"norm1": "layer_norm1", "norm2": "layer_norm2", "attn.qkv": "self_attn.qkv",
-             "attn.proj": "self_attn.projection"}  # fmt: skip
+             "attn.proj": "self_attn.projection"}
     # the head's dropouts have numbers but no weights
     head = {"mlp.layers.0": "0", "mlp.layers.2": "1", "mlp.layers.4": "2", "mlp.layers.6": "3", "mlp.layers.7": "4"}
     for key, value in state.items():
@@ -259,7 +259,7 @@ def from_image_reward(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def imagereward_score(
     *, device: torch.device | str = "cpu", weights: str | None = None, bf16: bool | None = None,
     vision: dict = VISION, text: dict = TEXT, micro_batch: int = 16,
-) -> Score:  # fmt: skip
+) -> Score:
     """ImageReward (arXiv 2304.05977) by transformers' BLIP, scaled as its package scales it.
 
     `weights` is ImageReward.pt, by default that of the hub's THUDM/ImageReward. The words are BERT's: vocab.txt beside

@@ -271,6 +271,6 @@ def to_jsonable(settings: Mapping[str, Any]) -> dict[str, Any]:
 def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The settings that make a difference to what is learned, and differ: "lr 3e-05, now 0.0001"."""
     free = ("out", "resume", "iterations", "save_every", "keep_checkpoints", "device", "compile", "micro_batch",
-            "checkpointing", "parallel", "offload", "trackers", "max_skipped")  # fmt: skip
+            "checkpointing", "parallel", "offload", "trackers", "max_skipped")
     names = [name for name in now if name not in free and name in before and before[name] != now[name]]
     return [f"--{name.replace('_', '-')} {before[name]}, now {now[name]}" for name in names]

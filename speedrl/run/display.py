@@ -57,7 +57,7 @@ class Display:
         self.progress = Progress(
             TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TextColumn("left"), TimeRemainingColumn(), console=self.console,
-        )  # fmt: skip
+        )
         self.task = self.progress.add_task("training", total=total)
         terminal = self.console.is_terminal and not self.console.is_dumb_terminal
         self.live = Live(self.render(), console=self.console, refresh_per_second=2) if terminal else None

@@ -9,16 +9,10 @@ from torch import Tensor
 
 from speedrl.method.schedules import parse_steps
 from speedrl.method.steps import step_choices
-from speedrl.models.checkpoint import (
-    Generator,
-    load_generator,
-    recorded_source,
-    resolve_source,
-    resolve_text_encoder,
-    save_generator,
-    save_sampler,
-)
+from speedrl.models.generator import Generator
+from speedrl.models.loading import load_generator, save_generator, save_sampler
 from speedrl.models.lora import add_lora, save_lora
+from speedrl.models.sources import recorded_source, resolve_source, resolve_text_encoder
 from speedrl.run.checkpoints import newest, read_record, read_tensors, stored
 from speedrl.system.errors import one_line
 from speedrl.system.files import damage
@@ -47,7 +41,7 @@ def save_trained(
         encoder = (settings["loading"] or {}).get("text_encoder")
         beside = {} if encoder is None else {"text_encoder": resolve_text_encoder(encoder)}
         save_lora(generator.transformer, out / "adapter", base=resolve_source(settings["model"]),
-                  scheduler=scheduler | beside)  # fmt: skip
+                  scheduler=scheduler | beside)
         save_sampler(sampler, out / "adapter")
         return out / "adapter"
     save_generator(generator._replace(scheduler=scheduler, sampler=sampler), out / "model")
@@ -116,4 +110,4 @@ def sampled_as(generator: Generator, settings: Mapping[str, Any]) -> dict[str, A
             "masking_schedule": settings["schedule"] or generator.schedule,
             "reveal_order": settings["order"] or generator.order,
             "remask_share": settings.get("remask", settings.get("revise", generator.remask)),
-            "negative_prompt": generator.negative, "micro_conds": generator.micro_conds}  # fmt: skip
+            "negative_prompt": generator.negative, "micro_conds": generator.micro_conds}

@@ -24,7 +24,7 @@ COLUMNS = ("prompt", "caption", "text")  # of a table, the first that is there
 FORMATS = 'text with one prompt a line, a JSON list, JSONL with "prompt", or CSV/TSV with a column "prompt"'
 UNREAD = (".parquet", ".arrow", ".feather", ".xlsx", ".xls", ".ods", ".yaml", ".yml", ".xml", ".html", ".toml", ".pkl",
           ".npy", ".npz", ".pt", ".safetensors", ".zip", ".gz", ".bz2", ".xz", ".zst", ".tar", ".pdf",
-          ".docx")  # fmt: skip
+          ".docx")
 JSON = re.compile(r'\s*(\{\s*["}]|\[\s*(["{\[\]]|$))')  # begins as no prompt does
 MARKUP = re.compile(r"\s*(<\?xml|<!doctype|<html|---\s*$|- *prompt *:|prompts? *:\s*$)", re.IGNORECASE | re.MULTILINE)
 
@@ -156,7 +156,7 @@ def in_table(path: Path, file: BinaryIO, first: str) -> list[str]:
     text = io.StringIO(text_in(path, file), newline="")
     try:  # PartiPrompts has quotation marks as they are
         rows = list(csv.reader(text, delimiter=delimiter,
-                               quoting=csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL))  # fmt: skip
+                               quoting=csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL))
     except csv.Error as error:
         raise ValueError(f"{path}: cannot be read as a table ({error}); give {FORMATS}") from None
     rows = [row for row in rows if any(cell.strip() for cell in row)]

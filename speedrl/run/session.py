@@ -24,7 +24,7 @@ class Run:
     def __init__(
         self, out: Path, settings: Mapping[str, Any], *, checkpoint: Path | None, display: Display,
         track: Callable[[Mapping[str, Any]], list[str]], stopped: Callable[[], int],
-    ):  # fmt: skip
+    ):
         self.out, self.settings, self.checkpoint = out, settings, checkpoint
         self.display, self.track, self.stopped = display, track, stopped
         self.first, self.saved, self.inside = 0, 0, False
@@ -87,7 +87,7 @@ class Run:
             self.warn(f"iteration {iteration + 1}: the gradient is not finite; its update is skipped")
         if self.skipped >= self.settings["max_skipped"]:
             raise ValueError(f"{self.skipped} updates in a row had a gradient that is not finite: lower --lr, or raise "
-                             "--kl-weight")  # fmt: skip
+                             "--kl-weight")
         return finite
 
     def check(self, *, spread: bool, falling: Sequence[str]) -> None:
@@ -110,10 +110,10 @@ class Run:
         stop = int(distributed.total(torch.tensor(self.stopped()), largest=True))
         if done % self.settings["save_every"] == 0 or done == self.settings["iterations"] or stop:
             held = record | {"settings": self.settings, "skipped": self.skipped, "flat": self.flat,
-                             "skipped_total": self.skipped_total}  # fmt: skip
+                             "skipped_total": self.skipped_total}
             try:
                 save(self.out, done, tensors(*self.held), random_states(self.random, self.device), held,
-                     keep=self.settings["keep_checkpoints"], sharded=self.settings["parallel"] == "fsdp")  # fmt: skip
+                     keep=self.settings["keep_checkpoints"], sharded=self.settings["parallel"] == "fsdp")
                 self.saved = done
             except OSError as error:
                 self.warn(f"{error}; training goes on, and the checkpoints before it stand")

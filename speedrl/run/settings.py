@@ -10,14 +10,15 @@ from speedrl.method.advantages import SCALES
 from speedrl.method.divergences import KINDS
 from speedrl.method.sampling import ORDERS
 from speedrl.method.schedules import mask_ratio
-from speedrl.models.checkpoint import check_guidance, find, is_adapter
+from speedrl.models.loading import check_guidance
+from speedrl.models.sources import find, is_adapter
 from speedrl.run.trackers import TRACKERS
 
 CLIP_RANGE = 0.2  # as `train` has it where none is given
 LIKELIHOODS = ("exact", "token", "sequence")
 POSITIVE = ("lr", "clip_range", "clip_grad", "steps_lr")
 NOT_NEGATIVE = ("kl_weight", "temperature", "quality_clip", "warmup", "steps_reward", "reward_gradient", "search",
-                "iterations")  # fmt: skip
+                "iterations")
 AT_LEAST_ONE = ("groups", "micro_batch", "updates", "save_every", "keep_checkpoints", "max_skipped", "train_steps")
 
 
@@ -94,7 +95,7 @@ def idle(settings: Mapping[str, Any], least: int, most: int) -> list[tuple[Any, 
          "--parallel fsdp"),
         (has("lora") is None and (has("lora_alpha") or has("lora_targets")),
          "lora_alpha and lora_targets are about an adapter: give its rank by --lora"),
-    ]  # fmt: skip
+    ]
 
 
 def check_numbers(settings: Mapping[str, Any]) -> None:

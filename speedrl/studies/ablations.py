@@ -44,7 +44,7 @@ def all_ablations() -> dict[str, dict[str, dict]]:
     def each(option: str, *values: Any) -> dict[str, dict]:
         words = option.replace("_", " ")
         return {f"{words} {value:g}" if isinstance(value, float) else f"{words} {value}": {option: value}
-                for value in values}  # fmt: skip
+                for value in values}
 
     weights = {f"ce, weight {weight:g}": {"kl": "ce", "kl_weight": weight} for weight in (0.2, 0.05, 0.8, 3.2)}
     fast: dict[str, Any] = {"steps_reward": 4.0}
@@ -132,7 +132,7 @@ def ablate(
         "steps": tuple(eval_steps), "count": eval_count, "seeds": eval_seeds, "images": 0, "figure": False,
         "remask": (0.5 if options.get("remask") is None else options["remask"],),
         **{key: options[key] for key in ("quality", "reward_weights") if key in options}, **(evaluation or {}),
-    }  # fmt: skip
+    }
     if quick:
         seeds = tuple(seeds)[:1]
         options = {"iterations": 1, "groups": 2, "group_size": 2, "search": 0, "compile": False} | options
@@ -207,19 +207,19 @@ def conclude(
     differences = [d for variant in others for d in compared(variant, baseline, measured)]
     words = [f"The last table has differences from {baseline}, paired by seed, ± half the 95 % interval. * is a "
              f'result: 0 is outside the interval, and no difference of "{AGAIN}" in this metric is as large.',
-             caution([found for found in differences if found["variant"] != AGAIN])] if differences else []  # fmt: skip
+             caution([found for found in differences if found["variant"] != AGAIN])] if differences else []
     header, lines = differences_of(differences)
     curves = {variant: {seed: metrics_file(folders[variant][seed]) for seed in by_seed}
-              for variant, by_seed in measured.items() if by_seed}  # fmt: skip
+              for variant, by_seed in measured.items() if by_seed}
     commands = list(dict.fromkeys(commands))
     complaints = [f"Failed: {run}: {why}" for run, why in failed.items()]
     write_json(report / f"{name}.json", {"ablation": name, "failed": failed, "rows": rows, "differences": differences,
-                                         "commands": commands})  # fmt: skip
+                                         "commands": commands})
     paragraphs = "".join(f"\n{line}\n" for line in (*words, *complaints))
     code = "".join(f"    {line}\n" for line in commands)
     apart = grid(header, lines, left=2) if lines else ""
     text = (f"# {name}\n\n{markdown(rows, error='interval')}\n± is the 95 % interval over seeds.\n{paragraphs}\n{apart}"
-            f"\n{code}")  # fmt: skip
+            f"\n{code}")
     write_atomically(report / f"{name}.md", lambda partial: partial.write_text(text, encoding="utf-8"))
     if curves:
         plot_curves(curves, report / name, metrics=CURVES, title=name)
@@ -265,7 +265,7 @@ def compared(variant: str, baseline: str, measured: Mapping[str, Mapping[int, li
                 {s: row[metric] for s, rows in measured[which].items() for row in rows
                  if cell(row) == key and row.get(metric) is not None}
                 for which in (variant, baseline)
-            )  # fmt: skip
+            )
             if values.keys() & others.keys():
                 setting = dict(zip(("prompts", "steps", "network_evaluations"), key, strict=True))
                 found.append({"variant": variant, **setting, "metric": metric, **paired(values, others)})

@@ -113,7 +113,7 @@ def plot_curves(
                 apart = (middles[-1] - middles[0]) / max(1, len(middles) - 1) or 1  # side by side, not on one another
                 places = [middle + apart * 0.6 * (k / len(variants) - 0.5) for middle in middles]
                 right.errorbar(places, differences, yerr=None if None in bars else bars, markersize=5, capsize=2,
-                               linewidth=1, **style)  # fmt: skip
+                               linewidth=1, **style)
         right.axhline(0, color="0.6", linewidth=1, zorder=0)
         left.set_title(label, fontsize=10)
         right.set_title(f"the same, less that of {baseline}, by seed", fontsize=10)

@@ -39,10 +39,10 @@ def refuse_other(folder: Path, options: dict) -> None:
         return
     before, now = json.loads(path.read_text(encoding="utf-8")), to_jsonable(options)
     differing = [f"--{name.replace('_', '-')} {before.get(name, 'not given')}, now {now.get(name, 'not given')}"
-                 for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]  # fmt: skip
+                 for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
     if differing:
         raise ValueError(f"{folder} holds a run of other options ({'; '.join(differing)}): give another --out, or the "
-                         "same options")  # fmt: skip
+                         "same options")
 
 
 def trained_once(folder: Path, options: dict, *, device: str) -> Path:
@@ -118,7 +118,7 @@ def side_by_side(
                         if isinstance(failed := outcome[folder], str):
                             progress.console.print(f"{folder} failed: {failed}", soft_wrap=True)
                 progress.update(task, completed=sum(map(iterations_of, runs)),
-                                description=f"{len(outcome)} of {len(runs)} runs, iterations")  # fmt: skip
+                                description=f"{len(outcome)} of {len(runs)} runs, iterations")
                 time.sleep(0.2)
         except KeyboardInterrupt:  # the processes had it too: their trainings end with a checkpoint
             for _, process in running.values():  # all before any is waited for: a second signal stops at once

@@ -1,0 +1,145 @@
+"""Where a generator's files are: folders, runs, adapters and hub ids."""
+
+import re
+from pathlib import Path
+
+from speedrl.models.lora import read_config
+from speedrl.system.errors import one_line
+from speedrl.system.hub import from_hub
+
+HUB_ID = re.compile(r"(\w[\w-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?")  # owner/name or owner/name@revision
+
+INSTEAD = "give a folder, a hub id owner/name, or embedded"
+
+SAMPLER = "sampler.safetensors"
+
+WEIGHTS = {"transformer": "diffusion_pytorch_model", "vqvae": "diffusion_pytorch_model", "text_encoder": "model"}
+
+
+def find(source: str | Path) -> Path:
+    """The folder of a model or an adapter named as in `load_generator`; a hub id is downloaded.
+
+    Of a run's folder it is model/, or adapter/ where no model is.
+    """
+    if str(source) == "embedded":
+        folder = Path(__file__).parent / "embedded"
+        if not (folder / "transformer").exists():
+            raise FileNotFoundError("the embedded model is not in this installation: rebuild it, see experiments/")
+        return folder
+    folder = Path(source)
+    if folder.is_file():
+        raise ValueError(f"{source} is a file, but a model is a folder with transformer/, vqvae/ and text_encoder/")
+    if folder.is_dir():
+        if (folder / "model/transformer").exists():
+            return folder / "model"
+        if adapter := next((path for path in (folder, folder / "adapter") if is_adapter(path)), None):
+            return adapter
+        if not (folder / "transformer/config.json").exists():
+            unfinished = (folder / "checkpoints").is_dir()
+            advice = ": finish the run with --resume, or make a model of a checkpoint with export" if unfinished else ""
+            raise FileNotFoundError(
+                f"{source} has no transformer/config.json: it is not a model or a finished run{advice}"
+            )
+        return folder
+    if not (named := HUB_ID.fullmatch(str(source))):
+        raise FileNotFoundError(f"there is no model at {source}: {INSTEAD}")
+    others = ["model_index.json", "*/config.json", "scheduler/*", "tokenizer/*", "adapter_config.json",
+              "adapter_model.safetensors", "scheduler_config.json", SAMPLER]
+    folder = fetch(named, WEIGHTS, others, f"{source} is no folder here, and as a hub id it", instead=INSTEAD)
+    if not is_adapter(folder) and not (folder / "transformer/config.json").exists():
+        raise FileNotFoundError(f"{source} has no transformer/config.json: it is not a model of speedrl")
+    return folder
+
+
+def fetch(named: re.Match, weights: dict[str, str], others: list[str], what: str, *, instead: str) -> Path:
+    """The folder of a hub repository in the cache, with the weights by part; fp16 files where it has no others."""
+    from huggingface_hub import snapshot_download
+
+    def files(parts: dict[str, str], *names: str) -> list[str]:
+        return [f"{part}/{name}{of}".lstrip("/") for part, name in parts.items() for of in names]
+
+    def get(wanted: list[str]) -> Path:
+        return from_hub(lambda: snapshot_download(named[1], revision=named[2], allow_patterns=wanted), what,
+                        instead=instead)
+
+    plain = (".safetensors", ".safetensors.index.json", "-?????-of-?????.safetensors")
+    half = (".fp16.safetensors", ".safetensors.index.fp16.json", "-?????-of-?????.fp16.safetensors",
+            ".fp16-?????-of-?????.safetensors")
+    folder = get([*others, *files(weights, *plain)])
+    lacking = {part: name for part, name in weights.items() if not list((folder / part).glob(f"{name}*.safetensors"))}
+    if lacking and not is_adapter(folder):
+        folder = get([*others, *files(lacking, *half)])
+    return folder
+
+
+def find_text_encoder(source: str | Path) -> Path:
+    """The folder of a CLIP; a hub id is downloaded."""
+    if Path(source).is_dir():
+        return Path(source)
+    what = f"the text encoder {source}"
+    if not (named := HUB_ID.fullmatch(str(source))):
+        raise FileNotFoundError(f"{what} is not there: give --text-encoder a folder or a hub id of a CLIP")
+    return fetch(named, {"": "model"}, ["config.json"], what, instead="give --text-encoder a folder or a hub id")
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").exists()
+
+
+def base_of(adapter: Path, base: str | Path | None = None) -> Path:
+    """The folder of an adapter's base: `base`, or the one that it records. FileNotFoundError where that is gone."""
+    recorded = read_config(adapter)["base_model_name_or_path"]
+    try:
+        folder = find(recorded if base is None else base)
+    except FileNotFoundError as error:
+        if base is not None:
+            raise
+        gone = f"the adapter {adapter} was trained on {recorded}, which cannot be loaded ({one_line(error)})"
+        raise FileNotFoundError(f"{gone}: give its base by --base") from error
+    if is_adapter(folder):
+        raise ValueError(
+            f"the base of the adapter {adapter} is an adapter itself, {folder}: give a whole model by --base"
+        )
+    return folder
+
+
+def parts_of(source: str | Path, base: str | Path | None = None) -> list[Path]:
+    """The folders whose files make a generator what it is."""
+    found = find(source)
+    folder = base_of(found, base) if is_adapter(found) else found
+    parts = ("transformer", "vqvae", "text_encoder", "tokenizer", "scheduler")
+    return [*(folder / part for part in parts), *([found] if is_adapter(found) else [])]
+
+
+def resolve_source(source: str | Path) -> str:
+    """A source as a record keeps it, so that it is the same from every working directory and later: a folder's absolute
+    path, a hub id with the commit that it has now (owner/name@commit), or "embedded". FileNotFoundError for none."""
+    if str(source) == "embedded":
+        return "embedded"
+    return resolved(source, find(source))
+
+
+def resolve_text_encoder(source: str | Path) -> str:
+    """As `resolve_source`, of a text encoder."""
+    return resolved(source, find_text_encoder(source))
+
+
+def resolved(source: str | Path, folder: Path) -> str:
+    if Path(source).exists():
+        return str(Path(source).resolve())
+    return f"{str(source).partition('@')[0]}@{folder.name}"  # the hub's cache names a snapshot by its commit
+
+
+def recorded_source(recorded: str, *, where: str, option: str = "--model") -> str:
+    """A source that a run has recorded, for `load_generator`. FileNotFoundError, with nothing fetched, where its folder
+    is gone, naming it, the record `where` and the option that gives another.
+
+    An earlier version recorded it as typed: such a name may be a folder elsewhere or a hub id. It is taken for a folder
+    where there is one, and never for a hub id; only owner/name@commit is.
+    """
+    named = HUB_ID.fullmatch(recorded)
+    if recorded == "embedded" or Path(recorded).is_dir() or (named and named[2]):
+        return recorded
+    lost = f"{where} was trained from {recorded}, and there is no such folder here"
+    hint = f"; if it is a hub id, give {option} {recorded}" if named else ""
+    raise FileNotFoundError(f"{lost}: say by {option} where it is now{hint}")
