@@ -1,83 +1,24 @@
-"""What learns: the policy's networks, the step policy, their optimizer and the moving average of their weights."""
+"""What learns: the networks, the step policy, the optimizer, and the moving average of the weights."""
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from speedrl.method.advantages import group_advantages
-from speedrl.method.losses import reward_slopes
-from speedrl.method.sampling import Trajectory
+from speedrl.generation import Policy
+from speedrl.method.sampler import Sampler
 from speedrl.method.steps import StepPolicy
-from speedrl.models.generator import Generator, codebook, cut_prompts, decode_embeddings, fitting_batch
-from speedrl.models.loading import load_generator
+from speedrl.models.generator import Generator, cut_prompts
 from speedrl.models.lora import WithoutLora, add_lora
 from speedrl.models.sources import find
-from speedrl.policies import Policy
-from speedrl.rewards.mixing import Reward
 from speedrl.run import distributed
 from speedrl.run.prompts import open_prompts
-from speedrl.updates import with_oom_backoff
 
 WEAK_GUIDANCE = 2.0  # below it a model is trained without guidance, one network evaluation a step in place of two
-
-
-class SamplerSettings(NamedTuple):
-    """How rollouts are sampled and scored, with the model's own in place of None."""
-
-    guidance: float
-    reference_guidance: float
-    temperature: float
-    schedule: str
-    order: str
-    remask: float
-
-
-def sampler_of(generator: Generator, settings: Mapping[str, Any], *, most: int) -> SamplerSettings:
-    """The settings of the sampler; `most` is the largest number of steps.
-
-    guidance None is 1 where the model's own is weak, else its own: a model whose guidance is strong starts from poor
-    images without it. remask None is 0.5 where remasking steps exist, from 6 steps on.
-    """
-    own: dict[str, Any] = {
-        "guidance": 1.0 if generator.guidance < WEAK_GUIDANCE else generator.guidance,
-        "reference_guidance": generator.guidance, "temperature": generator.temperature,
-        "schedule": generator.schedule, "order": generator.order, "remask": 0.5 if most >= 6 else 0.0,
-    }
-    return SamplerSettings(**{name: value if settings[name] is None else settings[name] for name, value in own.items()})
-
-
-def training_prompts(model: str, prompts: str | Path | Sequence[str] | None = None) -> Sequence[str]:
-    """The prompts to train on: those of `open_prompts`, or without any given those that come with the embedded model.
-    ValueError for another model, which has none."""
-    if prompts is not None:
-        return open_prompts(prompts)
-    if model != "embedded":
-        raise ValueError("--prompts is missing, and only the embedded model has its own: give a file, a prompt a line")
-    return open_prompts(find(model) / "prompts/train.txt")
-
-
-def warn_of_prompts(
-    warn: Callable[[str], None], generator: Generator, prompts: Sequence[str], how: SamplerSettings, *, first: int = 999
-) -> None:
-    """Warns of prompts that the text encoder cuts, among the `first`, and of a negative prompt without effect."""
-    looked = list(prompts[:first])
-    if cut := cut_prompts(generator, looked):
-        warn(f"{cut} of the {'first ' * (len(prompts) > first)}{len(looked)} prompts are longer than the text encoder "
-             "reads, and are cut")
-    if generator.negative and how.guidance == how.reference_guidance == 1:
-        warn("the negative prompt has no effect at guidance 1: give --guidance or --reference-guidance above 1")
-
-
-def draw_prompts(count: int, groups: int, random: torch.Generator) -> list[int]:
-    """Which of `count` prompts the groups of an iteration have: each once before any twice."""
-    rounds = [torch.randperm(count, generator=random) for _ in range(-(-groups // count))]
-    return torch.cat(rounds)[:groups].tolist()
 
 
 @dataclasses.dataclass
@@ -86,7 +27,7 @@ class Learner:
 
     transformer: nn.Module
     reference: Any  # a frozen copy of the transformer, the transformer without its adapter, or None
-    step_policy: StepPolicy | None  # None where the step count is fixed
+    step_policy: nn.Module | None  # None where the step count is fixed
     learned: dict[str, nn.Parameter]  # by name; those of the step policy as steps.NAME
     optimizer: torch.optim.Optimizer
     average: dict[str, Tensor]  # the moving average of `learned`, {} without
@@ -106,73 +47,114 @@ class Learner:
         large as any, and follow the noise of one rollout. The step policy's stays."""
         self.optimizer.param_groups[0]["lr"] = lr * min(1, (iteration + 1) / (warmup + 1))
 
+    def step(self, *, clip_grad: float) -> Tensor:
+        """Sums the gradients of all ranks, clips those of each group of parameters, takes a step if they are finite.
+
+        Returns the first group's norm before clipping, a scalar, or NaN where another's is not finite.
+        """
+        groups = [group["params"] for group in self.optimizer.param_groups]
+        distributed.sum_gradients([p for group in groups for p in group])
+        norms = [nn.utils.clip_grad_norm_(group, clip_grad) for group in groups]
+        norm, *others = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms)
+        norm = norm + 0 * sum(others)
+        if norm.isfinite():
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    @torch.no_grad()
+    def update_average(self, *, decay: float, updates: int) -> None:
+        """Moves the exponential moving average of the weights towards them; faster over the first updates, so that
+        where it started does not count for long."""
+        decay = min(decay, (1 + updates) / (10 + updates))
+        for name, value in self.average.items():
+            value.lerp_(self.learned[name].detach(), 1 - decay)
+
+
+def training_sampler(sampler: Sampler, *, most: int, **given: Any) -> Sampler:
+    """How rollouts of at most `most` steps are sampled: as given, with the model's own in place of None.
+
+    guidance None is 1 where the model's own is weak, else its own: a model whose guidance is strong starts from poor
+    images without it. remask None is 0.5 where remasking steps exist, from 6 steps on.
+    """
+    own = sampler.replace(guidance=1.0 if sampler.guidance < WEAK_GUIDANCE else None, remask=0.5 if most >= 6 else 0.0)
+    return own.replace(**given)
+
+
+def training_prompts(model: Any, prompts: str | Path | Sequence[str] | None = None) -> Sequence[str]:
+    """The prompts to train on: those of `open_prompts`, or without any given those that come with the embedded model.
+    ValueError for another model, which has none."""
+    if prompts is not None:
+        return open_prompts(prompts)
+    if model != "embedded":
+        raise ValueError("`prompts` is missing, and only the embedded model has its own: give a file, a prompt a line")
+    return open_prompts(find(model) / "prompts/train.txt")
+
+
+def warn_of_prompts(
+    warn: Callable[[str], None], generator: Generator, prompts: Sequence[str], guidances: Sequence[float],
+    *, first: int = 999,
+) -> None:
+    """Warns of prompts that the text encoder cuts, among the `first`, and of a negative prompt without effect."""
+    looked = list(prompts[:first])
+    if cut := cut_prompts(generator, looked):
+        warn(f"{cut} of the {'first ' * (len(prompts) > first)}{len(looked)} prompts are longer than the text encoder "
+             "reads, and are cut")
+    if generator.negative and all(guidance == 1 for guidance in guidances):
+        warn("the negative prompt has no effect at guidance 1: give --guidance or --reference-guidance above 1")
+
+
+def draw_prompts(count: int, groups: int, random: torch.Generator) -> list[int]:
+    """Which of `count` prompts the groups of an iteration have: each once before any twice."""
+    rounds = [torch.randperm(count, generator=random) for _ in range(-(-groups // count))]
+    return torch.cat(rounds)[:groups].tolist()
+
 
 def new_learner(
-    generator: Generator, settings: Mapping[str, Any], choices: Tensor, width: int, *, device: str
+    generator: Generator,
+    choices: Tensor,
+    *,
+    reference: bool,
+    lr: float,
+    steps_lr: float,
+    ema: float,
+    step_policy: Callable[[Tensor, int], nn.Module] = StepPolicy,
+    lora: int | None = None,
+    lora_alpha: float | None = None,
+    lora_targets: str | None = None,
+    seed: int = 0,
+    checkpointing: bool = False,
+    compile: bool = False,
+    parallel: str = "ddp",
+    offload: bool = False,
+    bf16: bool = False,
+    device: str = "cpu",
 ) -> Learner:
-    """What trains a generator by these settings: adds the adapter, copies the reference, compiles and shards.
+    """What trains a generator: adds the adapter, copies the `reference` if one is wanted, compiles and shards.
 
-    `choices` are the step counts, int64 [K]; `width` that of the pooled text embedding.
+    `choices` are the step counts, int64 [K].
     """
-    transformer, lora, sharded = generator.transformer, settings["lora"], settings["parallel"] == "fsdp"
-    add_adapter(transformer, settings)
-    reference = None
-    if settings["kl_weight"] and settings["kl"] != "none":
-        reference = copy.deepcopy(transformer).requires_grad_(False) if lora is None else WithoutLora(transformer)
-    transformer.gradient_checkpointing = settings["checkpointing"]
-    networks: list[Any] = [transformer] if reference is None else [transformer, reference]
+    transformer, sharded = generator.transformer, parallel == "fsdp"
+    if lora is not None:
+        add_lora(transformer, rank=lora, alpha=lora_alpha, targets=lora_targets, seed=seed)
+    frozen: Any = None
+    if reference:
+        frozen = copy.deepcopy(transformer).requires_grad_(False) if lora is None else WithoutLora(transformer)
+    transformer.gradient_checkpointing = checkpointing
+    networks: list[Any] = [transformer, frozen] if reference else [transformer]
     for network in networks:
-        if settings["compile"] and not sharded:  # compiled blocks that gather their weights are not verified yet
+        if compile and not sharded:  # compiled blocks that gather their weights are not verified yet
             network.compile_blocks()
         if sharded and isinstance(network, nn.Module):
-            distributed.shard(network, device=device, offload=settings["offload"], bf16=settings["bf16"])
+            distributed.shard(network, device=device, offload=offload, bf16=bf16)
     learned = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
     rates: list[dict[str, Any]] = [{"params": list(learned.values())}]
-    step_policy = StepPolicy(choices, width).to(device) if len(choices) > 1 else None
-    if step_policy is not None:
-        rates += step_policy.parameter_groups(settings["steps_lr"])
-        learned |= {f"steps.{name}": p for name, p in step_policy.named_parameters()}
-    optimizer = torch.optim.AdamW(rates, lr=settings["lr"], betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    average = {name: p.detach().clone() for name, p in learned.items()} if settings["ema"] else {}
-    return Learner(transformer, reference, step_policy, learned, optimizer, average)
-
-
-def add_adapter(transformer: nn.Module, settings: Mapping[str, Any]) -> None:
-    """Adds the adapter that the settings ask for, in place; nothing without one."""
-    if settings["lora"] is not None:
-        add_lora(transformer, rank=settings["lora"], alpha=settings["lora_alpha"], targets=settings["lora_targets"],
-                 seed=settings["seed"])
-
-
-def whole_generator(generator: Generator, settings: Mapping[str, Any]) -> Generator:
-    """The generator to save trained weights in: loaded anew, with its adapter, where this one's weights are sharded."""
-    if settings["parallel"] != "fsdp":
-        return generator
-    fresh = load_generator(settings["model"], **(settings["loading"] or {}))
-    add_adapter(fresh.transformer, settings)
-    return fresh
-
-
-def slopes_of(
-    generator: Generator,
-    reward: Reward,
-    trajectory: Trajectory,
-    prompts: list[str],
-    residuals: Tensor,
-    *,
-    weight: float,
-    bf16: bool,
-) -> Tensor:
-    """The reward's gradient at the embeddings of the finished tokens, times `weight`: float32 [B, L, C].
-
-    In units of the standard deviation within groups of the residuals [G, n], as the advantages are.
-    """
-
-    def quality(embeddings: Tensor, texts: list[str]) -> Tensor:
-        return reward(decode_embeddings(generator, embeddings, bf16=bf16), texts)
-
-    def slopes(size: int) -> Tensor:
-        return reward_slopes(trajectory.tokens, codebook(generator), quality, prompts, batch=size)
-
-    found, _ = distributed.on_all_ranks(partial(with_oom_backoff, slopes, fitting_batch(generator)))
-    return weight / (group_advantages(residuals, std="none").square().mean().sqrt() + 1e-4) * found
+    steps = None
+    if len(choices) > 1:
+        steps = step_policy(choices, generator.text_encoder.config.projection_dim).to(device)
+        plain = [{"params": list(steps.parameters()), "lr": steps_lr}]
+        rates += steps.parameter_groups(steps_lr) if isinstance(steps, StepPolicy) else plain
+        learned |= {f"steps.{name}": p for name, p in steps.named_parameters()}
+    optimizer = torch.optim.AdamW(rates, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    average = {name: p.detach().clone() for name, p in learned.items()} if ema else {}
+    return Learner(transformer, frozen, steps, learned, optimizer, average)

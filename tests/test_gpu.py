@@ -12,7 +12,7 @@ from speedrl.method.losses import reward_slopes
 from speedrl.method.sampling import draw_noise, rollout
 from speedrl.models.generator import codebook, decode_embeddings
 from speedrl.models.loading import load_generator
-from speedrl.policies import make_policy
+from speedrl.generation import make_policy
 from speedrl.system.platform import bf16_autocast
 from speedrl.training import train
 from speedrl.updates import gradients, trained_steps, with_oom_backoff

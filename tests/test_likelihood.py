@@ -35,7 +35,7 @@ NAMES = [f"{steps} steps, {order}, {', '.join(how) or 'plain'}" for _, steps, or
 
 
 def enumerated(toy: Toy, steps: int, order: str, how: dict):
-    return every_trajectory(toy, steps, grid=(1, toy.length), order=order, **how)
+    return every_trajectory(toy, steps, order=order, **how)
 
 
 @pytest.mark.parametrize(("toy", "steps", "order", "how"), CASES, ids=NAMES)
@@ -61,7 +61,7 @@ def test_rollouts_have_the_enumerated_distribution(toy, steps, order, how):
     expected = Counter()
     for i, p in enumerate(log_likelihood(toy, trajectories, order=order).exp().tolist()):
         expected[outcome(trajectories, i)] += p
-    result = sampled(toy, [steps] * count, grid=(1, toy.length), order=order, **how)
+    result = sampled(toy, [steps] * count, order=order, **how)
     found = Counter(map(tuple, torch.cat([result.tokens, result.kept.flatten(1).long()], 1).tolist()))
     assert set(found) <= set(expected)
     for key, p in expected.items():
@@ -72,7 +72,7 @@ def test_rollouts_have_the_enumerated_distribution(toy, steps, order, how):
 def test_surrogate_sums_to_the_number_of_position_choices(schedule):
     """log p of the kept tokens alone counts every set of positions in full: C(n, k), not 1."""
     reveals = LENGTH - int(masked_counts(torch.tensor([2]), length=LENGTH, kind=schedule)[0, 0])
-    found = every_trajectory(TOY, 2, grid=GRID, order="random", schedule=schedule)
+    found = every_trajectory(TOY, 2, order="random", schedule=schedule)
     total = (found.log_probs * found.kept).sum((1, 2)).exp().sum().item()
     assert total == pytest.approx(math.comb(LENGTH, reveals), abs=1e-5) and total > 1.5
 
@@ -80,7 +80,7 @@ def test_surrogate_sums_to_the_number_of_position_choices(schedule):
 @pytest.mark.parametrize("order", ["confidence", "random", "halton"])
 def test_gradient_of_the_expected_reward_agrees_with_finite_differences(order):
     policy = TOY.moved(0.0)
-    trajectories = every_trajectory(policy, 2, grid=GRID, order=order, schedule="linear")
+    trajectories = every_trajectory(policy, 2, order=order, schedule="linear")
     reward = trajectories.tokens.sum(1) + 0.5 * trajectories.kept[:, 1, 0]  # of tokens and of their order
     log_p = log_likelihood(policy, trajectories, order=order)
     (gradient,) = torch.autograd.grad((log_p.exp().detach() * log_p * reward).sum(), policy.weights)

@@ -83,7 +83,7 @@ def test_reward_rises_on_a_toy_problem(likelihood):
     policy, rewards = start.moved(0.0), []
     optimizer = torch.optim.Adam([policy.weights], lr=0.1)
     for iteration in range(30):
-        trajectory = sampled(policy, [1] * 32 + [2] * 32, grid=(1, 3), seed=iteration)
+        trajectory = sampled(policy, [1] * 32 + [2] * 32, seed=iteration)
         reward = (trajectory.tokens == trajectory.tokens[:, :1]).float().mean(1).view(8, 8)
         rewards.append(reward.mean().item())
         advantages = group_advantages(reward).flatten()

@@ -7,7 +7,7 @@ from speedrl.method.schedules import checkerboard, remasked_counts, remasking_st
 from tests.toys import Toy, sampled
 
 GRID, LENGTH, CODES = (3, 5), 15, 3
-TOY = Toy(LENGTH, CODES)
+TOY = Toy(LENGTH, CODES, grid=GRID)
 
 
 def test_the_least_likely_of_the_allowed_positions_are_chosen():
@@ -21,7 +21,7 @@ def test_the_least_likely_of_the_allowed_positions_are_chosen():
 
 def test_positions_follow_from_the_recorded_log_probabilities_alone():
     """Least likely at the latest draw first, on one colour of the checkerboard at a time, rebuilt from the record."""
-    result = sampled(TOY, [8, 12, 6], grid=GRID, remask=0.5)
+    result = sampled(TOY, [8, 12, 6], remask=0.5)
     plan, colours = plan_steps(result.steps, length=LENGTH, remask=0.5), checkerboard(*GRID)
     latest, seen = torch.zeros(3, LENGTH), 0
     for s in range(12):
@@ -53,10 +53,10 @@ def test_the_last_steps_remask_ever_fewer_tokens_where_enough_are_left_to_reveal
 
 def test_nothing_is_remasked_in_under_six_steps_or_at_share_0():
     for steps, share in (([1, 2, 5], 1.0), ([6, 16], 0.0)):
-        plain, asked = sampled(TOY, steps, grid=GRID), sampled(TOY, steps, grid=GRID, remask=share)
+        plain, asked = sampled(TOY, steps), sampled(TOY, steps, remask=share)
         assert not plan_steps(torch.tensor(steps), length=LENGTH, remask=share).remasked.any()
         assert torch.equal(plain.tokens, asked.tokens) and (asked.kept.sum(1) == 1).all()
-    again = sampled(TOY, [6, 16], grid=GRID, remask=0.5)
+    again = sampled(TOY, [6, 16], remask=0.5)
     assert not torch.equal(plain.tokens, again.tokens) and (again.kept.sum(1) == 2).any()
 
 
@@ -77,7 +77,7 @@ def test_remasking_takes_no_more_evaluations_and_sees_the_rest_of_the_image():
 def test_remasked_tokens_are_drawn_from_sharper_logits_and_scored_by_them():
     plan = plan_steps(torch.tensor([8]), length=LENGTH, remask=0.5)
     assert plan.logit_scale[0].tolist() == [1.0] * 6 + [1.5] * 2
-    result = sampled(TOY, [8], grid=GRID, remask=0.5)
+    result = sampled(TOY, [8], remask=0.5)
     logits = TOY.features(result.states[:, 7], result.timestep[:, 7], torch.tensor([0]))[0] * 1.5
     expected = logits.log_softmax(-1).gather(-1, result.drawn[:, 7, :, None]).squeeze(-1)
     torch.testing.assert_close(result.log_probs[:, 7][result.kept[:, 7]], expected[result.kept[:, 7]])

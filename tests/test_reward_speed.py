@@ -26,7 +26,7 @@ def test_combination_weighs_speed_and_gates_it_by_quality():
 def expected_gradient(likelihood: str, rewards: dict[int, float]) -> torch.Tensor:
     """Mean gradient of the loss over all trajectories of three tokens in 1 or 2 steps, either as likely."""
     policy = Toy(3, 2).moved(0.0)
-    every = joined(*(every_trajectory(policy, n, grid=(1, 3), schedule="linear") for n in rewards))
+    every = joined(*(every_trajectory(policy, n, schedule="linear") for n in rewards))
     p = torch.cat([log_likelihood(policy, every[every.steps == n]).exp() / 2 for n in rewards]).detach()
     reward = torch.tensor([rewards[n] for n in every.steps.tolist()])
     loss, _ = micro_batch_loss(

@@ -6,18 +6,18 @@ import torch
 from speedrl.method.sampling import ORDERS, draw_noise, plan_steps, rollout, step
 from speedrl.method.schedules import halton_order, masked_counts
 from speedrl.method.search import Scalars
-from speedrl.policies import token_log_probs
+from speedrl.method.scoring import token_log_probs
 from tests.toys import Toy, sampled
 
 GRID, LENGTH, CODES = (2, 4), 8, 4
-TOY = Toy(LENGTH, CODES)
+TOY = Toy(LENGTH, CODES, grid=GRID)
 MIXED = [1, 2, 4, 8]  # the last one remasks in its last two steps
 SCALARS = Scalars(*(torch.tensor(x) for x in ([1.0, 1.5, 0.8, 1.2], [1.0, 0.5, 2.0, 1.0], [1.0, 2.0, 0.7, 1.3],
                                               [1.0, 1.5, 2.0, 0.9])))
 
 
 def sample(steps: list[int] = MIXED, **how):
-    return sampled(TOY, steps, grid=GRID, **how)
+    return sampled(TOY, steps, **how)
 
 
 @pytest.mark.parametrize("remask", [0.0, 0.5])

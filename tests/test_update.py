@@ -16,7 +16,7 @@ from speedrl.updates import gradients, last_draws, log_ratios, micro_batch_loss,
 from tests.toys import Toy, every_step, every_trajectory, joined, log_likelihood, sampled, scored
 
 GRID, LENGTH, CODES = (2, 4), 8, 3
-TOY = Toy(LENGTH, CODES)
+TOY = Toy(LENGTH, CODES, grid=GRID)
 ADVANTAGES = torch.tensor([1.0, -0.5, 0.7, 2.0])
 ONES = torch.ones(4)
 LIKELIHOODS = ("token", "sequence", "exact")
@@ -34,7 +34,7 @@ def gradient_of(policy: Toy, trajectory, trained, advantages, keep, *, reference
 def test_at_ratio_one_the_exact_gradient_weighs_each_sample_alike_whatever_its_step_count(order, remask):
     """The gradient is -sum_i A_i grad log pi(trajectory i): no sample counts by its number of terms."""
     policy = TOY.moved(0.0)
-    trajectory = sampled(policy, [1, 2, 4, 8], grid=GRID, order=order, remask=remask)
+    trajectory = sampled(policy, [1, 2, 4, 8], order=order, remask=remask)
     keep = torch.tensor([1.0, 0.0, 1.0, 1.0])
     how = {"order": order, "likelihood": "exact"}
     found = gradient_of(policy, trajectory, every_step(trajectory), ADVANTAGES, keep, **how)
@@ -47,7 +47,7 @@ def test_at_ratio_one_the_exact_gradient_weighs_each_sample_alike_whatever_its_s
 @pytest.mark.parametrize("likelihood", ["token", "sequence"])
 def test_at_ratio_one_the_surrogates_gradient_is_that_of_the_kept_tokens(likelihood):
     policy = TOY.moved(0.0)
-    trajectory = sampled(policy, [1, 2, 4, 8], grid=GRID, remask=0.5)
+    trajectory = sampled(policy, [1, 2, 4, 8], remask=0.5)
     found = gradient_of(policy, trajectory, every_step(trajectory), ADVANTAGES, ONES, likelihood=likelihood)
     part, token = scored(policy, trajectory, all_drawn=False)
     (expected,) = torch.autograd.grad(-(ADVANTAGES[part.sample[part.row]] * token).sum(), policy.weights)
@@ -76,7 +76,7 @@ def test_training_on_some_steps_is_unbiased(likelihood, moved, kl, count):
     the exponential of a mean over steps, at ratio 1 only.
     """
     policy = TOY.moved(moved)
-    trajectory = sampled(TOY, [1, 2, 4], grid=GRID)
+    trajectory = sampled(TOY, [1, 2, 4])
     keep, how = torch.tensor([1.0, 0.0, 1.0]), {"likelihood": likelihood, "kl": kl, "kl_weight": 3.0}
     given = (ADVANTAGES[:3], keep)
     how["reference"] = TOY.moved(0.5, seed=3)
@@ -87,7 +87,7 @@ def test_training_on_some_steps_is_unbiased(likelihood, moved, kl, count):
 
 
 def test_after_an_update_some_steps_are_a_biased_sample_of_a_sequence():
-    policy, trajectory = TOY.moved(0.3), sampled(TOY, [4], grid=GRID)
+    policy, trajectory = TOY.moved(0.3), sampled(TOY, [4])
     given, how = (ONES[:1], ONES[:1]), {"likelihood": "sequence", "clip_range": 100.0}
     whole = gradient_of(policy, trajectory, every_step(trajectory), *given, **how)
     found = [gradient_of(policy, trajectory, trained, *given, **how) for trained in choices(trajectory, 1)]
@@ -109,7 +109,7 @@ def test_every_choice_of_steps_is_as_likely():
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 def test_after_an_update_clipped_events_have_no_gradient_and_others_do(likelihood):
     policy, steps = TOY.moved(1.0), [1, 2, 4, 8] * 4
-    trajectory, advantages = sampled(TOY, steps, grid=GRID), torch.linspace(-1, 1, 16)
+    trajectory, advantages = sampled(TOY, steps), torch.linspace(-1, 1, 16)
     part, token = scored(policy, trajectory, all_drawn=likelihood == "exact")
     ratio, sample, tokens = log_ratios(token, trajectory, part, mask_id=CODES, order="confidence",
                                        likelihood=likelihood)
@@ -135,7 +135,7 @@ def test_after_an_update_clipped_events_have_no_gradient_and_others_do(likelihoo
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 @pytest.mark.parametrize("kl", ["ce", "k3"])
 def test_micro_batches_add_up_with_filtered_samples(likelihood, kl):
-    trajectory = sampled(TOY, [1, 2, 4, 8], grid=GRID, remask=0.5)
+    trajectory = sampled(TOY, [1, 2, 4, 8], remask=0.5)
     keep, trained = torch.tensor([0.0, 1.0, 0.0, 1.0]), trained_steps(trajectory.steps, 2, torch.Generator())
     found = []
     for size in (1, 3, 4):
@@ -158,7 +158,7 @@ def test_samples_that_are_not_kept_are_not_computed():
             return self
 
     seen = []
-    trajectory = sampled(TOY, [1, 2, 4, 8], grid=GRID)
+    trajectory = sampled(TOY, [1, 2, 4, 8])
     policy = Watched(TOY.length, TOY.codes, weights=TOY.weights.clone().requires_grad_())
     gradients(policy, None, trajectory, every_step(trajectory), ADVANTAGES, torch.tensor([0.0, 1.0, 0.0, 1.0]),
               torch.tensor(8.0), 3, autocast=OFF, mask_id=CODES, kl="none")
@@ -166,7 +166,7 @@ def test_samples_that_are_not_kept_are_not_computed():
 
 
 def test_nothing_kept_gives_no_gradient_and_a_loss_that_is_not_finite_one_that_is_not():
-    trajectory, policy = sampled(TOY, [2, 4], grid=GRID), TOY.moved(0.5)
+    trajectory, policy = sampled(TOY, [2, 4]), TOY.moved(0.5)
     given = (trajectory, every_step(trajectory))
     gradients(policy, TOY, *given, ONES[:2], torch.zeros(2), torch.tensor(0.0), 2, autocast=OFF, mask_id=CODES)
     assert not policy.weights.grad.any()
@@ -178,7 +178,7 @@ def test_nothing_kept_gives_no_gradient_and_a_loss_that_is_not_finite_one_that_i
 def toy_divergences(kl: str, *, kept_only: bool = False, scale: float = 1.5) -> tuple[torch.Tensor, torch.Tensor]:
     """Expected gradient of an estimator at drawn tokens, and of the divergence that it stands for: by enumeration."""
     start, reference = Toy(3, 2, seed=1), Toy(3, 2, seed=5)
-    every = every_trajectory(start, 2, grid=(1, 3), schedule="linear")
+    every = every_trajectory(start, 2, schedule="linear")
     every = joined(every)
     p, policy = log_likelihood(start, every).exp(), start.moved(0.0)
     found = []
@@ -202,7 +202,7 @@ def test_estimators_at_all_drawn_tokens_have_the_gradient_of_their_divergence_an
 def test_the_loss_takes_sampled_estimators_at_all_drawn_tokens():
     """Expected over all trajectories, k3's term is that of the cross-entropy at all masked positions."""
     start, reference = Toy(3, 2, seed=1), Toy(3, 2, seed=5)
-    every = every_trajectory(start, 2, grid=(1, 3), schedule="linear")
+    every = every_trajectory(start, 2, schedule="linear")
     p, policy = log_likelihood(start, every).exp(), start.moved(0.0)
     how = {"likelihood": "token", "kl_weight": 64.0, "reference": reference}  # in 2 steps it weighs (2 / 16)^2
     zeros = torch.zeros(len(every))
@@ -229,14 +229,14 @@ def test_policy_and_reference_get_the_same_logit_scale():
 @pytest.mark.parametrize("kl", ["ce", "reverse", "k2", "k3"])
 def test_at_the_reference_the_divergence_and_its_gradient_are_zero(kl):
     policy = TOY.moved(0.0)
-    trajectory = sampled(policy, [2, 4, 8], grid=GRID, remask=0.5)
+    trajectory = sampled(policy, [2, 4, 8], remask=0.5)
     loss, stats = micro_batch_loss(policy, TOY, trajectory, every_step(trajectory), torch.zeros(3), ONES[:3],
                                    mask_id=CODES, kl=kl, kl_weight=10.0)
     assert stats["kl"] == 0 and torch.autograd.grad(loss, policy.weights)[0].abs().max() < 1e-5
 
 
 def test_the_divergence_weighs_less_in_few_steps_and_its_metric_does_not():
-    policy, trajectory = TOY.moved(0.5), sampled(TOY, [2, 4, 8], grid=GRID)
+    policy, trajectory = TOY.moved(0.5), sampled(TOY, [2, 4, 8])
 
     def held(i: slice) -> tuple[float, float]:
         part = trajectory[i]
@@ -253,7 +253,7 @@ def test_the_divergence_weighs_less_in_few_steps_and_its_metric_does_not():
 def test_only_the_last_draw_of_each_position_has_a_gain():
     """The reward's slopes are of the finished tokens: one that a remasking step replaced is not in the image."""
     policy = TOY.moved(0.0)
-    trajectory = sampled(policy, [8, 12, 4], grid=GRID, remask=0.5)
+    trajectory = sampled(policy, [8, 12, 4], remask=0.5)
     last = last_draws(trajectory)
     assert (last.sum(1) == 1).all() and (trajectory.kept.sum(1) > 1).any()
     assert torch.equal((trajectory.drawn * last).sum(1), trajectory.tokens)
@@ -373,7 +373,7 @@ class WithHead(Toy):
 def test_logits_of_all_positions_are_never_there_at_once(kl):
     """Forward and backward, with the same values and gradients; the backward pass keeps fewer still."""
     policy, reference = WithHead(0), WithHead(1)
-    trajectory = sampled(policy, [2] * 8, grid=(5, 8))
+    trajectory = sampled(policy, [2] * 8)
     part = rows(trajectory, every_step(trajectory), mask_id=64, all_drawn=True)
     kept, count = [], len(part.position)
 
@@ -394,7 +394,7 @@ def test_logits_of_all_positions_are_never_there_at_once(kl):
 
 
 def test_only_drawn_or_kept_positions_are_scored_and_none_is_padded():
-    trajectory = sampled(TOY, [1, 4, 2, 8], grid=GRID, remask=0.5)
+    trajectory = sampled(TOY, [1, 4, 2, 8], remask=0.5)
     for all_drawn in (False, True):
         part = rows(trajectory, every_step(trajectory), mask_id=CODES, all_drawn=all_drawn)
         assert len(part.step) == trajectory.steps.sum()

@@ -1,34 +1,36 @@
 """Policies small enough to enumerate every trajectory of theirs."""
 
 import itertools
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from speedrl.method.likelihoods import log_probs, step_log_prob
+from speedrl.method.sampler import Sampler
 from speedrl.method.sampling import Trajectory, draw_noise, least_likely_positions, plan_steps, rollout
 from speedrl.method.schedules import checkerboard, halton_order
-from speedrl.policies import rows, score_rows
+from speedrl.method.scoring import positions_of, score, visited_steps
 
 
 class Toy:
     """A policy over `codes` codes, the mask being the next, whose logits depend on every token and on the timestep.
 
-    It stands in for `speedrl.policies.Policy`: its features are its logits. A sample's logits do not depend on the
+    It stands in for `speedrl.generation.Policy`: its features are its logits. A sample's logits do not depend on the
     batch around it, not even in the last bit.
     """
 
-    def __init__(self, length: int, codes: int, *, seed: int = 0, weights: Tensor | None = None):
+    def __init__(self, length: int, codes: int, *, seed: int = 0, weights: Tensor | None = None,
+                 grid: tuple[int, int] | None = None):
         shape, random = (length * (codes + 1), length * codes), torch.Generator().manual_seed(seed)
         self.weights = torch.randn(shape, generator=random) if weights is None else weights
-        self.length, self.codes, self.transformer = length, codes, SimpleNamespace(codes=codes)
+        self.length, self.codes, self.mask_id, self.grid = length, codes, codes, grid or (1, length)
 
     def moved(self, by: float, *, seed: int = 1) -> "Toy":
         """The policy after some updates, with weights that take a gradient."""
         noise = torch.randn(self.weights.shape, generator=torch.Generator().manual_seed(seed))
-        return Toy(self.length, self.codes, weights=(self.weights.detach() + by * noise).requires_grad_())
+        return Toy(self.length, self.codes, weights=(self.weights.detach() + by * noise).requires_grad_(),
+                   grid=self.grid)
 
     def features(self, tokens: Tensor, timestep: Tensor, samples: Tensor) -> Tensor:
         known = F.one_hot(tokens, self.codes + 1).flatten(1).to(self.weights)
@@ -46,18 +48,18 @@ class Toy:
         return self
 
 
-def sampled(policy: Toy, steps: list[int], *, grid: tuple[int, int], seed: int = 0, first: int = 0, **how):
-    """A rollout of a toy, of one sample for each step count."""
+def sampled(policy: Toy, steps: list[int], *, seed: int = 0, first: int = 0, scalars=None, step=None, **how):
+    """A rollout of a toy, of one sample for each step count; `how` are settings of the sampler."""
     counts = torch.tensor(steps)
     noise = draw_noise(len(steps), max(steps), policy.length, seed=seed, first=first)
-    return rollout(policy, counts, noise, grid=grid, mask_id=policy.codes, **how)
+    return rollout(policy, counts, noise, Sampler(**how), scalars=scalars, **({} if step is None else {"step": step}))
 
 
-def every_trajectory(policy: Toy, steps: int, *, grid: tuple[int, int], order: str = "confidence", **how) -> Trajectory:
+def every_trajectory(policy: Toy, steps: int, *, order: str = "confidence", scalars=None, **how) -> Trajectory:
     """All trajectories of a toy in so many steps, by brute force: what `rollout` records of each."""
     length, codes = policy.length, policy.codes
-    plan = plan_steps(torch.tensor([steps]), length=length, **how)
-    colours, turns = checkerboard(*grid), halton_order(*grid)
+    plan = plan_steps(torch.tensor([steps]), Sampler(order=order, **how), length=length, scalars=scalars)
+    colours, turns = checkerboard(*policy.grid), halton_order(*policy.grid)
     fields = ("states", "drawn", "kept", "log_probs", "rank")
     found = [(torch.full((length,), codes), torch.zeros(length), {name: [] for name in fields})]
     for s in range(steps):
@@ -100,7 +102,7 @@ def every_trajectory(policy: Toy, steps: int, *, grid: tuple[int, int], order: s
     return Trajectory(
         tokens=torch.stack([tokens for tokens, *_ in found]), steps=torch.full((count,), steps), **recorded,
         timestep=plan.timestep.expand(count, -1), temperature=plan.temperature.expand(count, -1),
-        logit_scale=plan.logit_scale.expand(count, -1),
+        logit_scale=plan.logit_scale.expand(count, -1), order=order, mask_id=codes,
     )
 
 
@@ -119,7 +121,7 @@ def log_likelihood(policy: Toy, trajectory: Trajectory, *, order: str = "confide
 
 def every_step(trajectory: Trajectory) -> Tensor:
     """All steps train: bool [B, S]."""
-    return torch.arange(trajectory.states.shape[1]) < trajectory.steps[:, None]
+    return visited_steps(trajectory.steps)
 
 
 def joined(*parts: Trajectory) -> Trajectory:
@@ -140,10 +142,10 @@ def joined(*parts: Trajectory) -> Trajectory:
 
     names = ("states", "drawn", "kept", "log_probs", "rank", "timestep", "temperature", "logit_scale")
     whole = {name: torch.cat([getattr(part, name) for part in parts]) for name in ("tokens", "steps")}
-    return Trajectory(**whole, **{name: padded(name) for name in names})
+    return Trajectory(**whole, **{name: padded(name) for name in names}, order=parts[0].order, mask_id=parts[0].mask_id)
 
 
 def scored(policy: Toy, trajectory: Trajectory, *, all_drawn: bool = True):
-    """The rows of all steps and the log-probabilities of their tokens."""
-    part = rows(trajectory, every_step(trajectory), mask_id=policy.codes, all_drawn=all_drawn)
-    return part, score_rows(policy, None, trajectory, part)[0]
+    """The positions of all steps and the log-probabilities of their tokens."""
+    at = positions_of(trajectory, all_drawn=all_drawn)
+    return at, score(policy, trajectory, at).log_probs

@@ -16,7 +16,7 @@ def group_advantages(rewards: Tensor, *, std: str = "group", keep: Tensor | None
     and equal rewards give exactly 0. ValueError for another std.
     """
     if std not in SCALES:
-        raise ValueError(f"--advantage-std must be {', '.join(SCALES)}, got {std!r}")
+        raise ValueError(f"`std` must be {', '.join(SCALES)}, got {std!r}")
     weights = torch.ones_like(rewards, dtype=torch.float32) if keep is None else keep.float()
     counts = weights.sum(1, keepdim=True).clamp(min=1)
     rewards = rewards.float()
@@ -37,24 +37,26 @@ def leave_one_out(rewards: Tensor) -> Tensor:
     """
     n = rewards.shape[1]
     if n < 2:
-        raise ValueError("--group-size must be at least 2: advantages compare the samples of one prompt")
+        raise ValueError("a group needs at least 2 samples: advantages compare those of one prompt")
     rewards = rewards.float()
     return (rewards - rewards.mean(1, keepdim=True)) * (n / (n - 1))
 
 
-def count_residuals(quality: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+def count_residuals(quality: Tensor, steps: Tensor, *, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Quality less the mean of the prompt's OTHER samples of the same step count, so samples of unlike cost compare.
 
     quality float [G, n], steps int64 [G, n] -> residuals float32 [G, n], and bool [G, n], whether there is another
     sample to compare with; where there is none, the residual is 0. The baseline does not depend on the sample itself,
-    so it adds no bias. Other prompts do not serve: in few steps some prompts are far easier than others. Where all
-    counts are equal, advantages within a group are those of the quality itself.
+    so it adds no bias. Other prompts do not serve: some are far easier than others. `keep` bool [G, n] leaves samples
+    out. The residuals of a prompt and count sum to 0.
+
+    Among m samples the difference is times sqrt((m - 1) / m), so that residuals vary as the quality does, whatever m.
     """
-    quality = quality.float()
-    if (steps == steps[0, 0]).all():
-        return quality - quality.mean(), torch.ones_like(quality, dtype=torch.bool)
-    same = (steps[:, :, None] == steps[:, None]).float() - torch.eye(steps.shape[1], device=steps.device)
+    quality, steps = quality.float(), steps.long()
+    kept = torch.ones_like(quality, dtype=torch.bool) if keep is None else keep.bool()
+    same = (steps[:, :, None] == steps[:, None]) & kept[:, :, None] & kept[:, None]
+    same = same.float() * (1 - torch.eye(steps.shape[1], device=steps.device))
     others = same.sum(-1)
-    baseline = torch.einsum("gij,gj->gi", same, quality) / others.clamp(min=1)
-    known = others > 0
-    return torch.where(known, quality - baseline, 0), known
+    # of differences: the mean of equal numbers is not always that number, but that of zeros is 0
+    mean_difference = (same * (quality[:, :, None] - quality[:, None])).sum(-1) / others.clamp(min=1)
+    return mean_difference * (others / (others + 1)).sqrt(), others > 0

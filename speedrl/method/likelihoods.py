@@ -101,13 +101,8 @@ def step_log_prob(
     if order == "halton":
         return torch.where(kept, log_probs, 0).sum(-1), k
     if order != "confidence":
-        raise ValueError(f"--order must be confidence, random or halton, got {order!r}")
+        raise ValueError(f"`order` must be confidence, random or halton, got {order!r}")
     chosen = (k < n) & (temperature > 0)
     scores = log_probs / torch.where(chosen, temperature, 1)[..., None]
     choice = torch.where(chosen, plackett_luce(scores, rank, masked, kept), 0)
     return torch.where(masked, log_probs, 0).sum(-1) + choice, n + torch.where(chosen, k, 0)
-
-
-def needs_all_drawn(likelihood: str, order: str) -> bool:
-    """Whether a likelihood scores the tokens that were drawn and discarded, beside those that were kept."""
-    return likelihood == "exact" and order == "confidence"

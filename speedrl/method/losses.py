@@ -1,6 +1,4 @@
-"""The clipped policy loss, the expected gain of a reward gradient, and their normalisation."""
-
-from collections.abc import Callable
+"""The clipped policy loss."""
 
 import torch
 from torch import Tensor
@@ -13,9 +11,10 @@ def policy_loss(
 
     log_ratio float32 of any shape, log of new over old probability of each event: a token, a step or a whole sample;
     advantages and weights broadcast to it, weight 0 leaves an event out -> (sum as a scalar, statistics). Divide by the
-    global weight of what is kept with `normalise`, not by this batch's: only then do micro-batches and ranks add up.
-    Statistics, detached scalars: "clipped", the weight of the events whose gradient clipping took away, "ratio_max",
-    and "weight", the sum of the weights. No host synchronisation.
+    tokens of the whole batch, not by this micro-batch's: only then do micro-batches and ranks add up. Statistics,
+    detached scalars: "clipped", the weight of the events whose gradient clipping took away, "ratio_max", "approx_kl",
+    the weighted sum of Schulman's k3 of the new policy from the old, and "weight", the sum of the weights. No host
+    synchronisation.
 
     >>> loss, stats = policy_loss(torch.zeros(3), torch.tensor([1.0, -1.0, 2.0]), torch.ones(3))
     >>> loss.item(), stats["clipped"].item()
@@ -31,37 +30,7 @@ def policy_loss(
         stats = {
             "clipped": (clipped * weights).sum(),
             "ratio_max": torch.where(kept, ratio, 0).amax() if ratio.numel() else ratio.new_zeros(()),
+            "approx_kl": ((ratio - 1 - torch.where(kept, log_ratio, 0)) * weights).sum(),
             "weight": weights.sum(),
         }
     return -(surrogate * weights).sum(), stats
-
-
-def normalise(total: Tensor, kept: Tensor) -> Tensor:
-    """total / kept, scalars; 0 with a gradient of 0, not NaN, where nothing is kept."""
-    return torch.where(kept > 0, total / torch.where(kept > 0, kept, 1), 0)
-
-
-def reward_slopes(
-    tokens: Tensor, codes: Tensor, reward: Callable[[Tensor, list[str]], Tensor], texts: list[str], *, batch: int
-) -> Tensor:
-    """Gradient of each image's reward at its tokens' embeddings: tokens int64 [B, L] -> float32 [B, L, C].
-
-    codes float32 [V, C] are the embeddings; reward(embeddings [n, L, C], n texts) -> [n], `batch` images at a time.
-    """
-    found = []
-    for start in range(0, len(tokens), batch):
-        at = codes[tokens[start : start + batch]].requires_grad_()
-        (slope,) = torch.autograd.grad(reward(at, texts[start : start + batch]).sum(), at)
-        found.append(slope)
-    return torch.cat(found)
-
-
-def expected_gain(logits: Tensor, slopes: Tensor, codes: Tensor) -> Tensor:
-    """First-order reward that the policy expects at each position: sum over v of pi(v) slope . code(v).
-
-    logits [P, V], slopes float32 [P, C] of `reward_slopes`, codes float32 [V, C] -> float32 [P]. Its gradient is the
-    straight-through estimator of the reward (arXiv 1308.3432), as of white-box reward backpropagation (ReFL, arXiv
-    2304.05977; DRaFT, arXiv 2309.17400). It is biased: by what is not linear, and as it leaves out what a token changes
-    in the tokens drawn after it.
-    """
-    return (logits.float().softmax(-1) * (slopes @ codes.T)).sum(-1)

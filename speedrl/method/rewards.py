@@ -1,5 +1,6 @@
 """Rewards as numbers: speed, mixtures of qualities, and how they combine."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,16 +9,17 @@ from torch import Tensor
 
 
 def speed_reward(steps: Tensor, *, max_steps: int) -> Tensor:
-    """Share of the steps saved against `max_steps`, 1 - steps / max_steps: int64 [B] -> float32 [B].
+    """Share of the halvings of `max_steps` that were saved, 1 - log2(steps) / log2(max_steps): int64 [B] -> [B].
 
-    No units: 0 at max_steps, 1 - 1 / max_steps at one step, negative beyond max_steps. Guidance doubles the network
-    evaluations of every step and leaves the share unchanged. Where the step count is drawn independently of the policy,
-    this term has zero expected gradient: it only shifts the baseline between step counts. It pays for speed where the
-    policy chooses the step count. ValueError for max_steps below 1.
+    No units: 0 at max_steps, 1 at one step, negative beyond max_steps; each halving is worth the same. The share of
+    steps saved would pay eight times more for 16 -> 8 than for 2 -> 1. Guidance doubles the network evaluations of
+    every step and leaves it unchanged. Where the step count is drawn independently of the policy, this term has zero
+    expected gradient: it pays for speed where the policy chooses the step count. ValueError for max_steps below 1.
     """
     if max_steps < 1:
-        raise ValueError(f"max_steps must be at least 1, got {max_steps}")
-    return 1 - steps.float() / max_steps
+        raise ValueError(f"`max_steps` must be at least 1, got {max_steps}")
+    most = math.log2(max_steps)
+    return (most - steps.float().log2()) / (most or 1)
 
 
 def combine(quality: Tensor, speed: Tensor, *, steps_reward: float, gate: float | None = None) -> Tensor:

@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from speedrl.method.likelihoods import sample_tokens
+from speedrl.method.sampler import Sampler
 from speedrl.method.schedules import (
     checkerboard,
     halton_order,
@@ -21,7 +22,22 @@ from speedrl.method.schedules import (
 )
 from speedrl.method.search import Scalars, scalars_at
 
-ORDERS = ("confidence", "random", "halton")
+
+class Policy(Protocol):
+    """What a rollout calls. `generation.Policy` is one; a function of one's own needs the two attributes."""
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the L tokens."""
+
+    @property
+    def mask_id(self) -> int: ...
+
+    def __call__(self, tokens: Tensor, timestep: Tensor, samples: Tensor, positions: Tensor, /) -> Tensor:
+        """Logits [n, K, V] at positions int64 [n, K] of states int64 [n, L] of the samples int64 [n], for timesteps
+        int64 [n]. V must not exceed mask_id."""
+
+
 REMASKED_LOGIT_SCALE = 1.5  # with nearly the whole image known, remasked tokens are drawn from sharper logits
 
 
@@ -43,10 +59,18 @@ class Trajectory:
     timestep: Tensor  # int64 [B, S], what conditioned the network
     temperature: Tensor  # float32 [B, S], of the reveal order
     logit_scale: Tensor  # float32 [B, S], factor on the logits
+    order: str  # of the reveal, as of `Sampler`
+    mask_id: int
+
+    @property
+    def masked(self) -> Tensor:
+        """The positions that are masked in each state: bool [B, S, L]."""
+        return self.states == self.mask_id
 
     def __getitem__(self, index: Tensor | slice) -> "Trajectory":
         """The samples at `index`, a slice or int64 [n] or bool [B]."""
-        return Trajectory(**{field.name: getattr(self, field.name)[index] for field in dataclasses.fields(self)})
+        chosen: dict[str, Any] = {name: x[index] for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return dataclasses.replace(self, **chosen)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -151,37 +175,29 @@ def least_likely_positions(log_probs: Tensor, count: Tensor, allowed: Tensor) ->
     return allowed & (rank < count[:, None])
 
 
-def plan_steps(
-    steps: Tensor,
-    *,
-    length: int,
-    schedule: str = "cosine",
-    temperature: float = 2.0,
-    remask: float = 0.0,
-    scalars: Scalars | None = None,
-) -> Plan:
+def plan_steps(steps: Tensor, sampler: Sampler, *, length: int, scalars: Scalars | None = None) -> Plan:
     """The plan of step counts int64 [B]; S = steps.max().
 
     A sample of N steps reveals in N - R of them by the mask schedule and remasks in the last R (`remasking_steps`), for
-    which the timestep and the temperature are those of a last step. `scalars` are factors for each sample.
+    which the timestep and the temperature are those of a last step. `scalars` None are those of the sampler's table.
     """
     steps = steps.cpu()
     batch, most = len(steps), int(steps.max())
-    scalars = scalars_at(None, steps) if scalars is None else Scalars(*(part.cpu() for part in scalars))
-    again = remasking_steps(steps, share=remask)
+    scalars = Scalars(*(part.cpu() for part in scalars or scalars_at(sampler.scalars, steps)))
+    again = remasking_steps(steps, share=sampler.remask)
     revealing = steps - again
     pad = (0, most - int(revealing.max()))
-    after = F.pad(masked_counts(revealing, length=length, kind=schedule, power=scalars.schedule_power), pad)
+    after = F.pad(masked_counts(revealing, length=length, kind=sampler.schedule, power=scalars.schedule_power), pad)
     before = F.pad(after, (1, 0), value=length)[:, :-1]
-    heat = F.pad(temperatures(revealing, start=temperature), pad) * scalars.order_temperature[:, None]
+    heat = F.pad(temperatures(revealing, start=sampler.temperature), pad) * scalars.order_temperature[:, None]
     s = torch.arange(most)
     progress = (s / (revealing[:, None] - 1).clamp(min=1)).clamp(max=1)
     first, last = scalars.logit_scale_first[:, None], scalars.logit_scale_last[:, None]
     scale = first + progress * (last - first)
     remasked = torch.zeros(batch, most, dtype=torch.int64)
     for n in set(steps[again > 0].tolist()):
-        few = int(remasking_steps(torch.tensor([n]), share=remask))
-        remasked[steps == n, n - few : n] = torch.tensor(remasked_counts(few, length=length, share=remask))
+        few = int(remasking_steps(torch.tensor([n]), share=sampler.remask))
+        remasked[steps == n, n - few : n] = torch.tensor(remasked_counts(few, length=length, share=sampler.remask))
     here = (s >= revealing[:, None]) & (s < steps[:, None])
     return Plan(
         masked_before=torch.where(here, remasked, before),
@@ -215,48 +231,35 @@ def unfinished(plan: Plan, step: int) -> tuple[Tensor, int]:
 
 @torch.no_grad()
 def rollout(
-    policy: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    policy: Policy,
     steps: Tensor,
     noise: Noise,
+    sampler: Sampler,
     *,
-    grid: tuple[int, int],
-    mask_id: int,
-    temperature: float = 2.0,
-    schedule: str = "cosine",
-    order: str = "confidence",
-    remask: float = 0.0,
     scalars: Scalars | None = None,
     step: Callable[..., Step] = step,
 ) -> Trajectory:
     """Sample a batch, each sample in its own number of steps int64 [B], from all masked to none.
 
-    policy(tokens int64 [n, L], timestep int64 [n], samples int64 [n], positions int64 [n, K]) -> logits [n, K, V] knows
-    the prompts and applies the guidance. It is called once a step, on the samples that are not finished, at K positions
-    that hold all that are masked: no work goes where nothing is drawn. V must not exceed mask_id. `noise` is [B, S or
-    more, L], `grid` the rows and columns of the L tokens. `temperature` is that of the reveal order at the first step;
-    it falls linearly to 0 at the last. Order "confidence" reveals the likeliest tokens first, "random" any, "halton"
-    those of `halton_order`. One step draws every token at once. `remask` is the share of the tokens that the last
-    quarter of 6 steps or more draws again (`remasking_steps`), the least likely first, on one colour of the
-    checkerboard at a time. `scalars` are factors for each sample (`search`). `step` may be a compiled
-    `step`. The host waits for the device once, at the start. ValueError for shapes that do not fit and for another
-    order.
+    The policy knows the prompts and applies the guidance. It is called once a step, on the samples that are not
+    finished, at K positions that hold all that are masked: no work goes where nothing is drawn. `noise` is [B, S or
+    more, L]. One step draws every token at once. Remasking steps mask the least likely tokens again, on one colour of
+    the checkerboard at a time. `scalars` are factors for each sample in place of those of the sampler's table. `step`
+    may be a compiled `step`. The host waits for the device once, at the start. ValueError for shapes that do not fit.
 
     Under torch.inference_mode the results are inference tensors, which autograd refuses: clone them before training.
     """
-    if order not in ORDERS:
-        raise ValueError(f"--order must be {', '.join(ORDERS)}, got {order!r}")
-    if not 0 <= remask <= 1:
-        raise ValueError(f"--remask is a share of the tokens, 0 to 1, got {remask}")
-    device, length, batch = steps.device, grid[0] * grid[1], len(steps)
-    plan = plan_steps(steps, length=length, schedule=schedule, temperature=temperature, remask=remask, scalars=scalars)
+    device, (rows, columns), mask_id, batch = steps.device, policy.grid, policy.mask_id, len(steps)
+    length = rows * columns
+    plan = plan_steps(steps, sampler, length=length, scalars=scalars)
     most = plan.timestep.shape[1]
     if noise.uniform.shape[0] != batch or noise.uniform.shape[1] < most or noise.uniform.shape[2] != length:
         raise ValueError(f"noise of shape {tuple(noise.uniform.shape)} for a rollout of {(batch, most, length)}")
     asked = [unfinished(plan, s) for s in range(most)]
     remasking = plan.remasked.sum(0).tolist()
     on = Plan(*(part.to(device) for part in plan))
-    turns = halton_order(*grid).to(device) if order == "halton" else None
-    colours = checkerboard(*grid).to(device)
+    turns = halton_order(rows, columns).to(device) if sampler.order == "halton" else None
+    colours = checkerboard(rows, columns).to(device)
     tokens = torch.full((batch, length), mask_id, device=device)
     latest = torch.zeros(batch, length, device=device)  # log p of each token at its latest draw
     seen_at, drawn, kept, log_probs, rank = [], [], [], [], []
@@ -280,7 +283,7 @@ def rollout(
             noise.uniform[samples, s].gather(1, positions),
             noise.gumbel[samples, s].gather(1, positions),
             mask_id=mask_id,
-            order=order,
+            order=sampler.order,
             turns=None if turns is None else turns[positions],
         )
         masked = seen.gather(1, positions) == mask_id
@@ -296,11 +299,11 @@ def rollout(
         tokens = tokens.clone()
         tokens.view(-1)[flat] = done.tokens
         latest.view(-1)[flat] = torch.where(done.kept, done.log_probs, latest.view(-1)[flat])
-    recorded = [torch.stack(x, 1) for x in (seen_at, drawn, kept, log_probs, rank)]
-    recorded += [on.timestep, on.temperature, on.logit_scale]
+    recorded: list[Any] = [torch.stack(x, 1) for x in (seen_at, drawn, kept, log_probs, rank)]
+    recorded += [on.timestep, on.temperature, on.logit_scale, sampler.order, mask_id]
     return Trajectory(tokens, steps, *recorded)
 
 
 def compiled_step() -> Callable[..., Step]:
-    """`step` compiled for any number of samples and positions."""
-    return torch.compile(step, dynamic=True)
+    """`step` compiled as one graph for any number of samples and positions."""
+    return torch.compile(step, dynamic=True, fullgraph=True)

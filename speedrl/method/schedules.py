@@ -26,7 +26,7 @@ def mask_ratio(progress: Tensor, *, kind: str = "cosine") -> Tensor:
             return 1 - progress**2
         case "arccos":
             return torch.acos(progress) * (2 / math.pi)
-    raise ValueError(f"--schedule must be cosine, linear, square, arccos or power:X, got {kind!r}")
+    raise ValueError(f"`schedule` must be cosine, linear, square, arccos or power:X, got {kind!r}")
 
 
 def exponent(kind: str) -> float:
@@ -36,7 +36,7 @@ def exponent(kind: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value < math.inf:
-        raise ValueError(f"--schedule power:X takes a positive number, like power:2.5, got {kind!r}")
+        raise ValueError(f"`schedule` power:X takes a positive number, like power:2.5, got {kind!r}")
     return value
 
 
@@ -114,18 +114,6 @@ def seeded(key: str) -> torch.Generator:
     """A generator on the CPU for what `key` names, like "seed,sample"; those of other keys are unrelated to it."""
     # torch's CPU generator keeps only 32 bits of its seed: hash into them, so that neighbours are unrelated
     return torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=4).digest()))
-
-
-def parse_steps(text: str | int) -> tuple[int, int]:
-    """Reads "8" as (8, 8) and "1-16" as (1, 16). ValueError otherwise, and for counts under 1."""
-    low, dash, high = str(text).partition("-")
-    try:
-        least, most = int(low), int(high if dash else low)
-    except ValueError:
-        raise ValueError(f"--steps takes a number or a range, like 8 or 1-16, not {text!r}") from None
-    if not 1 <= least <= most:
-        raise ValueError(f"--steps must be at least 1, and a range must rise, like 1-16, not {text!r}")
-    return least, most
 
 
 def remasking_steps(steps: Tensor, *, share: float, least: int = 6) -> Tensor:

@@ -1,4 +1,4 @@
-"""Search of a few sampler scalars for each step count, without training: ask for candidates, tell their rewards.
+"""Search of a few sampler scalars for each step count, without training.
 
 The sampler that a model comes with is set by hand for many steps. In few steps it is far from the best one: 4 steps of
 the cosine schedule reveal 20 of 256 tokens at once where nothing is known yet. The scalars are factors on the given
@@ -52,7 +52,7 @@ def scalars_at(table: Tensor | None, steps: Tensor) -> Scalars:
     return Scalars(*logs.exp().unbind(1))
 
 
-def ask(search: Search, steps: Tensor, *, seed: int, round: int) -> tuple[Scalars, Tensor]:
+def perturbed(search: Search, steps: Tensor, *, seed: int, round: int) -> tuple[Scalars, Tensor]:
     """Scalars of B samples drawn around the present ones, and the standard normal noise float32 [B, 4] in them.
 
     Samples 2i and 2i + 1 have opposite noise. Where they draw the same prompt from the same noise in the same steps,
@@ -64,10 +64,10 @@ def ask(search: Search, steps: Tensor, *, seed: int, round: int) -> tuple[Scalar
     return Scalars(*logs.exp().to(steps.device).unbind(1)), noise
 
 
-def tell(search: Search, steps: Tensor, noise: Tensor, advantages: Tensor, *, rate: float = 2.0) -> Search:
+def updated(search: Search, steps: Tensor, noise: Tensor, advantages: Tensor, *, rate: float = 2.0) -> Search:
     """The search after one step along the gradient of the expected reward, in units of the spread.
 
-    steps int64 [B], noise float32 [B, 4] as of `ask`, advantages float32 [B] of the whole rollouts. Advantages are
+    steps int64 [B], noise float32 [B, 4] as of `perturbed`, advantages float32 [B] of the whole rollouts. They are
     standardised within each octave, as rewards vary less at one step than at four. An octave's step length falls with
     the batches that it has seen, rate / (1 + seen / 8), and a part of a batch counts as that part.
     """

@@ -14,10 +14,22 @@ from torch import Tensor, nn
 EXPLORATION = 0.1  # share of the uniform distribution, so that every count keeps being sampled
 
 
-def step_choices(least: int, most: int) -> Tensor:
-    """The step counts to choose from: `least`, the powers of two above it, and `most`: int64 [K], rising."""
-    powers = [2**k for k in range(most.bit_length()) if least < 2**k < most]
-    return torch.tensor(sorted({least, *powers, most}))
+def step_choices(steps: str | int) -> Tensor:
+    """The step counts to choose from, int64 [K], rising.
+
+    "8" is 8 alone; "1-16" 1, 16 and the powers of two between them; "1,2,4" these. ValueError for anything else, and
+    for counts under 1.
+    """
+    text = str(steps)
+    low, dash, high = text.partition("-")
+    try:
+        counts = {int(low), int(high)} if dash else {int(part) for part in text.split(",")}
+    except ValueError:
+        raise ValueError(f"`steps` takes a number, a range or a list, like 8, 1-16 or 2,4,8, not {text!r}") from None
+    if min(counts) < 1 or (dash and int(low) > int(high)):
+        raise ValueError(f"`steps` must be at least 1, and a range must rise, like 1-16, not {text!r}")
+    powers = {2**k for k in range(max(counts).bit_length()) if min(counts) < 2**k < max(counts)} if dash else set()
+    return torch.tensor(sorted(counts | powers))
 
 
 class StepPolicy(nn.Module):

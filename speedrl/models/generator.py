@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from speedrl.method.sampler import Sampler
+
 if TYPE_CHECKING:
     from transformers import CLIPTextModelWithProjection
 
@@ -26,17 +28,12 @@ class Generator(NamedTuple):
     size: tuple[int, int]  # height and width in pixels
     mask_id: int
     codes: int  # logits are over tokens 0 .. codes - 1
-    steps: int  # its usual number of steps, guidance and temperature
-    guidance: float
-    temperature: float
+    steps: int  # its usual number of steps
+    sampler: Sampler
     negative: str  # the prompt that guidance leads away from, "" for the empty one
     micro_conds: tuple[float, ...]  # width, height, top and left of the crop, aesthetic score
     model_index: dict | None = None  # model_index.json, by which a diffusers pipeline loads the folder
-    schedule: str = "cosine"  # how many tokens stay masked, and which are revealed first
-    order: str = "confidence"
-    remask: float = 0.0  # share of the tokens that the last steps begin to draw again
-    random_share: float = 0.0  # of the tokens that a distilled one-step generator starts from in place of masks
-    sampler: dict[str, Tensor] = {}  # what training taught the sampler, opaque here
+    step_policy: dict[str, Tensor] = {}  # a learned distribution over step counts, opaque here
 
 
 class Prompts(NamedTuple):
@@ -126,16 +123,3 @@ def decode(generator: Generator, tokens: Tensor, *, batch: int | None = None, bf
             picture = generator.vqvae.decode(part, force_not_quantize=True, shape=shape, return_dict=False)[0]
         pictures.append(picture.float().clamp(0, 1).contiguous())
     return torch.cat(pictures)
-
-
-def decode_embeddings(generator: Generator, embeddings: Tensor, *, bf16: bool = False) -> Tensor:
-    """Images of tokens' embeddings [B, L, C], rows of `codebook`: float32 [B, 3, H, W] in [0, 1], with a gradient."""
-    vqvae = generator.vqvae
-    with torch.autocast(embeddings.device.type, torch.bfloat16, enabled=bf16):
-        found = vqvae.post_quant_conv(embeddings.transpose(1, 2).unflatten(2, generator.grid))
-        return vqvae.decoder(found).float().clamp(0, 1)
-
-
-def codebook(generator: Generator) -> Tensor:
-    """The embedding of each code: float32 [V, C]."""
-    return generator.vqvae.quantize.embedding.weight.detach()

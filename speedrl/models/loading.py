@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from speedrl.method.sampler import Sampler
 from speedrl.models.generator import Generator
 from speedrl.models.lora import load_lora, merge_lora
 from speedrl.models.meissonic import MeissonicTransformer
@@ -42,30 +43,34 @@ NEGATIVE = (
 
 
 def load_generator(
-    source: str | Path = "embedded",
+    source: str | Path | Generator = "embedded",
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     text_encoder: str | Path | None = None,
-    size: tuple[int, int] | None = None,
+    size: str | tuple[int, int] | None = None,
     negative: str | None = None,
-    micro_conds: Sequence[float] | None = None,
+    micro_conds: str | Sequence[float] | None = None,
     base: str | Path | None = None,
 ) -> Generator:
     """Loads a generator in eval mode from "embedded", a folder, a run's folder or a hub id `owner/name[@revision]`.
 
     `dtype` is that of the transformer and the text encoder, whatever the files hold; the VQ decoder is always float32,
     as half precision gives NaN. All but the transformer is frozen. Every key and shape must match.
-    `text_encoder` is a CLIP's folder or hub id in place of the generator's own, `size` height and width in pixels,
-    `negative` the negative prompt, `micro_conds` as Generator's; None takes what the files say, else what the released
-    scripts take: for Meissonic NEGATIVE, and the size with a crop of 0, 0 and an aesthetic score of 6.
+    `text_encoder` is a CLIP's folder or hub id in place of the generator's own, `size` height and width in pixels, like
+    "512x768", `negative` the negative prompt, `micro_conds` as Generator's; None takes what the files say, else what
+    the released scripts take: for Meissonic NEGATIVE, and the size with a crop of 0, 0 and an aesthetic score of 6.
     An adapter is merged into its base, which is `base` in place of the one that it records. FileNotFoundError where
     something is missing, ValueError where something is wrong, each in one line.
     """
-    found = find(source)
+    if isinstance(source, Generator):
+        if any(option is not None for option in (text_encoder, size, negative, micro_conds, base)):
+            raise ValueError("a Generator is taken as it is: give its options where it is loaded")
+        return source
+    found, size, micro_conds = find(source), parse_size(size), parse_micro_conds(micro_conds)
     adapted = is_adapter(found)
     if base is not None and not adapted:
-        raise ValueError(f"--base is for an adapter, but {source} is a whole model")
+        raise ValueError(f"`base` is for an adapter, but {source} is a whole model")
     beside = found if adapted else found / "scheduler"
     scheduler = read_json(beside / "scheduler_config.json")
     if adapted and text_encoder is None:
@@ -115,7 +120,7 @@ def load_generator(
     if isinstance(config.get("sample_size"), list):  # of an earlier version: no pipeline reads it
         size, config["sample_size"] = (height, width), max(config["sample_size"])
     scheduler = scheduler | ({"size": [height, width]} if size else {})
-    sampler = load_sampler(scheduler.pop("tuning", None), beside, device=device)
+    learned = load_sampler(beside, device=device)
     if height * width > 512 * 512:
         frugal_allocator()
     if adapted:
@@ -135,17 +140,19 @@ def load_generator(
         codes=transformer.mlm_layer.conv2.out_channels,
         # where the files do not say: what the pipelines of the two take
         steps=scheduler.get("num_inference_steps", 12 if amused else 64 if rows >= 64 else 48),
-        # below 1 the pipelines of both draw without guidance
-        guidance=max(1.0, scheduler.get("guidance_scale", 10.0 if amused else 9.0)),
-        temperature=scheduler.get("temperature", 2.0),
+        sampler=Sampler(
+            # below 1 the pipelines of both draw without guidance
+            guidance=max(1.0, scheduler.get("guidance_scale", 10.0 if amused else 9.0)),
+            schedule=scheduler.get("masking_schedule", "cosine"),
+            order=scheduler.get("reveal_order", "confidence"),
+            temperature=scheduler.get("temperature", 2.0),
+            remask=scheduler.get("remask_share", 0.0),
+            scalars=learned.pop("search", None),
+        ),
         negative=scheduler.get("negative_prompt", "" if amused else NEGATIVE) if negative is None else negative,
         micro_conds=tuple(micro_conds or scheduler.get("micro_conds", (width, height, 0.0, 0.0, 6.0))),
         model_index=read_json(index) if index.exists() else None,
-        schedule=scheduler.get("masking_schedule", "cosine"),
-        order=scheduler.get("reveal_order", "confidence"),
-        remask=scheduler.get("remask_share", scheduler.get("revised_share", 0.0)),
-        random_share=scheduler.get("random_share", 0.0),
-        sampler=sampler,
+        step_policy={name.removeprefix("steps."): value for name, value in learned.items()},
     )
 
 
@@ -165,10 +172,10 @@ def save_generator(generator: Generator, out: Path, *, dtype: torch.dtype = torc
     vq_config = {"_class_name": "VQModel"} | {k: v for k, v in generator.vqvae.config.items() if k not in private}
     save_module(generator.vqvae, vq_config, partial / "vqvae", dtype=dtype)
     save_module(generator.text_encoder, text_config, partial / "text_encoder", dtype=dtype)
-    write_json(partial / "scheduler/scheduler_config.json", generator.scheduler)
+    write_json(partial / "scheduler/scheduler_config.json", scheduler_of(generator))
     if generator.model_index is not None:
         write_json(partial / "model_index.json", generator.model_index)
-    save_sampler(generator.sampler, partial / "scheduler")
+    save_sampler(generator, partial / "scheduler")
     generator.tokenizer.save_pretrained(partial / "tokenizer")
     generator.tokenizer.backend_tokenizer.model.save(str(partial / "tokenizer"))  # vocab.json, merges.txt, as released
     shutil.rmtree(old, ignore_errors=True)
@@ -176,6 +183,28 @@ def save_generator(generator: Generator, out: Path, *, dtype: torch.dtype = torc
         out.rename(old)
     partial.rename(out)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def parse_size(size: str | tuple[int, int] | None) -> tuple[int, int] | None:
+    """Height and width of "512x768". ValueError for another text."""
+    if not isinstance(size, str):
+        return size
+    try:
+        height, width = (int(side) for side in size.lower().split("x"))
+    except ValueError:
+        raise ValueError(f"`size` takes height and width, like 512x768, not {size!r}") from None
+    return height, width
+
+
+def parse_micro_conds(given: str | Sequence[float] | None) -> Sequence[float] | None:
+    """The five numbers of "1024,1024,0,0,6". ValueError for another text or number of them."""
+    try:
+        found = [float(part) for part in given.split(",")] if isinstance(given, str) else given
+    except ValueError:
+        found = []
+    if found is not None and not (len(found) == 5 and all(map(math.isfinite, found))):
+        raise ValueError(f"`micro_conds` takes five numbers, like 1024,1024,0,0,6, not {given!r}")
+    return found
 
 
 def new_transformer(config: dict, *, amused: bool) -> "MeissonicTransformer | AmusedTransformer":
@@ -195,7 +224,7 @@ def grid_of(config: dict, size: tuple[int, int] | None, *, scale: int) -> tuple[
         return tuple(side) if isinstance(side, list) else (side, side)
     unit = 2 * scale  # two tokens to a cell inside
     if any(side < unit or side % unit for side in size):
-        raise ValueError(f"--size: height and width must be multiples of {unit} pixels, got {size[0]} and {size[1]}")
+        raise ValueError(f"`size`: height and width must be multiples of {unit} pixels, got {size[0]} and {size[1]}")
     return size[0] // scale, size[1] // scale
 
 
@@ -239,31 +268,35 @@ def variant_in(folder: Path, name: str) -> str | None:
     return "fp16" if half and not plain else None
 
 
-def load_sampler(old: list | None, folder: Path, *, device: torch.device | str) -> dict[str, Tensor]:
-    """The sampler's tensors by name, on a device; `old` is the table "search" as an earlier version wrote it."""
-    found = {"search": torch.tensor(old, dtype=torch.float32, device=device)} if old else {}
-    if (folder / SAMPLER).exists():
-        found |= {name: value.to(device, copy=True) for name, value in read_weights(folder / SAMPLER).items()}
-    return found
+def scheduler_of(generator: Generator) -> dict[str, Any]:
+    """How a generator is sampled, as scheduler_config.json says it."""
+    sampler = generator.sampler
+    return generator.scheduler | {
+        "num_inference_steps": generator.steps, "guidance_scale": sampler.guidance,
+        "temperature": sampler.temperature, "masking_schedule": sampler.schedule, "reveal_order": sampler.order,
+        "remask_share": sampler.remask, "negative_prompt": generator.negative, "micro_conds": generator.micro_conds,
+    }
 
 
-def save_sampler(sampler: dict[str, Tensor], folder: Path) -> None:
+def load_sampler(folder: Path, *, device: torch.device | str) -> dict[str, Tensor]:
+    """The sampler's tensors by name, on a device: "search", and the step policy's as "steps.NAME"."""
+    if not (folder / SAMPLER).exists():
+        return {}
+    return {name: value.to(device, copy=True) for name, value in read_weights(folder / SAMPLER).items()}
+
+
+def save_sampler(generator: Generator, folder: Path) -> None:
     """Writes what `load_sampler` reads, and takes away what stands there where there is none."""
     from safetensors.torch import save_file
 
-    if not sampler:
+    found = {f"steps.{name}": value for name, value in generator.step_policy.items()}
+    if generator.sampler.scalars is not None:
+        found["search"] = generator.sampler.scalars
+    if not found:
         (folder / SAMPLER).unlink(missing_ok=True)
         return
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in sampler.items()}
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in found.items()}
     write_atomically(folder / SAMPLER, lambda partial: save_file(tensors, partial, metadata={"format": "pt"}))
-
-
-def check_guidance(value: float, option: str = "--guidance") -> float:
-    """A guidance scale of at least 1. ValueError below, where both models' own pipelines draw without guidance, while
-    the formula would lead away from the prompt."""
-    if not math.isfinite(value) or value < 1:
-        raise ValueError(f"{option} must be at least 1, got {value:g}; 1 is without guidance")
-    return value
 
 
 class NoInitialisation(TorchFunctionMode):

@@ -1,135 +1,142 @@
 """What a training's settings must be, each by itself and beside the others. A setting that cannot act is refused."""
 
-import math
-from collections.abc import Callable, Mapping
-from typing import Any
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
 
-import torch
+from speedrl.method.filters import dropped_groups
+from speedrl.method.sampler import Sampler
+from speedrl.method.steps import step_choices
+from speedrl.models.generator import Generator
+from speedrl.models.sources import find, is_adapter, resolve_source, resolve_text_encoder
+from speedrl.run.checkpoints import to_jsonable
+from speedrl.system.options import MODEL, Opt, check_options
 
-from speedrl.method.advantages import SCALES
-from speedrl.method.divergences import KINDS
-from speedrl.method.sampling import ORDERS
-from speedrl.method.schedules import mask_ratio
-from speedrl.models.loading import check_guidance
-from speedrl.models.sources import find, is_adapter
-from speedrl.run.trackers import TRACKERS
+QUALITY = (
+    "Names and weights, like hpsv2=1,clip=0.5: embedded, hpsv2, imagereward, clip, a folder, MODULE:FUNCTION, "
+    "FILE.py:FUNCTION; or none"
+)
+PROMPTS = (
+    "A file: text with one prompt a line, JSON, JSONL, CSV or TSV; or a set by name: hpsv2, hpsv2-photo, -anime, "
+    "-concept-art or -paintings, partiprompts, geneval. [default: the embedded model's]"
+)
+REWARD_WEIGHTS = "NAME=FILE: weights of a quality in place of the published ones."
 
-CLIP_RANGE = 0.2  # as `train` has it where none is given
-LIKELIHOODS = ("exact", "token", "sequence")
-POSITIVE = ("lr", "clip_range", "clip_grad", "steps_lr")
-NOT_NEGATIVE = ("kl_weight", "temperature", "quality_clip", "warmup", "steps_reward", "reward_gradient", "search",
-                "iterations")
-AT_LEAST_ONE = ("groups", "micro_batch", "updates", "save_every", "keep_checkpoints", "max_skipped", "train_steps")
+# options that several commands have
+Model = Annotated[str | Path | Generator, Opt("embedded, a folder, a run's folder or a hub id.", cli=str)]
+Device = Annotated[str, Opt("auto, cpu, cuda, mps; auto takes the first of cuda, mps and cpu that works.")]
+TextEncoder = Annotated[str | Path | None, Opt("A CLIP's folder or hub id. [default: the model's own]", MODEL,
+                                               cli=str | None)]
+Size = Annotated[str | tuple[int, int] | None, Opt(
+    "Height and width in pixels, like 512x768. [default: the model's]", MODEL, cli=str | None)]
+NegativePrompt = Annotated[str | None, Opt("What guidance leads away from. [default: the model's]", MODEL)]
+MicroConds = Annotated[str | Sequence[float] | None, Opt(
+    "Width, height, crop top, crop left, aesthetic score. [default: the size,0,0,6]", MODEL, cli=str | None)]
+Base = Annotated[str | Path | None, Opt("The base of an adapter, if it is no longer where it was.", MODEL,
+                                        cli=str | None)]
+Precision = Annotated[str, Opt("Of transformer and text encoder.", MODEL, choices=("fp32", "bf16", "fp16"))]
 
 
-def option(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def check(settings: Mapping[str, Any], least: int, most: int) -> None:
-    """ValueError for settings that are out of range, that cannot work together, or that would have no effect."""
-    check_numbers(settings)
-    choices = {"kl": KINDS, "likelihood": LIKELIHOODS, "order": (None, *ORDERS), "advantage_std": SCALES}
-    for name, known in choices.items():
-        if settings[name] not in known:
-            raise ValueError(f"{option(name)} must be {', '.join(filter(None, known))}, got {settings[name]!r}")
-    for name in settings["trackers"]:
-        if name not in TRACKERS:
-            raise ValueError(f"--tracker must be {' or '.join(TRACKERS)}, got {name!r}")
-    if settings["group_size"] < 2:
-        raise ValueError(f"--group-size must be at least 2 images of a prompt, got {settings['group_size']}")
+def check_settings(function: Callable, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of `train`, with steps_reward filled in. ValueError for one that is out of range, that cannot work
+    beside the others, or that would have no effect."""
+    settings = dict(settings)
+    check_options(function, settings)
+    choices = step_choices(settings["steps"])
+    if settings["steps_reward"] is None:
+        settings["steps_reward"] = 0.0 if len(choices) == 1 or settings["quality"] == "none" else 0.5
     if (size := settings["groups"] * settings["group_size"]) >= 2**31:
-        raise ValueError(f"--groups times --group-size is too many images: {size}")
-    if settings["schedule"] is not None:
-        mask_ratio(torch.zeros(()), kind=settings["schedule"])
-    if not 0 <= settings["percentile"] <= 100:
-        raise ValueError(f"--percentile must be 0 to 100, got {settings['percentile']}")
-    if not 0 <= settings["ema"] < 1:
-        raise ValueError(f"--ema is a decay from 0 (off) to below 1, like 0.99, got {settings['ema']}")
-    for name in ("guidance", "reference_guidance"):
-        if settings[name] is not None:
-            check_guidance(settings[name], option(name))
-    if settings["remask"] is not None and not 0 <= settings["remask"] <= 1:
-        raise ValueError(f"--remask is a share of the tokens, 0 to 1, got {settings['remask']}")
-    if settings["lora"] is not None and is_adapter(find(settings["model"])):
-        raise ValueError(f"{settings['model']} is an adapter already: export it with --merge, and train that model")
-    for wrong, why in idle(settings, least, most):
+        raise ValueError(f"`groups` times `group_size` is too many images: {size}")
+    Sampler().replace(schedule=settings["schedule"])
+    if settings["lora"] is not None:
+        if isinstance(settings["model"], Generator):
+            raise ValueError("`lora` records its base by name: give `model` a folder or a hub id")
+        if is_adapter(find(settings["model"])):
+            raise ValueError(f"{settings['model']} is an adapter already: export it with --merge, and train that model")
+    given = {name: value for name, value in settings.items()
+             if value != inspect.signature(function).parameters[name].default}
+    for wrong, why in idle(settings, given, len(choices), int(choices.max())):
         if wrong:
             raise ValueError(why)
+    return settings
 
 
-def idle(settings: Mapping[str, Any], least: int, most: int) -> list[tuple[Any, str]]:
-    """Whether a setting cannot act beside the others, and what to say of it."""
+def idle(
+    settings: Mapping[str, Any], given: Mapping[str, Any], counts: int, most: int
+) -> list[tuple[Any, str]]:
+    """Whether a setting cannot act beside the others, and what to say of it. `given` are those that are no default."""
     has: Callable[[str], Any] = settings.get
-    without_reward, held = has("quality") == "none", has("kl") != "none" and has("kl_weight")
+    without_reward, fixed = has("quality") == "none", counts == 1
+    unheld = not has("kl_weight") and not has("hindsight")
     return [
         (not has("iterations") and (without_reward or not has("search")),
-         "--iterations 0 searches the sampler and does not train: it needs a --quality and --search above 0"),
-        (has("steps_reward") and least == most,
-         f"--steps-reward {has('steps_reward')} cannot act with --steps {most}, where every image costs the same: "
-         f"give a range, like --steps 1-{max(2, most)}, or --steps-reward 0"),
-        (has("groups") < 2 and least < most,
-         "--groups must be at least 2 with a range of --steps: tokens are compared with those of other prompts at "
-         "equal step count"),
+         "`iterations` 0 searches the sampler and does not train: it needs a `quality` and `search` above 0"),
+        (has("steps_reward") and fixed,
+         f"`steps_reward` {has('steps_reward')} cannot act with `steps` {most}, where every image costs the same: "
+         f"give a range, like 1-{max(2, most)}, or `steps_reward` 0"),
+        (has("groups") < 2 and not fixed,
+         "`groups` must be at least 2 with a range of `steps`"),
         (has("quality_gate") is not None and not has("steps_reward"),
-         "--quality-gate says which images earn the speed reward: give a range of --steps and "
-         "--steps-reward above 0 with it"),
+         "`quality_gate` says which images earn the speed reward: give a range of `steps` and `steps_reward` above 0 "
+         "with it"),
         (without_reward and has("steps_reward"),
-         "--steps-reward is in units of the quality, and --quality none has none: give --steps-reward 0"),
-        (without_reward and has("reward_gradient"), "--reward-gradient needs a reward: --quality none has none"),
-        (without_reward and not held,
-         "--quality none trains by the divergence alone: give --kl-weight above 0 and another --kl than none"),
-        (has("clip_range") != CLIP_RANGE and has("updates") == 1,
-         f"--clip-range {has('clip_range'):g} has no effect with one update of each rollout, whose ratio is 1: give "
-         "--updates 2 or more, or leave it out"),
-        (has("kl") == "k1" and has("kl_weight"),
-         "--kl k1 has an expected gradient of 0, so it cannot hold the policy: choose ce, reverse, k2 or k3"),
-        (has("train_steps") is not None and has("train_steps") >= most > 1,
-         f"--train-steps {has('train_steps')} has no effect with at most {most} steps: give fewer, or leave it out"),
-        (has("train_steps") is not None and most == 1, "--train-steps has no effect with --steps 1: leave it out"),
+         "`steps_reward` is in units of the quality, and `quality` none has none: give `steps_reward` 0"),
+        (without_reward and unheld,
+         "`quality` none trains by the reference alone: give `kl_weight` or `hindsight` above 0"),
+        (without_reward and "search" in given, "`search` needs a reward: `quality` none has none"),
+        ("kl" in given and not has("kl_weight"), "`kl` has no effect at `kl_weight` 0: leave it out"),
+        ("reference_guidance" in given and unheld,
+         "`reference_guidance` has no effect at `kl_weight` 0 and `hindsight` 0: leave it out"),
+        ("hindsight_share" in given and not has("hindsight"),
+         "`hindsight_share` has no effect at `hindsight` 0: leave it out"),
+        ("clip_range" in given and has("updates") == 1,
+         f"`clip_range` {has('clip_range'):g} has no effect with one update of each rollout, whose ratio is 1: give "
+         "`updates` 2 or more, or leave it out"),
+        (has("likelihood") == "sequence" and has("updates") == 1,
+         "`likelihood` sequence is the same as token with one update of each rollout, whose ratio is 1: give `updates` "
+         "2 or more"),
+        ("percentile" in given and has("percentile") and not dropped_groups(has("groups"), has("percentile")),
+         f"`percentile` {has('percentile'):g} drops none of {has('groups')} groups: give more `groups`, a larger "
+         "`percentile`, or 0"),
+        (has("train_steps") is not None and has("train_steps") >= most,
+         f"`train_steps` {has('train_steps')} has no effect with at most {most} steps: give fewer, or leave it out"),
         (has("remask") and most < 6,
-         f"--remask acts from 6 steps on, and --steps has at most {most}: give more, or leave it out"),
-        (has("reward_gradient") and has("updates") > 1,
-         "--reward-gradient has no importance ratio, so nothing would hold a second update: give --updates 1"),
-        (has("offload") and has("parallel") != "fsdp", "--offload keeps sharded weights on the processor: it goes with "
-         "--parallel fsdp"),
+         f"`remask` acts from 6 steps on, and `steps` has at most {most}: give more, or leave it out"),
+        (has("offload") and has("parallel") != "fsdp",
+         "`offload` keeps sharded weights on the processor: it goes with `parallel` fsdp"),
         (has("lora") is None and (has("lora_alpha") or has("lora_targets")),
-         "lora_alpha and lora_targets are about an adapter: give its rank by --lora"),
+         "`lora_alpha` and `lora_targets` are about an adapter: give its rank by `lora`"),
     ]
 
 
-def check_numbers(settings: Mapping[str, Any]) -> None:
-    """ValueError for a number that is out of its range, naming the option."""
-    for name, value in settings.items():
-        if isinstance(value, float) and not math.isfinite(value) and (name, value) != ("min_quality", -math.inf):
-            raise ValueError(f"{option(name)} must be a finite number, got {value}")
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            continue
-        if name in POSITIVE and value <= 0:
-            raise ValueError(f"{option(name)} must be above 0, got {value:g}")
-        if name in NOT_NEGATIVE and value < 0:
-            raise ValueError(f"{option(name)} must not be negative, got {value:g}")
-        if name in AT_LEAST_ONE and value < 1:
-            raise ValueError(f"{option(name)} must be at least 1, got {value}")
-    if not -(2**63) <= settings["seed"] < 2**63:
-        raise ValueError(f"--seed must fit in 64 bits, got {settings['seed']}")
-
-
-def check_sampler(settings: Mapping[str, Any], *, most: int, length: int) -> None:
-    """ValueError for what cannot be sampled or scored; `settings` with the model's own order and so on filled in.
-
-    The exact likelihood does not exist where positions are chosen by confidence without noise.
-    """
+def check_sampler(
+    settings: Mapping[str, Any], generator: Generator, sampler: Sampler, reference_guidance: float, *, most: int
+) -> dict[str, Any]:
+    """The settings as a run keeps them, with the model's own filled in. ValueError for what cannot be sampled or
+    scored: the exact likelihood does not exist where positions are chosen by confidence without noise."""
+    length = generator.grid[0] * generator.grid[1]
     if most > length:
-        raise ValueError(f"--steps {most} is more than the {length} tokens of an image")
-    deterministic = settings["order"] == "confidence" and settings["temperature"] == 0 and most > 1
+        raise ValueError(f"`steps` {most} is more than the {length} tokens of an image")
+    deterministic = sampler.order == "confidence" and sampler.temperature == 0 and most > 1
     if settings["likelihood"] == "exact" and deterministic:
         raise ValueError(
-            "--likelihood exact does not exist at --temperature 0, where the reveal order is deterministic: give a "
-            "--temperature above 0, --order random, or --likelihood token"
+            "`likelihood` exact does not exist at `temperature` 0, where the reveal order is deterministic: give a "
+            "`temperature` above 0, `order` random, or `likelihood` token"
         )
-    if settings["quality"] == "none" and settings["guidance"] == settings["reference_guidance"]:
+    alone = settings["quality"] == "none" and not settings["hindsight"]
+    if alone and sampler.guidance == reference_guidance:
         raise ValueError(
-            "--quality none trains by the divergence from the reference alone, which is 0 at equal guidance: give "
-            "another --reference-guidance or --guidance"
+            "`quality` none trains by the divergence from the reference alone, which is 0 at equal guidance: give "
+            "another `reference_guidance` or `guidance`"
         )
+    found = dict(settings) | {
+        "guidance": sampler.guidance, "schedule": sampler.schedule, "order": sampler.order,
+        "temperature": sampler.temperature, "remask": sampler.remask, "reference_guidance": reference_guidance,
+    }
+    # so that they hold from every working directory and later
+    own = isinstance(settings["model"], Generator)
+    found["model"] = "a Generator" if own else resolve_source(settings["model"])
+    if settings["text_encoder"] is not None:
+        found["text_encoder"] = resolve_text_encoder(settings["text_encoder"])
+    return to_jsonable(found)
