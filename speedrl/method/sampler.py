@@ -46,6 +46,10 @@ class Sampler:
         """The sampler with these settings in place of its own; a setting of None stays as it is."""
         return dataclasses.replace(self, **{name: value for name, value in changes.items() if value is not None})
 
+    def settings(self) -> dict[str, Any]:
+        """All but the scalars, by name, as JSON holds them."""
+        return {name: value for name, value in vars(self).items() if name != "scalars"}
+
     def evaluations(self, steps: int) -> int:
         """Network evaluations of an image (NFE) in so many steps: one a step, two with guidance."""
         return steps * (1 if self.guidance == 1 else 2)

@@ -17,8 +17,6 @@ from speedrl.run.checkpoints import newest, read_record, read_tensors, stored
 from speedrl.system.errors import one_line
 from speedrl.system.files import damage
 
-SAMPLER = ("guidance", "schedule", "order", "temperature", "remask")
-
 
 def save_trained(
     out: Path, generator: Generator, learned: Mapping[str, Tensor], sampler: Sampler, settings: Mapping[str, Any]
@@ -83,7 +81,7 @@ def export(
                  "micro_conds": "micro_conds"}
         given = {name: settings[option] for name, option in names.items()}
         generator = whole_generator(lambda: load_generator(settings["model"], **given), settings)
-        sampler = generator.sampler.replace(**{name: settings[name] for name in SAMPLER})
+        sampler = generator.sampler.replace(**{name: settings[name] for name in generator.sampler.settings()})
         if record.get("search") is not None:
             sampler = sampler.replace(scalars=torch.tensor(record["search"]))
         held = stored(folder)

@@ -130,10 +130,7 @@ def check_sampler(
             "`quality` none trains by the divergence from the reference alone, which is 0 at equal guidance: give "
             "another `reference_guidance` or `guidance`"
         )
-    found = dict(settings) | {
-        "guidance": sampler.guidance, "schedule": sampler.schedule, "order": sampler.order,
-        "temperature": sampler.temperature, "remask": sampler.remask, "reference_guidance": reference_guidance,
-    }
+    found = dict(settings) | sampler.settings() | {"reference_guidance": reference_guidance}
     # so that they hold from every working directory and later
     own = isinstance(settings["model"], Generator)
     found["model"] = "a Generator" if own else resolve_source(settings["model"])
