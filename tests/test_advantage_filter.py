@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from speedrl.method.advantages import count_residuals, group_advantages, leave_one_out
-from speedrl.method.filters import low_quality, std_percentile
+from speedrl.method.filters import dropped_groups, low_quality, std_percentile
 
 REWARDS = torch.tensor([[0.1, 0.5, 0.3, 0.9], [2.0, 2.5, 1.0, 0.0], [0.3, 0.3, 0.3, 0.3]])
 
@@ -70,10 +70,47 @@ COUNTS = torch.tensor([[1, 4, 4], [1, 4, 8], [4, 1, 1]])
 
 def test_residuals_compare_with_the_prompts_other_samples_of_the_same_count():
     residuals, known = count_residuals(QUALITY, COUNTS)
-    torch.testing.assert_close(residuals, torch.tensor([[0.0, 0.2, -0.2], [0.0, 0.0, 0.0], [0.0, 0.6, -0.6]]))
+    by_hand = torch.tensor([[0.0, 0.2, -0.2], [0.0, 0.0, 0.0], [0.0, 0.6, -0.6]])
+    torch.testing.assert_close(residuals, by_hand * (1 / 2) ** 0.5)
     assert known.tolist() == [[False, True, True], [False] * 3, [False, True, True]]
     residuals, _ = count_residuals(torch.tensor([[0.1, 0.2, 0.6, 0.5]]), torch.tensor([[2, 2, 2, 4]]))
-    torch.testing.assert_close(residuals, torch.tensor([[0.1 - 0.4, 0.2 - 0.35, 0.6 - 0.15, 0.0]]))
+    by_hand = torch.tensor([[0.1 - 0.4, 0.2 - 0.35, 0.6 - 0.15, 0.0]])
+    torch.testing.assert_close(residuals, by_hand * (2 / 3) ** 0.5)
+
+
+def test_residuals_compare_within_the_prompt_at_equal_counts_too():
+    """A hard prompt's images are not worse than an easy one's: whatever the mix of counts, the prompt's own compare."""
+    quality = torch.tensor([[0.1, 0.3], [0.7, 0.9]])
+    for counts in ([[4, 4], [4, 4]], [[4, 4], [8, 8]]):
+        residuals, known = count_residuals(quality, torch.tensor(counts))
+        torch.testing.assert_close(residuals, torch.tensor([[-0.2, 0.2]] * 2) * 0.5**0.5)
+        assert known.all() and low_quality(residuals, threshold=-1.5).all(), "no image of the hard prompt is left out"
+
+
+def test_residuals_vary_as_the_quality_does_whatever_the_number_that_compares():
+    random = torch.Generator().manual_seed(0)
+    for m in (2, 3, 8):
+        residuals, _ = count_residuals(torch.randn(4000, m, generator=random), torch.full((4000, m), 4))
+        assert residuals.var().item() == pytest.approx(1, abs=0.08), m
+
+
+@pytest.mark.parametrize("std", ["group", "batch", "none"])
+def test_the_advantages_of_what_the_filters_keep_sum_to_zero_in_each_group_and_count(std):
+    """As the loop computes them: first what is kept, then the residuals and the advantages of that alone."""
+    random = torch.Generator().manual_seed(0)
+    quality = torch.randn(8, 16, generator=random)
+    quality[:, :3] -= 3  # some images that failed
+    counts = torch.tensor([1, 2, 4, 8])[torch.randint(4, (8, 16), generator=random)]
+    residuals, known = count_residuals(quality, counts)
+    keep = known * std_percentile(residuals, percentile=25, keep=known) * low_quality(residuals, threshold=-1.0)
+    assert 0 < keep.sum() < known.sum()
+    left, counted = count_residuals(quality, counts, keep=keep)
+    advantages = group_advantages(left, std=std, keep=counted)
+    assert not (counted & ~keep.bool()).any() and not advantages[~counted].any()
+    for count in (1, 2, 4, 8):
+        sums = (advantages * (counts == count)).sum(1)
+        torch.testing.assert_close(sums, torch.zeros(8), atol=1e-5, rtol=0)
+    assert group_advantages(residuals, std=std, keep=known)[keep.bool()].mean() > 0.02, "without that they do not"
 
 
 def test_a_count_of_one_sample_gives_no_advantage():
@@ -92,12 +129,12 @@ def test_what_makes_a_prompt_easier_in_few_steps_alone_gives_no_advantage():
 
 @pytest.mark.parametrize("std", ["group", "batch", "none"])
 def test_a_single_count_gives_the_advantages_of_the_quality(std):
+    scale = 1.5**0.5 if std == "none" else 1.0  # of the variance that centring among 3 takes away
     for groups in (1, 3):
         residuals, known = count_residuals(QUALITY[:groups], torch.full((groups, 3), 4))
         assert known.all()
-        torch.testing.assert_close(
-            group_advantages(residuals, std=std, keep=known), group_advantages(QUALITY[:groups], std=std)
-        )
+        found = group_advantages(residuals, std=std, keep=known)
+        torch.testing.assert_close(found, scale * group_advantages(QUALITY[:groups], std=std), atol=1e-4, rtol=1e-3)
 
 
 def test_the_baseline_of_a_sample_does_not_depend_on_it():
@@ -106,7 +143,7 @@ def test_the_baseline_of_a_sample_does_not_depend_on_it():
         changed = QUALITY.clone()
         changed[tuple(place)] += 5
         after, _ = count_residuals(changed, COUNTS)
-        assert (after - before)[tuple(place)].item() == pytest.approx(5)
+        assert (after - before)[tuple(place)].item() == pytest.approx(5 * (1 / 2) ** 0.5)
 
 
 @pytest.mark.parametrize("counts", [[[0, 0], [1, 1]], [[0, 0], [1, 0]]])
@@ -122,7 +159,7 @@ def test_residuals_leave_the_expected_gradient_of_the_tokens_unchanged(counts):
             tokens = torch.tensor(outcome).view(2, 2)
             score, quality = log_p[counts, tokens], worth[counts, tokens]
             residuals, known = count_residuals(quality, counts + 1)
-            weight = residuals if subtract else quality * known
+            weight = residuals if subtract else quality * known * (1 / 2) ** 0.5  # the factor of pairs
             total = total + score.sum().exp().detach() * (weight * score).sum()
         return torch.autograd.grad(total, logits, retain_graph=True)[0]
 
@@ -136,10 +173,20 @@ def test_percentile_keeps_the_groups_that_differ_most():
     assert kept[0] == [1, 1, 1, 1, 1]
     assert kept[25] == [1, 1, 1, 1, 0]
     assert kept[50] == [1, 0, 1, 1, 0]
-    assert kept[60] == [1, 0, 1, 0, 0]  # interpolated between 2 / 2 and 3 / 2
+    assert kept[60] == [1, 0, 1, 0, 0]
     assert kept[100] == [1, 0, 0, 0, 0]
     weights = std_percentile(spread, percentile=50)
     assert weights.shape == (5, 2) and weights.dtype == torch.float32 and torch.equal(weights[:, 0], weights[:, 1])
+
+
+@pytest.mark.parametrize(
+    ("groups", "percentile", "dropped"),
+    [(8, 10, 1), (8, 5, 0), (8, 12.5, 1), (8, 20, 2), (2, 10, 0), (2, 50, 1), (4, 80, 3), (16, 10, 2)],
+)
+def test_a_percentile_drops_its_share_of_the_groups_rounded_to_whole_ones(groups, percentile, dropped):
+    spread = torch.arange(2 * groups).view(groups, 2).float() ** 2  # each differs more than the one before it
+    kept = std_percentile(spread, percentile=percentile)[:, 0]
+    assert kept.tolist() == [0] * dropped + [1] * (groups - dropped) and dropped_groups(groups, percentile) == dropped
 
 
 def test_percentile_keeps_all_groups_that_tie():
@@ -158,7 +205,7 @@ def test_percentile_leaves_samples_out_of_the_deviations():
     keep = torch.tensor([[True, True, False], [True, True, True], [True, True, True]])
     assert std_percentile(quality, percentile=100)[:, 0].tolist() == [1, 0, 0]
     assert std_percentile(quality, percentile=100, keep=keep)[:, 0].tolist() == [0, 0, 1]
-    assert std_percentile(quality, percentile=50, keep=keep)[:, 0].tolist() == [0, 1, 1]
+    assert std_percentile(quality, percentile=33, keep=keep)[:, 0].tolist() == [0, 1, 1]
     assert std_percentile(quality, percentile=50, keep=torch.zeros(3, 3)).isfinite().all()
 
 

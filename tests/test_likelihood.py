@@ -7,14 +7,8 @@ from collections import Counter
 import pytest
 import torch
 
-from speedrl.method.likelihoods import (
-    guided,
-    log_probs,
-    needs_all_drawn,
-    plackett_luce,
-    sample_tokens,
-    step_log_prob,
-)
+from speedrl.method.likelihoods import guided, log_probs, plackett_luce, sample_tokens, step_log_prob
+from speedrl.method.ratios import LIKELIHOODS, needs_all_drawn
 from speedrl.method.schedules import masked_counts
 from speedrl.method.search import Scalars
 from tests.toys import Toy, every_trajectory, log_likelihood, sampled
@@ -190,7 +184,7 @@ def test_sampling_in_two_levels_is_sampling_in_one(codes):
 
 def test_only_the_exact_likelihood_of_confidence_order_scores_what_was_discarded():
     found = {(k, o) for k in ("token", "sequence", "exact") for o in ("confidence", "random", "halton")
-             if needs_all_drawn(k, o)}
+             if needs_all_drawn(LIKELIHOODS[k], o)}
     assert found == {("exact", "confidence")}
     with pytest.raises(ValueError, match="'best'"):
         ones = torch.ones(1, 2, dtype=torch.bool)

@@ -1,12 +1,14 @@
-"""The clipped loss, its normalisation, the reward's gradient, and the whole method on a toy problem."""
+"""The clipped loss, and the whole method on a toy problem."""
 
 import pytest
 import torch
 
 from speedrl.method.advantages import group_advantages
+from speedrl.method.divergences import ce_kl
 from speedrl.method.likelihoods import log_probs
-from speedrl.method.losses import expected_gain, normalise, policy_loss, reward_slopes
-from speedrl.updates import micro_batch_loss
+from speedrl.method.losses import policy_loss
+from speedrl.method.ratios import LIKELIHOODS
+from speedrl.training import grpo_loss
 from tests.toys import Toy, every_step, sampled
 
 
@@ -49,31 +51,10 @@ def test_events_of_weight_0_count_for_nothing_whatever_their_ratio():
 
 def test_nothing_kept_gives_no_loss_and_no_gradient():
     log_r = torch.tensor([[0.3, torch.inf]], requires_grad=True)
-    total, stats = policy_loss(log_r, torch.tensor([1.0]), torch.zeros(1, 2))
-    loss = normalise(total, stats["weight"])
+    loss, stats = policy_loss(log_r, torch.tensor([1.0]), torch.zeros(1, 2))
     (gradient,) = torch.autograd.grad(loss, log_r)
-    assert loss == 0 and torch.equal(gradient, torch.zeros(1, 2))
-    assert normalise(torch.tensor(6.0), torch.tensor(4.0)) == 1.5
+    assert loss == stats["weight"] == 0 and torch.equal(gradient, torch.zeros(1, 2))
     assert policy_loss(torch.zeros(0), torch.zeros(0), torch.zeros(0))[1]["ratio_max"] == 0
-
-
-def test_the_gain_of_slopes_is_that_of_the_linearised_reward():
-    random = torch.Generator().manual_seed(0)
-    codes, tokens = torch.randn(5, 3, generator=random), torch.tensor([[0, 4], [2, 2], [1, 3]])
-    target = torch.randn(2, 3, generator=random)
-
-    def reward(embeddings: torch.Tensor, texts: list[str]) -> torch.Tensor:
-        assert len(embeddings) == len(texts) <= 2
-        return -((embeddings - target) ** 2).sum((1, 2))
-
-    slopes = reward_slopes(tokens, codes, reward, ["a", "b", "c"], batch=2)
-    torch.testing.assert_close(slopes, -2 * (codes[tokens] - target))
-    logits = torch.randn(3, 2, 5, generator=random).requires_grad_()
-    gain = expected_gain(logits.flatten(0, 1), slopes.flatten(0, 1), codes)
-    (found,) = torch.autograd.grad(gain.sum(), logits)
-    mean = logits.softmax(-1) @ codes  # the expected embedding, where the reward is linear in it
-    (expected,) = torch.autograd.grad((mean * slopes).sum(), logits)
-    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("likelihood", ["exact", "token"])
@@ -88,9 +69,9 @@ def test_reward_rises_on_a_toy_problem(likelihood):
         rewards.append(reward.mean().item())
         advantages = group_advantages(reward).flatten()
         for _ in range(2):
-            loss, _ = micro_batch_loss(policy, start, trajectory, every_step(trajectory), advantages, torch.ones(64),
-                                       mask_id=3, likelihood=likelihood, kl_weight=0.01)
+            loss, _ = grpo_loss(policy, start, trajectory, advantages, torch.ones(64), every_step(trajectory),
+                                likelihood=LIKELIHOODS[likelihood], kl=ce_kl, kl_weight=0.01, on_policy=False)
             optimizer.zero_grad()
-            normalise(loss, torch.tensor(64.0 * 3)).backward()
+            (loss / (64 * 3)).backward()
             optimizer.step()
     assert sum(rewards[:3]) / 3 < 0.65 and sum(rewards[-3:]) / 3 > 0.85

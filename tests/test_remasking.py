@@ -2,8 +2,11 @@
 
 import torch
 
+from speedrl.method.ratios import last_draws, token_events
+from speedrl.method.sampler import Sampler
 from speedrl.method.sampling import draw_noise, least_likely_positions, plan_steps, rollout
 from speedrl.method.schedules import checkerboard, remasked_counts, remasking_steps
+from speedrl.method.scoring import positions_of
 from tests.toys import Toy, sampled
 
 GRID, LENGTH, CODES = (3, 5), 15, 3
@@ -22,7 +25,7 @@ def test_the_least_likely_of_the_allowed_positions_are_chosen():
 def test_positions_follow_from_the_recorded_log_probabilities_alone():
     """Least likely at the latest draw first, on one colour of the checkerboard at a time, rebuilt from the record."""
     result = sampled(TOY, [8, 12, 6], remask=0.5)
-    plan, colours = plan_steps(result.steps, length=LENGTH, remask=0.5), checkerboard(*GRID)
+    plan, colours = plan_steps(result.steps, Sampler(remask=0.5), length=LENGTH), checkerboard(*GRID)
     latest, seen = torch.zeros(3, LENGTH), 0
     for s in range(12):
         masked = result.states[:, s] == CODES
@@ -54,7 +57,7 @@ def test_the_last_steps_remask_ever_fewer_tokens_where_enough_are_left_to_reveal
 def test_nothing_is_remasked_in_under_six_steps_or_at_share_0():
     for steps, share in (([1, 2, 5], 1.0), ([6, 16], 0.0)):
         plain, asked = sampled(TOY, steps), sampled(TOY, steps, remask=share)
-        assert not plan_steps(torch.tensor(steps), length=LENGTH, remask=share).remasked.any()
+        assert not plan_steps(torch.tensor(steps), Sampler(remask=share), length=LENGTH).remasked.any()
         assert torch.equal(plain.tokens, asked.tokens) and (asked.kept.sum(1) == 1).all()
     again = sampled(TOY, [6, 16], remask=0.5)
     assert not torch.equal(plain.tokens, again.tokens) and (again.kept.sum(1) == 2).any()
@@ -63,24 +66,40 @@ def test_nothing_is_remasked_in_under_six_steps_or_at_share_0():
 def test_remasking_takes_no_more_evaluations_and_sees_the_rest_of_the_image():
     calls = []
 
-    def watched(tokens, timestep, samples, positions):
-        calls.append((tokens, timestep))
-        return TOY(tokens, timestep, samples, positions)
+    class Watched(Toy):
+        def __call__(self, tokens, timestep, samples, positions):
+            calls.append((tokens, timestep))
+            return super().__call__(tokens, timestep, samples, positions)
 
-    noise = draw_noise(2, 8, LENGTH, seed=0)
-    rollout(watched, torch.tensor([8, 8]), noise, grid=GRID, mask_id=CODES, remask=0.5)
+    policy, noise = Watched(LENGTH, CODES, grid=GRID), draw_noise(2, 8, LENGTH, seed=0)
+    rollout(policy, torch.tensor([8, 8]), noise, Sampler(remask=0.5))
     assert len(calls) == 8
     for tokens, timestep in calls[6:]:
         assert ((tokens == CODES).sum(1) == round(LENGTH * 0.25)).all() and not timestep.any()
 
 
 def test_remasked_tokens_are_drawn_from_sharper_logits_and_scored_by_them():
-    plan = plan_steps(torch.tensor([8]), length=LENGTH, remask=0.5)
+    plan = plan_steps(torch.tensor([8]), Sampler(remask=0.5), length=LENGTH)
     assert plan.logit_scale[0].tolist() == [1.0] * 6 + [1.5] * 2
     result = sampled(TOY, [8], remask=0.5)
     logits = TOY.features(result.states[:, 7], result.timestep[:, 7], torch.tensor([0]))[0] * 1.5
     expected = logits.log_softmax(-1).gather(-1, result.drawn[:, 7, :, None]).squeeze(-1)
     torch.testing.assert_close(result.log_probs[:, 7][result.kept[:, 7]], expected[result.kept[:, 7]])
+
+
+def test_a_token_that_is_drawn_again_is_not_in_the_image_and_counts_for_nothing():
+    """What the policy loss credits is the last draw of each position, which is what was rewarded."""
+    result = sampled(TOY, [8, 12, 4], remask=0.5)
+    last = last_draws(result)
+    assert (last.sum(1) == 1).all() and (result.kept.sum(1) > 1).any()
+    assert torch.equal((result.drawn * last).sum(1), result.tokens)
+    at = positions_of(result)
+    new = torch.randn(len(at.position), generator=torch.Generator().manual_seed(0))
+    events = token_events(new, torch.zeros_like(new), result, at)
+    weights = torch.zeros(result.states.shape).index_put(at.place, events.tokens)
+    assert torch.equal(weights, last.float()), "an earlier draw weighs 0, and the last one 1"
+    assert torch.equal(events.log_ratio, new) and torch.equal(events.sample, at.place[0])
+    assert not weights[result.kept & ~last].any() and (result.kept & ~last).any()
 
 
 def test_neighbours_on_a_checkerboard_have_different_colours():

@@ -3,16 +3,24 @@
 import pytest
 import torch
 
+from speedrl.method.divergences import ce_kl
+from speedrl.method.ratios import LIKELIHOODS
 from speedrl.method.rewards import combine, speed_reward
 from speedrl.method.steps import step_log_probs, step_loss
-from speedrl.updates import micro_batch_loss
+from speedrl.training import grpo_loss
 from tests.toys import Toy, every_step, every_trajectory, joined, log_likelihood
 
 
-def test_speed_is_the_share_of_calls_saved():
-    reward = speed_reward(torch.tensor([16, 8, 4, 1, 32]), max_steps=16)
-    assert reward.tolist() == [0, 0.5, 0.75, 0.9375, -1] and reward.dtype == torch.float32
-    with pytest.raises(ValueError, match="max_steps"):
+def test_speed_is_the_share_of_the_halvings_saved_each_worth_the_same():
+    reward = speed_reward(torch.tensor([16, 8, 4, 2, 1, 32]), max_steps=16)
+    assert reward.tolist() == [0, 0.25, 0.5, 0.75, 1, -0.25] and reward.dtype == torch.float32
+    for most in (2, 12, 64):
+        assert speed_reward(torch.tensor([most, 1]), max_steps=most).tolist() == pytest.approx([0, 1], abs=1e-6)
+        counts = torch.tensor([most, most / 2, most / 4])
+        one, two = speed_reward(counts, max_steps=most).diff().tolist()
+        assert one == pytest.approx(two, rel=1e-5) and one > 0
+    assert speed_reward(torch.tensor([1, 1]), max_steps=1).tolist() == [0, 0], "nothing can be saved of one step"
+    with pytest.raises(ValueError, match="`max_steps` must be at least 1, got 0"):
         speed_reward(torch.tensor([1]), max_steps=0)
 
 
@@ -29,9 +37,8 @@ def expected_gradient(likelihood: str, rewards: dict[int, float]) -> torch.Tenso
     every = joined(*(every_trajectory(policy, n, schedule="linear") for n in rewards))
     p = torch.cat([log_likelihood(policy, every[every.steps == n]).exp() / 2 for n in rewards]).detach()
     reward = torch.tensor([rewards[n] for n in every.steps.tolist()])
-    loss, _ = micro_batch_loss(
-        policy, None, every, every_step(every), reward, p, mask_id=2, likelihood=likelihood, kl="none"
-    )
+    loss, _ = grpo_loss(policy, None, every, reward, p, every_step(every), likelihood=LIKELIHOODS[likelihood],
+                        kl=ce_kl, kl_weight=0.0)
     return torch.autograd.grad(loss, policy.weights)[0]
 
 

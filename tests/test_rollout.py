@@ -1,12 +1,15 @@
 """Rollouts: what a trajectory records, its schedule and its noise, and the sampler's step."""
 
+import dataclasses
+
 import pytest
 import torch
 
-from speedrl.method.sampling import ORDERS, draw_noise, plan_steps, rollout, step
+from speedrl.method.sampler import ORDERS, Sampler
+from speedrl.method.sampling import Trajectory, draw_noise, plan_steps, rollout, step
 from speedrl.method.schedules import halton_order, masked_counts
+from speedrl.method.scoring import positions_of, token_log_probs, token_logits
 from speedrl.method.search import Scalars
-from speedrl.method.scoring import token_log_probs
 from tests.toys import Toy, sampled
 
 GRID, LENGTH, CODES = (2, 4), 8, 4
@@ -14,6 +17,9 @@ TOY = Toy(LENGTH, CODES, grid=GRID)
 MIXED = [1, 2, 4, 8]  # the last one remasks in its last two steps
 SCALARS = Scalars(*(torch.tensor(x) for x in ([1.0, 1.5, 0.8, 1.2], [1.0, 0.5, 2.0, 1.0], [1.0, 2.0, 0.7, 1.3],
                                               [1.0, 1.5, 2.0, 0.9])))
+
+
+PARTS = [field.name for field in dataclasses.fields(Trajectory) if field.name not in ("order", "mask_id")]
 
 
 def sample(steps: list[int] = MIXED, **how):
@@ -25,12 +31,13 @@ def sample(steps: list[int] = MIXED, **how):
 def test_recorded_states_and_timesteps_are_those_that_the_policy_saw(order, remask):
     seen = []
 
-    def watched(tokens, timestep, samples, positions):
-        seen.append((tokens.clone(), timestep.clone(), samples.clone(), positions.clone()))
-        return TOY(tokens, timestep, samples, positions)
+    class Watched(Toy):
+        def __call__(self, tokens, timestep, samples, positions):
+            seen.append((tokens.clone(), timestep.clone(), samples.clone(), positions.clone()))
+            return super().__call__(tokens, timestep, samples, positions)
 
-    noise = draw_noise(4, 8, LENGTH, seed=1)
-    result = rollout(watched, torch.tensor(MIXED), noise, grid=GRID, mask_id=CODES, order=order, remask=remask)
+    noise, policy = draw_noise(4, 8, LENGTH, seed=1), Watched(LENGTH, CODES, grid=GRID)
+    result = rollout(policy, torch.tensor(MIXED), noise, Sampler(order=order, remask=remask))
     assert len(seen) == 8
     for s, (tokens, timestep, samples, positions) in enumerate(seen):
         assert torch.equal(result.states[samples, s], tokens)
@@ -46,8 +53,9 @@ def test_recorded_states_and_timesteps_are_those_that_the_policy_saw(order, rema
 @pytest.mark.parametrize("order", ORDERS)
 def test_masked_counts_follow_the_plan_and_every_token_is_set(order, remask):
     result = sample(order=order, remask=remask)
-    plan = plan_steps(torch.tensor(MIXED), length=LENGTH, remask=remask)
+    plan = plan_steps(torch.tensor(MIXED), Sampler(remask=remask), length=LENGTH)
     masked = result.states == CODES
+    assert torch.equal(masked, result.masked)
     assert torch.equal(masked.sum(-1), plan.masked_before)
     after = torch.where(result.kept, result.drawn, result.states)
     assert torch.equal((after == CODES).sum(-1), plan.masked_after)
@@ -63,12 +71,22 @@ def test_masked_counts_follow_the_plan_and_every_token_is_set(order, remask):
 @pytest.mark.parametrize("order", ORDERS)
 def test_scoring_the_recorded_states_gives_ratio_one_exactly(order, scalars):
     result = sample(order=order, scalars=scalars, remask=0.5)
-    scored = token_log_probs(TOY, result, mask_id=CODES)
+    scored = token_log_probs(TOY, result)
     assert torch.equal(scored, result.log_probs)
     drawn = result.states == CODES
     assert (scored[drawn] < 0).all() and (scored[~drawn] == 0).all()
     if scalars is not None:
-        assert not torch.equal(token_log_probs(TOY, sample(remask=0.5), mask_id=CODES), scored)
+        assert not torch.equal(token_log_probs(TOY, sample(remask=0.5)), scored)
+
+
+@pytest.mark.parametrize("scalars", [None, SCALARS], ids=["plain", "scalars"])
+def test_the_logits_at_chosen_positions_are_those_that_drew_their_tokens(scalars):
+    result = sample(scalars=scalars, remask=0.5)
+    for at in (positions_of(result), positions_of(result, all_drawn=True)):
+        logits = token_logits(TOY, result, at)
+        assert logits.shape == (len(at.position), CODES) and logits.dtype == torch.float32
+        found = logits.log_softmax(-1).gather(1, result.drawn[at.place][:, None]).squeeze(1)
+        torch.testing.assert_close(found, result.log_probs[at.place])
 
 
 def test_a_sample_does_not_depend_on_its_batch():
@@ -85,8 +103,9 @@ def test_indexing_selects_samples():
     for index in (torch.tensor([3, 1]), slice(1, 3), torch.tensor([True, False, False, True])):
         part = result[index]
         assert len(part) == 2
-        for name in vars(result):
+        for name in PARTS:
             assert torch.equal(getattr(part, name), getattr(result, name)[index])
+        assert (part.order, part.mask_id) == (result.order, result.mask_id) == ("confidence", CODES)
 
 
 def test_noise_belongs_to_seed_and_index_or_name():
@@ -154,8 +173,8 @@ def test_more_steps_than_tokens_still_finish():
 def test_step_is_captured_whole_by_the_compiler():
     compiled = torch.compile(step, fullgraph=True, backend="eager")  # a host synchronisation would break the graph
     plain, captured = sample([3, 2]), sample([3, 2], step=compiled)
-    for name, value in vars(plain).items():
-        assert torch.equal(value, getattr(captured, name))
+    for name in PARTS:
+        assert torch.equal(getattr(plain, name), getattr(captured, name))
 
 
 def test_temperature_and_schedule_change_the_outcome():
@@ -171,12 +190,32 @@ def test_inference_mode_gives_the_same():
 
 
 def test_bad_input_is_named():
-    with pytest.raises(ValueError, match="'best'"):
-        sample([2], order="best")
-    for share in (-0.1, 1.1, float("nan")):
-        with pytest.raises(ValueError, match="share of the tokens"):
-            sample([2], remask=share)
     with pytest.raises(ValueError, match="noise of shape"):
-        rollout(TOY, torch.tensor([3]), draw_noise(1, 2, LENGTH, seed=0), grid=GRID, mask_id=CODES)
+        rollout(TOY, torch.tensor([3]), draw_noise(1, 2, LENGTH, seed=0), Sampler())
+    wrong = Toy(LENGTH, CODES, grid=GRID)
+    wrong.mask_id = CODES - 1
     with pytest.raises(ValueError, match="mask token"):
-        rollout(TOY, torch.tensor([1]), draw_noise(1, 1, LENGTH, seed=0), grid=GRID, mask_id=CODES - 1)
+        rollout(wrong, torch.tensor([1]), draw_noise(1, 1, LENGTH, seed=0), Sampler())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [({"guidance": 0.5}, "`guidance` must be at least 1"), ({"guidance": float("nan")}, "`guidance`"),
+     ({"guidance": float("inf")}, "`guidance`"), ({"schedule": "cubic"}, "`schedule` must be cosine"),
+     ({"schedule": "power:-1"}, "`schedule` power:X takes a positive number"), ({"order": "best"}, "`order` must be"),
+     ({"temperature": -1.0}, "`temperature` must be finite and not negative"), ({"temperature": float("inf")},
+     "`temperature`"), ({"remask": -0.1}, "`remask` is a share"), ({"remask": 1.1}, "`remask` is a share"),
+     ({"remask": float("nan")}, "`remask` is a share")],
+)
+def test_a_sampler_refuses_what_is_out_of_range_also_when_it_is_replaced(wrong, says):
+    for make in (Sampler, Sampler().replace):
+        with pytest.raises(ValueError, match=says):
+            make(**wrong)
+
+
+def test_replacing_nothing_leaves_a_sampler_as_it_is_and_evaluations_count_guidance_twice():
+    sampler = Sampler(guidance=3.0, order="halton", scalars=torch.ones(7, 4))
+    same = sampler.replace(guidance=None, order=None, scalars=None)
+    assert same == sampler and same.scalars is sampler.scalars
+    assert sampler.replace(order="random").order == "random" and sampler.order == "halton"
+    assert sampler.evaluations(8) == 16 and Sampler().evaluations(8) == 8

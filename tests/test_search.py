@@ -3,11 +3,20 @@
 import pytest
 import torch
 
+from speedrl.method.sampler import Sampler
 from speedrl.method.sampling import draw_noise, plan_steps, rollout
 from speedrl.method.schedules import masked_counts
-from speedrl.method.search import OCTAVES, SPREAD, Scalars, ask, new_search, octave_weights, scalars_at, tell
+from speedrl.method.search import OCTAVES, SPREAD, Scalars, new_search, octave_weights, perturbed, scalars_at, updated
 
 BEST = torch.tensor([0.3, -0.4, 0.2, 0.0])
+
+
+def rising_logits(tokens, timestep, samples, positions):
+    """A policy of 4x4 tokens and 7 codes, of which each is likelier than the one before it."""
+    return torch.linspace(0, 1, 7).expand(*positions.shape, 7)
+
+
+rising_logits.grid, rising_logits.mask_id = (4, 4), 7
 
 
 def logs_of(scalars: Scalars) -> torch.Tensor:
@@ -40,42 +49,49 @@ def test_each_scalar_does_what_it_says():
     steps, one = torch.tensor([4, 4]), scalars_at(None, torch.tensor([4, 4]))
     late = masked_counts(steps, length=256, power=torch.tensor([1.0, 1.5]))
     assert (late[1, :3] > late[0, :3]).all() and (late[:, 3] == 0).all()
-    rising = plan_steps(steps, length=256, scalars=one._replace(logit_scale_last=torch.tensor([4.0, 2.0])))
+    rising = plan_steps(steps, Sampler(), length=256, scalars=one._replace(logit_scale_last=torch.tensor([4.0, 2.0])))
     assert rising.logit_scale.tolist() == [[1, 2, 3, 4], pytest.approx([1, 4 / 3, 5 / 3, 2])]
     first = scalars_at(None, torch.tensor([1]))._replace(logit_scale_first=torch.tensor([3.0]))
-    assert plan_steps(torch.tensor([1]), length=256, scalars=first).logit_scale.tolist() == [[3]]
+    assert plan_steps(torch.tensor([1]), Sampler(), length=256, scalars=first).logit_scale.tolist() == [[3]]
 
-    def policy(tokens, timestep, samples, positions):
-        return torch.linspace(0, 1, 7).expand(*positions.shape, 7)
-
-    noise = draw_noise(2, 4, 16, seed=0)
-    how = {"grid": (4, 4), "mask_id": 7, "temperature": 1.0}
-    plain, same = rollout(policy, steps, noise, **how), rollout(policy, steps, noise, **how, scalars=one)
+    noise, how = draw_noise(2, 4, 16, seed=0), Sampler(temperature=1.0)
+    plain, same = rollout(rising_logits, steps, noise, how), rollout(rising_logits, steps, noise, how, scalars=one)
     assert torch.equal(plain.tokens, same.tokens) and torch.equal(plain.kept, same.kept)
-    hot = rollout(policy, steps, noise, **how, scalars=one._replace(order_temperature=torch.tensor([1.0, 3.0])))
+    hot = rollout(rising_logits, steps, noise, how, scalars=one._replace(order_temperature=torch.tensor([1.0, 3.0])))
     assert torch.equal(hot.temperature[1], 3 * plain.temperature[1]) and torch.equal(hot.tokens[0], plain.tokens[0])
     sharp = one._replace(logit_scale_first=torch.full((2,), 50.0), logit_scale_last=torch.full((2,), 50.0))
-    assert (rollout(policy, steps, noise, **how, scalars=sharp).tokens == 6).all()  # the likeliest, with certainty
+    drawn = rollout(rising_logits, steps, noise, how, scalars=sharp).tokens
+    assert (drawn == 6).all()  # the likeliest, with certainty
+
+
+def test_a_samplers_own_table_is_what_its_rollouts_take():
+    table = torch.randn(OCTAVES, 4, generator=torch.Generator().manual_seed(0)) / 4
+    steps, noise = torch.tensor([4, 3]), draw_noise(2, 4, 16, seed=0)
+    own = rollout(rising_logits, steps, noise, Sampler(scalars=table))
+    given = rollout(rising_logits, steps, noise, Sampler(), scalars=scalars_at(table, steps))
+    for name, value in vars(own).items():
+        assert name in ("order", "mask_id") or torch.equal(value, getattr(given, name)), name
+    assert not torch.equal(own.logit_scale, rollout(rising_logits, steps, noise, Sampler()).logit_scale)
 
 
 def test_candidates_are_drawn_around_the_table_and_are_the_same_again():
     steps, table = torch.full((4000,), 4), torch.zeros(OCTAVES, 4)
     table[2] = torch.tensor([0.3, -0.2, 0.1, 0.0])
     search = new_search(table)
-    scalars, noise = ask(search, steps, seed=1, round=3)
+    scalars, noise = perturbed(search, steps, seed=1, round=3)
     torch.testing.assert_close(logs_of(scalars).mean(0), table[2], atol=0.03, rtol=0)
     torch.testing.assert_close(logs_of(scalars).std(0), torch.tensor(SPREAD), atol=0.02, rtol=0)
-    assert torch.equal(ask(search, steps, seed=1, round=3)[1], noise)
-    assert not torch.equal(ask(search, steps, seed=1, round=4)[1], noise)
+    assert torch.equal(perturbed(search, steps, seed=1, round=3)[1], noise)
+    assert not torch.equal(perturbed(search, steps, seed=1, round=4)[1], noise)
 
 
 def test_the_search_raises_the_reward_and_other_step_counts_keep_their_scalars():
     search, steps, rewards = new_search(), torch.full((64,), 4), []
     for number in range(60):
-        scalars, noise = ask(search, steps, seed=0, round=number)
+        scalars, noise = perturbed(search, steps, seed=0, round=number)
         reward = -((logs_of(scalars) - BEST) ** 2).sum(1)
         rewards.append(-((search.table[2] - BEST) ** 2).sum().item())
-        search = tell(search, steps, noise, reward - reward.mean(), rate=1.0)
+        search = updated(search, steps, noise, reward - reward.mean(), rate=1.0)
     assert rewards[-1] > rewards[0] / 10 and rewards[0] < -0.2
     torch.testing.assert_close(search.table[2], BEST, atol=0.2, rtol=0)
     assert not search.table[[0, 1, 3, 4, 5, 6]].any() and search.seen.tolist() == [0, 0, 60, 0, 0, 0, 0]
@@ -83,11 +99,11 @@ def test_the_search_raises_the_reward_and_other_step_counts_keep_their_scalars()
 
 def test_pairs_try_opposite_scalars_so_that_what_they_share_cancels():
     steps = torch.full((7,), 4)
-    scalars, noise = ask(new_search(), steps, seed=3, round=1)
+    scalars, noise = perturbed(new_search(), steps, seed=3, round=1)
     assert torch.equal(noise[0:6:2], -noise[1:6:2]) and noise[6].any()
     torch.testing.assert_close(logs_of(scalars), noise * torch.tensor(SPREAD))
     shared = torch.randn(3, generator=torch.Generator().manual_seed(0)).repeat_interleave(2)
-    found = tell(new_search(), steps[:6], noise[:6], shared)
+    found = updated(new_search(), steps[:6], noise[:6], shared)
     assert found.table.abs().max() < 1e-6
 
 
@@ -98,13 +114,13 @@ def test_an_octave_learns_from_its_own_samples_what_it_would_learn_alone():
         for seed in range(8):
             search = new_search()
             for number in range(batches):
-                scalars, noise = ask(search, steps, seed=seed, round=number)
+                scalars, noise = perturbed(search, steps, seed=seed, round=number)
                 reward = -((logs_of(scalars) - BEST) ** 2).sum(1)
                 # one step's rewards vary a hundredth as much, and it must not matter
                 reward = torch.where(steps == 1, reward / 100, reward)
                 for count in steps.unique():
                     reward[steps == count] -= reward[steps == count].mean()
-                search = tell(search, steps, noise, reward, rate=1.0)
+                search = updated(search, steps, noise, reward, rate=1.0)
             tables.append(search.table)
         found[name] = torch.stack(tables)
         assert search.seen[2] == 20
@@ -116,6 +132,6 @@ def test_an_octave_learns_from_its_own_samples_what_it_would_learn_alone():
 
 def test_advantages_of_zero_leave_the_table():
     search = new_search(torch.randn(OCTAVES, 4, generator=torch.Generator().manual_seed(0)))
-    _, noise = ask(search, torch.tensor([3, 9]), seed=0, round=0)
-    found = tell(search, torch.tensor([3, 9]), noise, torch.zeros(2))
+    _, noise = perturbed(search, torch.tensor([3, 9]), seed=0, round=0)
+    found = updated(search, torch.tensor([3, 9]), noise, torch.zeros(2))
     assert torch.equal(found.table, search.table) and found.seen.sum() == pytest.approx(1)

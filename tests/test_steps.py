@@ -83,14 +83,30 @@ def test_drawing_inverts_the_distribution():
     assert draw_steps(torch.zeros(5, 1), torch.rand(5)).tolist() == [0] * 5
 
 
-def test_choices_are_the_powers_of_two_within_the_range_and_its_ends():
-    assert step_choices(1, 16).tolist() == [1, 2, 4, 8, 16]
-    assert step_choices(3, 12).tolist() == [3, 4, 8, 12]
-    assert step_choices(4, 4).tolist() == [4] and step_choices(1, 2).tolist() == [1, 2]
+@pytest.mark.parametrize(
+    ("steps", "choices"),
+    [("1-16", [1, 2, 4, 8, 16]), ("3-12", [3, 4, 8, 12]), ("4-4", [4]), ("1-2", [1, 2]), ("8", [8]), (8, [8]),
+     ("1,2,4", [1, 2, 4]), ("6, 2,6", [2, 6])],
+)
+def test_choices_are_a_number_a_list_or_the_powers_of_two_within_a_range_and_its_ends(steps, choices):
+    assert step_choices(steps).tolist() == choices
+
+
+@pytest.mark.parametrize("steps", ["", "x", "1-", "-8", "1-2-4", "2.5", "1,", "auto", "1-x"])
+def test_what_says_no_step_counts_is_named(steps):
+    with pytest.raises(ValueError, match="`steps` takes a number, a range or a list") as caught:
+        step_choices(steps)
+    assert repr(steps) in str(caught.value)
+
+
+@pytest.mark.parametrize("steps", ["0", "0-8", "8-1", "2,0", 0])
+def test_step_counts_under_one_and_a_range_that_falls_are_named(steps):
+    with pytest.raises(ValueError, match="at least 1, and a range must rise"):
+        step_choices(steps)
 
 
 def test_a_new_policy_spends_as_many_evaluations_on_each_count_and_prompts_differ_by_direction_alone():
-    policy = StepPolicy(step_choices(1, 8), 4)
+    policy = StepPolicy(step_choices("1-8"), 4)
     evaluations = (policy(POOLED).exp() - EXPLORATION / 4) * policy.choices
     torch.testing.assert_close(evaluations, torch.full((2, 4), (1 - EXPLORATION) / (1 + 1 / 2 + 1 / 4 + 1 / 8)))
     policy.weight.data[2, 0], policy.weight.data[1, 1] = 5.0, 5.0
@@ -100,7 +116,7 @@ def test_a_new_policy_spends_as_many_evaluations_on_each_count_and_prompts_diffe
 
 
 def test_the_policy_learns_the_count_with_the_best_joint_reward():
-    policy, worth = StepPolicy(step_choices(1, 8), 4), torch.tensor([0.1, 0.8, 0.6, 0.3])
+    policy, worth = StepPolicy(step_choices("1-8"), 4), torch.tensor([0.1, 0.8, 0.6, 0.3])
     optimizer, random = torch.optim.Adam(policy.parameters(), lr=0.1), torch.Generator().manual_seed(0)
     pooled = POOLED.repeat_interleave(16, 0)
     for _ in range(40):
@@ -117,7 +133,7 @@ def test_prompts_that_fall_into_two_clusters_do_not_settle_on_a_count_before_all
     direction = torch.randn(192, generator=random)
     pooled = torch.stack([direction, -direction])  # as the text embeddings of the embedded model nearly are
     rewards = torch.tensor([0.27, 0.40, 0.60, 0.64, 0.64])  # by count: those of its base
-    policy = StepPolicy(step_choices(1, 16), 192)
+    policy = StepPolicy(step_choices("1-16"), 192)
     optimizer = torch.optim.AdamW(policy.parameter_groups(0.1), betas=(0.9, 0.95), weight_decay=0.0)
     for _ in range(60):
         log_p = policy(pooled[torch.arange(8) % 2].repeat_interleave(16, dim=0))
