@@ -1,32 +1,42 @@
-"""What one update computes of a trajectory: its gradient by enumeration, its clipping, and its plain twin."""
+"""What one update computes of a trajectory, `grpo_loss`: its gradient by enumeration, its clipping, and its plain
+twin."""
 
 import copy
+import dataclasses
 import itertools
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from speedrl.method.divergences import kl as divergence
+from speedrl.generation import make_policy
+from speedrl.method.divergences import DIVERGENCES, ce_kl
+from speedrl.method.hindsight import hide, teacher_features
 from speedrl.method.likelihoods import step_log_prob
 from speedrl.method.losses import policy_loss
+from speedrl.method.ratios import LIKELIHOODS, last_draws, token_events
+from speedrl.method.sampler import Sampler
 from speedrl.method.sampling import draw_noise, rollout, step
-from speedrl.policies import make_policy, rows, score_logits, score_rows
-from speedrl.updates import gradients, last_draws, log_ratios, micro_batch_loss, trained_steps
+from speedrl.method.scoring import positions_of, score, score_logits, trained_steps
+from speedrl.system.memory import MicroBatches
+from speedrl.training import grpo_loss
 from tests.toys import Toy, every_step, every_trajectory, joined, log_likelihood, sampled, scored
 
 GRID, LENGTH, CODES = (2, 4), 8, 3
 TOY = Toy(LENGTH, CODES, grid=GRID)
 ADVANTAGES = torch.tensor([1.0, -0.5, 0.7, 2.0])
 ONES = torch.ones(4)
-LIKELIHOODS = ("token", "sequence", "exact")
-OFF = torch.autocast("cpu", enabled=False)
 
 
-def gradient_of(policy: Toy, trajectory, trained, advantages, keep, *, reference=None, **how) -> torch.Tensor:
-    how = {"kl": "none"} | how
-    loss, _ = micro_batch_loss(policy, reference, trajectory, trained, advantages, keep, mask_id=policy.codes, **how)
-    return torch.autograd.grad(loss, policy.weights)[0]
+def loss_of(policy, trajectory, advantages, keep, trained=None, *, reference=None, likelihood="token", kl="ce", **how):
+    """`grpo_loss` by the names of its likelihood and divergence; of all steps and without a divergence if not said."""
+    trained = every_step(trajectory) if trained is None else trained
+    return grpo_loss(policy, reference, trajectory, advantages, keep, trained, likelihood=LIKELIHOODS[likelihood],
+                     kl=DIVERGENCES[kl], **{"kl_weight": 0.0} | how)
+
+
+def gradient_of(policy: Toy, *given, **how) -> torch.Tensor:
+    return torch.autograd.grad(loss_of(policy, *given, **how)[0], policy.weights)[0]
 
 
 @pytest.mark.parametrize("remask", [0.0, 0.5])
@@ -36,8 +46,7 @@ def test_at_ratio_one_the_exact_gradient_weighs_each_sample_alike_whatever_its_s
     policy = TOY.moved(0.0)
     trajectory = sampled(policy, [1, 2, 4, 8], order=order, remask=remask)
     keep = torch.tensor([1.0, 0.0, 1.0, 1.0])
-    how = {"order": order, "likelihood": "exact"}
-    found = gradient_of(policy, trajectory, every_step(trajectory), ADVANTAGES, keep, **how)
+    found = gradient_of(policy, trajectory, ADVANTAGES, keep, likelihood="exact")
     true = -(ADVANTAGES * keep * log_likelihood(policy, trajectory, order=order)).sum()
     (expected,) = torch.autograd.grad(true, policy.weights)
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
@@ -45,13 +54,36 @@ def test_at_ratio_one_the_exact_gradient_weighs_each_sample_alike_whatever_its_s
 
 
 @pytest.mark.parametrize("likelihood", ["token", "sequence"])
-def test_at_ratio_one_the_surrogates_gradient_is_that_of_the_kept_tokens(likelihood):
+def test_at_ratio_one_the_surrogates_gradient_is_that_of_the_finished_tokens(likelihood):
+    """Those that a remasking step drew again count for nothing."""
     policy = TOY.moved(0.0)
     trajectory = sampled(policy, [1, 2, 4, 8], remask=0.5)
-    found = gradient_of(policy, trajectory, every_step(trajectory), ADVANTAGES, ONES, likelihood=likelihood)
-    part, token = scored(policy, trajectory, all_drawn=False)
-    (expected,) = torch.autograd.grad(-(ADVANTAGES[part.sample[part.row]] * token).sum(), policy.weights)
+    found = gradient_of(policy, trajectory, ADVANTAGES, ONES, likelihood=likelihood)
+    at, token = scored(policy, trajectory, all_drawn=False)
+    last = last_draws(trajectory)[at.place]
+    assert not last.all()
+    (expected,) = torch.autograd.grad(-(ADVANTAGES[at.place[0]] * token * last).sum(), policy.weights)
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_on_policy_rounding_of_the_recorded_log_probabilities_does_not_clip(likelihood):
+    """A rollout in bf16 records others than training computes in float32: by up to half a nat under guidance."""
+    policy = TOY.moved(0.0)
+    trajectory = sampled(policy, [1, 2, 4, 8])
+    noise = torch.randn(trajectory.log_probs.shape, generator=torch.Generator().manual_seed(0))
+    rounded = dataclasses.replace(trajectory, log_probs=trajectory.log_probs + 0.5 * noise * trajectory.masked)
+    how = {"likelihood": likelihood}
+    loss, stats = loss_of(policy, rounded, ADVANTAGES, ONES, **how)
+    assert stats["ratio_max"] == 1 and stats["clipped"] == 0 and stats["approx_kl"] == 0, "the ratio is exactly 1"
+    (found,) = torch.autograd.grad(loss, policy.weights)
+    torch.testing.assert_close(found, gradient_of(policy, trajectory, ADVANTAGES, ONES, **how), atol=2e-5, rtol=1e-4)
+    assert stats["mismatch"].item() == pytest.approx((0.5 * noise.abs() * trajectory.kept).sum().item(), rel=0.4)
+    if likelihood != "exact":  # scored at the kept tokens
+        assert stats["mismatch"].item() == pytest.approx((0.5 * noise.abs() * trajectory.kept).sum().item(), rel=1e-4)
+    assert loss_of(policy, trajectory, ADVANTAGES, ONES, **how)[1]["mismatch"] < 1e-5
+    off = loss_of(policy, rounded, ADVANTAGES, ONES, on_policy=False, **how)[1]
+    assert off["clipped"] > 0 and off["ratio_max"] > 1.05, "with more updates the recorded ones are the old policy's"
 
 
 def choices(trajectory, count: int):
@@ -67,7 +99,8 @@ def choices(trajectory, count: int):
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize(
     ("likelihood", "moved", "kl"),
-    [("token", 0.3, "ce"), ("token", 0.3, "k3"), ("exact", 0.3, "ce"), ("exact", 0.0, "k2"), ("sequence", 0.0, "ce")],
+    [("token", 0.3, "ce"), ("token", 0.3, "k3"), ("exact", 0.3, "ce"), ("exact", 0.0, "k2"), ("sequence", 0.0, "ce"),
+     ("token", 0.0, "reverse")],
 )
 def test_training_on_some_steps_is_unbiased(likelihood, moved, kl, count):
     """The mean gradient over every choice of K of N steps is that of all steps.
@@ -77,20 +110,21 @@ def test_training_on_some_steps_is_unbiased(likelihood, moved, kl, count):
     """
     policy = TOY.moved(moved)
     trajectory = sampled(TOY, [1, 2, 4])
-    keep, how = torch.tensor([1.0, 0.0, 1.0]), {"likelihood": likelihood, "kl": kl, "kl_weight": 3.0}
-    given = (ADVANTAGES[:3], keep)
+    how = {"likelihood": likelihood, "kl": kl, "kl_weight": 3.0, "on_policy": not moved}
+    given = (policy, trajectory, ADVANTAGES[:3], torch.tensor([1.0, 0.0, 1.0]))
     how["reference"] = TOY.moved(0.5, seed=3)
-    whole = gradient_of(policy, trajectory, every_step(trajectory), *given, **how)
-    found = [gradient_of(policy, trajectory, trained, *given, **how) for trained in choices(trajectory, count)]
+    whole = gradient_of(*given, **how)
+    found = [gradient_of(*given, trained, **how) for trained in choices(trajectory, count)]
     torch.testing.assert_close(torch.stack(found).mean(0), whole, atol=1e-4, rtol=1e-4)
     assert (found[0] - whole).abs().max() > 1e-2, "one choice alone is not the mean"
 
 
 def test_after_an_update_some_steps_are_a_biased_sample_of_a_sequence():
     policy, trajectory = TOY.moved(0.3), sampled(TOY, [4])
-    given, how = (ONES[:1], ONES[:1]), {"likelihood": "sequence", "clip_range": 100.0}
-    whole = gradient_of(policy, trajectory, every_step(trajectory), *given, **how)
-    found = [gradient_of(policy, trajectory, trained, *given, **how) for trained in choices(trajectory, 1)]
+    given = (policy, trajectory, ONES[:1], ONES[:1])
+    how = {"likelihood": "sequence", "clip_range": 100.0, "on_policy": False}
+    whole = gradient_of(*given, **how)
+    found = [gradient_of(*given, trained, **how) for trained in choices(trajectory, 1)]
     assert (torch.stack(found).mean(0) - whole).abs().max() > 1e-3
 
 
@@ -110,9 +144,8 @@ def test_every_choice_of_steps_is_as_likely():
 def test_after_an_update_clipped_events_have_no_gradient_and_others_do(likelihood):
     policy, steps = TOY.moved(1.0), [1, 2, 4, 8] * 4
     trajectory, advantages = sampled(TOY, steps), torch.linspace(-1, 1, 16)
-    part, token = scored(policy, trajectory, all_drawn=likelihood == "exact")
-    ratio, sample, tokens = log_ratios(token, trajectory, part, mask_id=CODES, order="confidence",
-                                       likelihood=likelihood)
+    at, token = scored(policy, trajectory, all_drawn=likelihood == "exact")
+    ratio, sample, tokens = LIKELIHOODS[likelihood](token, trajectory.log_probs[at.place], trajectory, at)
     loss, stats = policy_loss(ratio, advantages[sample], tokens)
     (gradient,) = torch.autograd.grad(loss, ratio, retain_graph=True)
     a, r = advantages[sample], ratio.exp()
@@ -120,15 +153,14 @@ def test_after_an_update_clipped_events_have_no_gradient_and_others_do(likelihoo
     assert 0 < clipped.sum() < len(clipped) and not gradient[clipped].any()
     assert (gradient[~clipped & (tokens > 0)] != 0).all()
     assert 0 < stats["clipped"] < stats["weight"]
-    loss, stats = micro_batch_loss(policy, None, trajectory, every_step(trajectory), advantages, torch.ones(16),
-                                   mask_id=CODES, likelihood=likelihood, kl="none")
+    given, how = (trajectory, advantages, torch.ones(16)), {"likelihood": likelihood, "on_policy": False}
+    loss, stats = loss_of(policy, *given, **how)
     assert stats["clipped"] == tokens[clipped].sum() and stats["ratio_max"] > 1.05
     # only events that are not clipped reach the weights
     (found,) = torch.autograd.grad(loss, policy.weights)
     live = -(ratio.exp() * a * tokens)[~clipped].sum()
     torch.testing.assert_close(found, torch.autograd.grad(live, policy.weights)[0], atol=1e-4, rtol=1e-3)
-    before = micro_batch_loss(TOY, None, trajectory, every_step(trajectory), advantages, torch.ones(16),
-                              mask_id=CODES, likelihood=likelihood, kl="none")[1]
+    before = loss_of(TOY, *given, **how)[1]
     assert before["clipped"] == 0 and before["ratio_max"] == 1
 
 
@@ -139,55 +171,56 @@ def test_micro_batches_add_up_with_filtered_samples(likelihood, kl):
     keep, trained = torch.tensor([0.0, 1.0, 0.0, 1.0]), trained_steps(trajectory.steps, 2, torch.Generator())
     found = []
     for size in (1, 3, 4):
-        policy = TOY.moved(0.5)
-        totals = gradients(
-            policy, TOY, trajectory, trained, ADVANTAGES, keep, keep.sum() * LENGTH, size, autocast=OFF, mask_id=CODES,
-            likelihood=likelihood, kl=kl,
-        )
-        found.append((policy.weights.grad, totals))
+        policy, batches = TOY.moved(0.5), MicroBatches(size, undo=lambda: None)
+        for index in batches.over(torch.arange(4)):
+            with batches:
+                loss, stats = loss_of(policy, trajectory[index], ADVANTAGES[index], keep[index], trained[index],
+                                      reference=TOY, likelihood=likelihood, kl=kl, kl_weight=0.2, on_policy=False)
+                (loss / (4 * LENGTH)).backward()
+                batches.add(stats)
+        found.append((policy.weights.grad, batches.totals))
     for gradient, totals in found[:2]:
         torch.testing.assert_close(gradient, found[2][0], atol=1e-6, rtol=1e-4)
         assert totals == pytest.approx(found[2][1], rel=1e-4, abs=1e-5)
-    assert found[2][0].abs().max() > 1e-3 and found[2][1]["tokens"] == pytest.approx(2 * LENGTH, rel=0.8)
+    assert found[2][0].abs().max() > 1e-3 and found[2][1]["weight"] > 0 and found[2][1]["kl"] > 0
 
 
-def test_samples_that_are_not_kept_are_not_computed():
-    class Watched(Toy):
-        def __getitem__(self, index):
-            seen.extend(index.tolist())
-            return self
-
-    seen = []
-    trajectory = sampled(TOY, [1, 2, 4, 8])
-    policy = Watched(TOY.length, TOY.codes, weights=TOY.weights.clone().requires_grad_())
-    gradients(policy, None, trajectory, every_step(trajectory), ADVANTAGES, torch.tensor([0.0, 1.0, 0.0, 1.0]),
-              torch.tensor(8.0), 3, autocast=OFF, mask_id=CODES, kl="none")
-    assert seen == [1, 3]
-
-
-def test_nothing_kept_gives_no_gradient_and_a_loss_that_is_not_finite_one_that_is_not():
+def test_nothing_kept_gives_no_gradient_and_an_advantage_that_is_not_finite_one_that_is_not():
     trajectory, policy = sampled(TOY, [2, 4]), TOY.moved(0.5)
-    given = (trajectory, every_step(trajectory))
-    gradients(policy, TOY, *given, ONES[:2], torch.zeros(2), torch.tensor(0.0), 2, autocast=OFF, mask_id=CODES)
-    assert not policy.weights.grad.any()
-    gradients(policy, None, *given, torch.tensor([torch.inf, 1.0]), ONES[:2], torch.tensor(16.0), 2, autocast=OFF,
-              mask_id=CODES, kl="none")
-    assert not policy.weights.grad.isfinite().all()
+    how = {"on_policy": False}
+    assert not gradient_of(policy, trajectory, ONES[:2], torch.zeros(2), **how).any()
+    infinite = torch.tensor([torch.inf, 1.0])
+    assert not gradient_of(policy, trajectory, infinite, ONES[:2], **how).isfinite().all()
 
 
-def toy_divergences(kl: str, *, kept_only: bool = False, scale: float = 1.5) -> tuple[torch.Tensor, torch.Tensor]:
+def test_the_divergence_is_that_of_all_samples_whatever_is_kept():
+    """A sample without a peer of its step count has no policy loss: here the one of 8 steps, which holds nearly all the
+    weight of the divergence."""
+    policy, trajectory = TOY.moved(0.5), sampled(TOY, [1, 1, 1, 8])
+    known = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    held = {}
+    for name, keep in (("known", known), ("all", ONES), ("none", torch.zeros(4))):
+        loss, stats = loss_of(policy, trajectory, torch.zeros(4), keep, reference=TOY, kl_weight=1.0)
+        held[name] = (loss.item(), stats["kl"].item(), torch.autograd.grad(loss, policy.weights)[0])
+    for loss, away, gradient in held.values():
+        assert loss == pytest.approx(held["all"][0]) and away == pytest.approx(held["all"][1])
+        torch.testing.assert_close(gradient, held["all"][2])
+    part = trajectory[torch.tensor([0, 1, 2])]
+    without, _ = loss_of(policy, part, torch.zeros(3), ONES[:3], reference=TOY, kl_weight=1.0)
+    assert held["known"][0] > 10 * without.item(), "the sample of 8 steps counts most"
+
+
+def toy_divergences(kl: str, *, kept_only: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Expected gradient of an estimator at drawn tokens, and of the divergence that it stands for: by enumeration."""
     start, reference = Toy(3, 2, seed=1), Toy(3, 2, seed=5)
-    every = every_trajectory(start, 2, schedule="linear")
-    every = joined(every)
+    every = joined(every_trajectory(start, 2, schedule="linear"))
     p, policy = log_likelihood(start, every).exp(), start.moved(0.0)
     found = []
-    for kind in (kl, {"k2": "reverse", "k3": "ce", "k1": "reverse"}[kl]):
-        part, _ = scored(policy, every)
-        _, away, _ = score_rows(policy, reference, every, part, kl=kind)
-        at = (part.sample[part.row], part.step[part.row], part.position)
-        chosen = every.kept[at] if kept_only else torch.ones_like(away, dtype=torch.bool)
-        found.append(torch.autograd.grad((p[at[0]] * away)[chosen].sum(), policy.weights)[0])
+    for kind in (kl, {"k2": "reverse", "k3": "ce"}[kl]):
+        at = positions_of(every, all_drawn=True)
+        away = score(policy, every, at, reference=reference, kl=DIVERGENCES[kind]).kl
+        chosen = every.kept[at.place] if kept_only else torch.ones_like(away, dtype=torch.bool)
+        found.append(torch.autograd.grad((p[at.place[0]] * away)[chosen].sum(), policy.weights)[0])
     return tuple(found)
 
 
@@ -204,34 +237,41 @@ def test_the_loss_takes_sampled_estimators_at_all_drawn_tokens():
     start, reference = Toy(3, 2, seed=1), Toy(3, 2, seed=5)
     every = every_trajectory(start, 2, schedule="linear")
     p, policy = log_likelihood(start, every).exp(), start.moved(0.0)
-    how = {"likelihood": "token", "kl_weight": 64.0, "reference": reference}  # in 2 steps it weighs (2 / 16)^2
-    zeros = torch.zeros(len(every))
-    found = gradient_of(policy, every, every_step(every), zeros, p, kl="k3", **how)
-    part, _ = scored(policy, every)
-    _, away, _ = score_rows(policy, reference, every, part, kl="ce")
-    where = (part.sample, part.step)
+    found, zeros = torch.zeros_like(policy.weights), torch.zeros(1)
+    how = {"kl": "k3", "kl_weight": 64.0, "reference": reference}  # in 2 steps it weighs (2 / 16)^2
+    for i in range(len(every)):
+        found += p[i] * gradient_of(policy, every[i : i + 1], zeros, zeros, **how)
+    at = positions_of(every, all_drawn=True)
+    away, where = score(policy, every, at, reference=reference, kl=ce_kl).kl, (at.sample, at.step)
     share = every.kept[where].sum(1) / (every.states[where] == 2).sum(1)
-    (true,) = torch.autograd.grad((away * share[part.row] * p[part.sample[part.row]]).sum(), policy.weights)
+    (true,) = torch.autograd.grad((away * share[at.row] * p[at.place[0]]).sum(), policy.weights)
     torch.testing.assert_close(found, true, atol=1e-4, rtol=1e-4)
 
 
 def test_policy_and_reference_get_the_same_logit_scale():
     logits, other, scale = torch.randn(5, 4), torch.randn(5, 4), torch.tensor([1.0, 2.0, 0.5, 1.5, 3.0])
     tokens = torch.tensor([0, 1, 2, 3, 0])
-    for kind in ("ce", "reverse", "k1", "k2", "k3"):
-        token, away = score_logits(logits, other, tokens, scale, kl=kind)
-        expected = divergence(logits * scale[:, None], other * scale[:, None], tokens, kind=kind)
-        torch.testing.assert_close(away, expected)
-        assert not score_logits(logits, logits, tokens, scale, kl=kind)[1].any()
+    for kl in DIVERGENCES.values():
+        token, away, missed = score_logits(logits, other, None, tokens, scale, kl=kl)
+        torch.testing.assert_close(away, kl(logits * scale[:, None], other * scale[:, None], tokens))
+        assert not score_logits(logits, logits, None, tokens, scale, kl=kl).kl.any() and not missed.any()
     torch.testing.assert_close(token, (logits * scale[:, None]).log_softmax(-1)[torch.arange(5), tokens])
+    assert not score_logits(logits, other, None, tokens, scale, kl=None).kl.any()
+
+
+def test_the_teacher_is_taken_at_its_own_scale():
+    logits, teacher, scale = torch.randn(5, 4), torch.randn(5, 4), torch.tensor([1.0, 2.0, 0.5, 1.5, 3.0])
+    found = score_logits(logits, None, teacher, torch.zeros(5, dtype=torch.int64), scale, kl=None)
+    p, q = (logits * scale[:, None]).softmax(-1), teacher.softmax(-1)
+    torch.testing.assert_close(found.hindsight, (p * (p / q).log()).sum(-1))
+    assert not found.kl.any()
 
 
 @pytest.mark.parametrize("kl", ["ce", "reverse", "k2", "k3"])
 def test_at_the_reference_the_divergence_and_its_gradient_are_zero(kl):
     policy = TOY.moved(0.0)
     trajectory = sampled(policy, [2, 4, 8], remask=0.5)
-    loss, stats = micro_batch_loss(policy, TOY, trajectory, every_step(trajectory), torch.zeros(3), ONES[:3],
-                                   mask_id=CODES, kl=kl, kl_weight=10.0)
+    loss, stats = loss_of(policy, trajectory, torch.zeros(3), ONES[:3], reference=TOY, kl=kl, kl_weight=10.0)
     assert stats["kl"] == 0 and torch.autograd.grad(loss, policy.weights)[0].abs().max() < 1e-5
 
 
@@ -240,35 +280,13 @@ def test_the_divergence_weighs_less_in_few_steps_and_its_metric_does_not():
 
     def held(i: slice) -> tuple[float, float]:
         part = trajectory[i]
-        loss, stats = micro_batch_loss(policy, TOY, part, every_step(part), torch.zeros(len(part)), ONES[: len(part)],
-                                       mask_id=CODES, kl="ce", kl_weight=1.0)
+        loss, stats = loss_of(policy, part, torch.zeros(len(part)), ONES[: len(part)], reference=TOY, kl_weight=1.0)
         return loss.item(), stats["kl"].item()
 
     alone = [held(slice(i, i + 1)) for i in range(3)]
     for (loss, away), steps in zip(alone, (2, 4, 8), strict=True):
         assert away > 0.1 and loss == pytest.approx(away * (steps / 16) ** 2, rel=1e-4)
     assert held(slice(0, 3)) == pytest.approx(tuple(sum(x) for x in zip(*alone, strict=True)), rel=1e-4)
-
-
-def test_only_the_last_draw_of_each_position_has_a_gain():
-    """The reward's slopes are of the finished tokens: one that a remasking step replaced is not in the image."""
-    policy = TOY.moved(0.0)
-    trajectory = sampled(policy, [8, 12, 4], remask=0.5)
-    last = last_draws(trajectory)
-    assert (last.sum(1) == 1).all() and (trajectory.kept.sum(1) > 1).any()
-    assert torch.equal((trajectory.drawn * last).sum(1), trajectory.tokens)
-    random = torch.Generator().manual_seed(0)
-    slopes, codes = torch.randn(3, LENGTH, 2, generator=random), torch.randn(CODES, 2, generator=random)
-    found = gradient_of(policy, trajectory, every_step(trajectory), torch.zeros(3), ONES[:3], slopes=slopes,
-                        codes=codes)
-    expected = torch.zeros(())
-    for i in range(3):
-        for s in range(int(trajectory.steps[i])):
-            seen = trajectory.states[i : i + 1, s], trajectory.timestep[i : i + 1, s]
-            logits = policy.features(*seen, torch.tensor([0]))[0, 0] * trajectory.logit_scale[i, s]
-            gains = (logits.softmax(-1) * (slopes[i] @ codes.T)).sum(-1)
-            expected = expected - gains[last[i, s]].sum()
-    torch.testing.assert_close(found, torch.autograd.grad(expected, policy.weights)[0], atol=1e-5, rtol=1e-4)
 
 
 PROMPTS, STEPS = ["an owl", "a cat", "a dog", "a fox"], torch.tensor([1, 4, 2, 8])
@@ -286,13 +304,13 @@ def generated(generator, guidance: float, **how):
     """A rollout of four prompts by a generator, and its policy."""
     policy = make_policy(generator, PROMPTS, guidance=guidance)
     noise = draw_noise(4, int(STEPS.max()), 16, seed=0)
-    return policy, rollout(policy, STEPS, noise, grid=(4, 4), mask_id=generator.mask_id, **how)
+    return policy, rollout(policy, STEPS, noise, Sampler(**how))
 
 
 @pytest.mark.parametrize("at_once", [70, 2**24], ids=["in chunks", "at once"])
 @pytest.mark.parametrize(("likelihood", "guidance", "kl"), [("exact", 2.5, "ce"), ("token", 1.0, "k3")])
 def test_loss_and_gradient_are_those_of_a_plain_loop(tiny_generator, monkeypatch, likelihood, guidance, kl, at_once):
-    monkeypatch.setitem(score_rows.__kwdefaults__, "at_once", at_once)
+    monkeypatch.setitem(score.__kwdefaults__, "at_once", at_once)
     base, trajectory = generated(tiny_generator, guidance, remask=0.5)
     keep, found = torch.tensor([1.0, 1.0, 0.0, 1.0]), []
     for plain in (False, True):
@@ -301,10 +319,8 @@ def test_loss_and_gradient_are_those_of_a_plain_loop(tiny_generator, monkeypatch
         if plain:
             loss = plain_loss(policy, base, trajectory, keep, likelihood=likelihood, kl=kl)
         else:
-            loss, stats = micro_batch_loss(
-                policy, base, trajectory, every_step(trajectory), ADVANTAGES, keep, mask_id=tiny_generator.mask_id,
-                likelihood=likelihood, kl=kl, kl_weight=3.0,
-            )
+            loss, stats = loss_of(policy, trajectory, ADVANTAGES, keep, reference=base, likelihood=likelihood, kl=kl,
+                                  kl_weight=3.0, on_policy=False)
         loss.backward()
         found.append((loss.detach(), {name: p.grad for name, p in moved.transformer.named_parameters()}))
     torch.testing.assert_close(found[0][0], found[1][0], atol=1e-4, rtol=1e-4)
@@ -331,12 +347,13 @@ def plain_loss(policy, reference, trajectory, keep, *, likelihood: str, kl: str)
             ratio, weight = (new - step_log_prob(old, *fixed)[0]) / terms.clamp(min=1), terms * keep
             advantages = ADVANTAGES
         else:
-            ratio, weight, advantages = (log_p - old).masked_fill(~kept, 0), kept * keep[:, None], ADVANTAGES[:, None]
+            last = kept & ~trajectory.kept[:, s + 1 :].any(1)  # what is drawn again later is not in the image
+            ratio, weight, advantages = (log_p - old).masked_fill(~last, 0), last * keep[:, None], ADVANTAGES[:, None]
         total = total + policy_loss(ratio, advantages, weight)[0]
-        away = divergence(logits, reference_logits, drawn, kind=kl)
+        away = DIVERGENCES[kl](logits, reference_logits, drawn)
         share = kept.sum(1) / masked.sum(1).clamp(min=1)
         away = (away * kept).sum(1) if kl == "ce" else (away * masked).sum(1) * share
-        total = total + 3.0 * (away * keep * (STEPS / 16) ** 2).sum()
+        total = total + 3.0 * (away * (STEPS / 16) ** 2).sum()  # of all samples
     return total
 
 
@@ -374,17 +391,19 @@ def test_logits_of_all_positions_are_never_there_at_once(kl):
     """Forward and backward, with the same values and gradients; the backward pass keeps fewer still."""
     policy, reference = WithHead(0), WithHead(1)
     trajectory = sampled(policy, [2] * 8)
-    part = rows(trajectory, every_step(trajectory), mask_id=64, all_drawn=True)
-    kept, count = [], len(part.position)
+    teacher = teacher_features(reference, trajectory.tokens.clone().index_fill(1, torch.arange(20), 64), mask_id=64)
+    at = positions_of(trajectory, all_drawn=True)
+    kept, count = [], len(at.position)
 
     def run(limit: int):
         kept.clear()
         policy.head.grad = None
         with Largest() as largest:
             with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
-                token, away, _ = score_rows(policy, reference, trajectory, part, kl=kl, at_once=limit)
-            (token.sum() + away.sum()).backward()
-        return largest.numbers, max(kept), token.detach(), away.detach(), policy.head.grad
+                found = score(policy, trajectory, at, reference=reference, kl=DIVERGENCES[kl], teacher=teacher,
+                              at_once=limit)
+            sum(part.sum() for part in found).backward()
+        return largest.numbers, max(kept), *(part.detach() for part in found), policy.head.grad
 
     dense, chunks = run(count * 64), run(4096)
     assert dense[0] >= count * 64 and dense[1] >= count * 64
@@ -396,12 +415,16 @@ def test_logits_of_all_positions_are_never_there_at_once(kl):
 def test_only_drawn_or_kept_positions_are_scored_and_none_is_padded():
     trajectory = sampled(TOY, [1, 4, 2, 8], remask=0.5)
     for all_drawn in (False, True):
-        part = rows(trajectory, every_step(trajectory), mask_id=CODES, all_drawn=all_drawn)
-        assert len(part.step) == trajectory.steps.sum()
-        at = torch.stack([part.sample[part.row], part.step[part.row], part.position], 1)
-        expected = (trajectory.states == CODES) if all_drawn else trajectory.kept
-        assert torch.equal(at[at[:, 2] >= 0].unique(dim=0), expected.nonzero()) and len(at) == expected.sum()
-        assert (part.row.diff() >= 0).all()
+        at = positions_of(trajectory, every_step(trajectory), all_drawn=all_drawn)
+        assert len(at.step) == trajectory.steps.sum()
+        expected = trajectory.masked if all_drawn else trajectory.kept
+        assert torch.equal(torch.stack(at.place, 1), expected.nonzero())
+        assert (at.row.diff() >= 0).all()
+        for one, other in zip(at, positions_of(trajectory, all_drawn=all_drawn), strict=True):
+            assert torch.equal(one, other), "None is every step"
+    one = torch.zeros_like(every_step(trajectory))
+    one[1, 2] = True
+    assert [part.unique().tolist() for part in positions_of(trajectory, one).place[:2]] == [[1], [2]]
 
 
 def test_nothing_is_compiled_again_after_the_first_iteration(tiny_generator):
@@ -412,16 +435,17 @@ def test_nothing_is_compiled_again_after_the_first_iteration(tiny_generator):
     for network in (model, reference):
         network.compile_blocks(backend="eager")  # traces, guards and recompiles as the real one does
     decide = torch.compile(step, dynamic=True, backend="eager")
-    score = torch.compile(score_logits, dynamic=True, backend="eager")
+    scoring = torch.compile(score_logits, dynamic=True, backend="eager")
 
     def iteration(counts: list[int]) -> None:
         policy, held = (make_policy(tiny_generator._replace(transformer=m), PROMPTS, guidance=1.0)
                         for m in (model, reference))
         steps = torch.tensor(counts)
         noise = draw_noise(4, max(counts), 16, seed=0)
-        done = rollout(policy, steps, noise, grid=(4, 4), mask_id=tiny_generator.mask_id, step=decide, remask=0.5)
-        loss, _ = micro_batch_loss(policy, held, done, every_step(done), ADVANTAGES, ONES, score=score,
-                                   mask_id=tiny_generator.mask_id)
+        done = rollout(policy, steps, noise, Sampler(remask=0.5), step=decide)
+        finished = hide(done.tokens, noise.uniform[:, 0], share=0.75, mask_id=done.mask_id)
+        loss, _ = grpo_loss(policy, held, done, ADVANTAGES, ONES, every_step(done), likelihood=token_events, kl=ce_kl,
+                            hindsight=1.0, finished=finished, score_logits=scoring)
         loss.backward()
 
     iteration([1, 4, 2, 3])
