@@ -305,6 +305,7 @@ def train(
                             kl=kl, kl_weight=kl_weight, hindsight=hindsight,
                             finished=None if finished is None else finished[index], on_policy=updates == 1,
                             score_logits=scoring)
+                        loss = loss * (1 + 0 * loss.detach())  # what is not finite has a gradient that is not either
                         (loss / (samples * length)).backward()
                         batches.add(stats)
                 if update == 0 and learner.step_policy is not None:

@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import pytest
 import torch
@@ -16,9 +16,11 @@ from typer.testing import CliRunner
 
 import speedrl.evaluation.reports
 import speedrl.models.meissonic
-import speedrl.updates
+import speedrl.training
 from speedrl import cli
 from speedrl.models.loading import load_generator
+from speedrl.system.options import Opt, as_flags, check_options, flag_of, options_of
+from speedrl.training import train
 
 
 def red(images, prompts):
@@ -64,10 +66,11 @@ CASES = {
     "kl": Case("--kl k3"),
     "clip_range": Case("--clip-range 0.0001", also="--updates 3", alone="refused"),
     "updates": Case("--updates 2"),
-    "percentile": Case("--percentile 0"),
+    "percentile": Case("--percentile 50"),
     "min_quality": Case("--min-quality 0"),
     "advantage_std": Case("--advantage-std none"),
-    "reward_gradient": Case("--reward-gradient 1"),
+    "hindsight": Case("--hindsight 1"),
+    "hindsight_share": Case("--hindsight-share 0.3", also="--hindsight 1", alone="refused"),
     "train_steps": Case("--train-steps 2"),
     "guidance": Case("--guidance 1"),
     "reference_guidance": Case("--reference-guidance 1"),
@@ -128,7 +131,7 @@ def run_once(flags: str, place: Path, model: Path) -> dict[str, Any]:
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(speedrl.updates, "policy_loss", counted("losses", speedrl.updates.policy_loss))
+        patch.setattr(speedrl.training, "policy_loss", counted("losses", speedrl.training.policy_loss))
         meissonic = speedrl.models.meissonic
         patch.setattr(meissonic, "checkpoint", counted("recomputed", meissonic.checkpoint))
         patch.setattr(meissonic.MeissonicTransformer, "compile_blocks", counted("compiled", lambda self: None))
@@ -167,7 +170,7 @@ def base(place, tiny_generator_folder):
 
 def test_every_option_has_a_case():
     """A new option needs a line in the table."""
-    assert CASES.keys() == inspect.signature(cli.train).parameters.keys()
+    assert CASES.keys() == {*options_of(train), "compare"}
 
 
 def test_the_same_options_give_the_same_run(base, place, tiny_generator_folder):
@@ -179,6 +182,20 @@ def test_the_same_options_give_the_same_run(base, place, tiny_generator_folder):
 def refused(found: dict[str, Any]) -> bool:
     one_line = found["said"].startswith("error: ") and found["said"].count("\n") == 1
     return found["status"] == 2 and (one_line or "Usage" in found["said"])
+
+
+@pytest.mark.parametrize("flags", [
+    "--kl k3 --kl-weight 0", "--reference-guidance 1 --kl-weight 0", "--likelihood sequence", "--percentile 5",
+    "--train-steps 8", "--lora 0", "--quality none --search 2", "--kl k1", "--kl none", "--likelihood exactly",
+])
+def test_an_option_that_cannot_act_beside_the_others_is_refused(flags, place, tiny_generator_folder):
+    assert refused(run_once(f"{BASE} {flags}", place, tiny_generator_folder))
+
+
+def test_the_reference_serves_hindsight_where_the_divergence_weighs_nothing(base, place, tiny_generator_folder):
+    also = "--kl-weight 0 --hindsight 1"
+    changed = run_once(f"{BASE} {also} --reference-guidance 1", place, tiny_generator_folder)
+    assert changed["status"] == 0 and changed["rows"] != base(also)["rows"]
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "resume"])
@@ -220,6 +237,65 @@ def test_no_iterations_search_the_sampler_and_leave_the_weights(place, tiny_gene
     result = CliRunner().invoke(cli.app, [*given, "--search", "1"])
     assert result.exit_code == 0, result.output
     before, after = load_generator(str(model)), load_generator(str(folder))
-    assert "search" in after.sampler and "search" not in before.sampler
+    assert after.sampler.scalars is not None and before.sampler.scalars is None
     for name, value in before.transformer.state_dict().items():
         torch.testing.assert_close(after.transformer.state_dict()[name], value, rtol=0, atol=0)
+
+
+def declared(
+    lr: Annotated[float, Opt("", flags=("--lr", "--learning-rate"), above=0)] = 1.0,
+    share: Annotated[float, Opt("", least=0, below=1)] = 0.5,
+    count: Annotated[int | None, Opt("", least=1, most=9)] = None,
+    low: Annotated[float, Opt("", least=-float("inf"))] = -2.0,
+    kind: Annotated[str, Opt("", choices=("one", "two"))] = "one",
+    kinds: Annotated[list[str], Opt("", choices=("one", "two"))] = [],  # noqa: B006
+    on: Annotated[bool, Opt("")] = True,
+    bf16: Annotated[bool | None, Opt("", flags=("--bf16/--no-bf16",))] = None,
+    plain: float = 7.0,
+) -> None: ...
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"lr": 1e-9}, {"share": 0}, {"share": 0.999}, {"count": 1}, {"count": 9}, {"count": None}, {"low": -float("inf")},
+     {"low": 3.0}, {"kind": "two"}, {"kind": len}, {"kinds": ["one", "two"]}, {"kinds": []}, {"on": False},
+     {"plain": float("nan")}, {"other": -1}, {}],
+)
+def test_values_within_their_bounds_pass_as_do_functions_and_what_is_not_declared(values):
+    check_options(declared, values)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [({"lr": 0}, "`lr` must be above 0, got 0"), ({"share": 1}, "`share` must be at least 0 and below 1, got 1"),
+     ({"share": -0.1}, "`share` must be at least 0 and below 1, got -0.1"),
+     ({"count": 0}, "`count` must be at least 1 and at most 9, got 0"), ({"count": 10}, "at most 9, got 10"),
+     ({"lr": float("nan")}, "`lr` must be a finite number, got nan"), ({"lr": float("inf")}, "finite number, got inf"),
+     ({"low": float("inf")}, "`low` must be a finite number"), ({"share": -float("inf")}, "`share` must be a finite"),
+     ({"kind": "three"}, "`kind` must be one, two, got 'three'"), ({"kinds": ["one", "x"]}, "`kinds` .* got 'x'"),
+     ({"kinds": ("x",)}, "`kinds` must be one, two, got 'x'")],
+)
+def test_values_out_of_bounds_are_named_with_the_bounds(values, says):
+    with pytest.raises(ValueError, match=says):
+        check_options(declared, values)
+
+
+def test_a_message_names_arguments_and_the_command_line_their_flags():
+    options = options_of(declared)
+    said = as_flags("`lr` must be above 0; `max_skipped` and `bf16` too, not `1` or `Sampler`", options)
+    assert said == "--lr must be above 0; --max-skipped and --bf16 too, not `1` or `Sampler`"
+    assert [flag_of(name, opt) for name, (_, opt) in options.items()] == [
+        "--lr", "--share", "--count", "--low", "--kind", "--kinds", "--on", "--bf16"]
+    assert flag_of("group_size") == "--group-size"
+    assert as_flags("`trackers` and `group_size`", options_of(train)) == "--tracker and --group-size"
+
+
+def test_a_switch_can_be_turned_on_and_off():
+    assert options_of(declared)["on"][1].flags == ("--on/--no-on",)
+    shown = CliRunner().invoke(cli.app, ["train", "--help"], env={"COLUMNS": "200"}).output
+    for name in ("resume", "checkpointing", "compile", "compare", "bf16", "offload"):
+        assert f"--{name}" in shown and f"--no-{name}" in shown, name
+
+
+def test_every_default_of_train_is_within_its_own_bounds():
+    check_options(train, {name: p.default for name, p in inspect.signature(train).parameters.items()})

@@ -15,19 +15,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+import speedrl.generation
 import speedrl.run.checkpoints
-import speedrl.stages
 import speedrl.training
-import speedrl.updates
 from speedrl.cli import app
 from speedrl.generation import sample
+from speedrl.learner import Learner
 from speedrl.models.loading import load_generator
 from speedrl.run.checkpoints import all_checkpoints, changed, newest
 from speedrl.run.exporting import export
 from speedrl.system.errors import Stopped
 from speedrl.system.files import append_lines, damage, seal
 from speedrl.training import train
-from speedrl.updates import ema_update, with_oom_backoff
 from tests.ranks import command, finish, start
 
 
@@ -361,14 +360,14 @@ def test_a_gradient_that_is_not_finite_is_skipped_counted_and_in_the_end_fatal(o
 
 
 def test_a_loss_that_is_not_finite_is_skipped_and_counted_also_in_all(options, tmp_path, monkeypatch, capsys):
-    plain, calls = speedrl.updates.micro_batch_loss, []
+    plain, calls = speedrl.training.grpo_loss, []
 
     def loss(*arguments, **how):
         value, stats = plain(*arguments, **how)
         calls.append(value)
         return value + {2: float("nan"), 4: float("inf")}.get(len(calls), 0.0), stats  # whose gradient alone is finite
 
-    monkeypatch.setattr(speedrl.updates, "micro_batch_loss", loss)
+    monkeypatch.setattr(speedrl.training, "grpo_loss", loss)
     train(out=tmp_path / "run", iterations=3, keep_checkpoints=5, **options)
     train(out=tmp_path / "run", iterations=5, keep_checkpoints=5, resume=True, **options)
     assert len(calls) == 5, "one micro-batch an iteration"
@@ -422,7 +421,7 @@ def test_a_reward_that_fails_later_ends_the_training_in_one_line(options, tmp_pa
 
 
 def test_where_memory_runs_out_the_micro_batch_is_halved_and_the_gradient_is_the_same(options, tmp_path, monkeypatch):
-    plain, tried = speedrl.updates.micro_batch_loss, []
+    plain, tried = speedrl.training.grpo_loss, []
 
     def loss(policy, reference, trajectory, *arguments, **how):
         tried.append(len(trajectory))
@@ -434,7 +433,7 @@ def test_where_memory_runs_out_the_micro_batch_is_halved_and_the_gradient_is_the
 
     options |= {"groups": 4, "group_size": 4, "percentile": 0.0, "min_quality": float("-inf")}  # all samples train
     train(out=tmp_path / "whole", iterations=2, micro_batch=8, **options)
-    monkeypatch.setattr(speedrl.updates, "micro_batch_loss", loss)
+    monkeypatch.setattr(speedrl.training, "grpo_loss", loss)
     train(out=tmp_path / "run", iterations=2, micro_batch=8, **options)
     assert tried == [8, 8, 4, *[2] * 8, *[2] * 8]
     one, other = metrics(tmp_path / "run"), metrics(tmp_path / "whole")
@@ -443,27 +442,14 @@ def test_where_memory_runs_out_the_micro_batch_is_halved_and_the_gradient_is_the
     assert all(torch.allclose(one[k], other[k], atol=1e-5) for k in one)
 
 
-def test_memory_for_not_even_one_sample_is_an_error():
-    sizes = []
-
-    def run(size):
-        sizes.append(size)
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    with pytest.raises(torch.OutOfMemoryError):
-        with_oom_backoff(run, 5, undo=lambda: None)
-    assert sizes == [5, 3, 2, 1]
-    with pytest.raises(torch.OutOfMemoryError):
-        with_oom_backoff(run, 5, undo=lambda: None, halve=False)
-    assert sizes[4:] == [5]
-
-
 def test_the_average_of_the_weights_follows_them_is_what_is_saved_and_can_be_left_out(options, tmp_path):
-    average, weights = {"w": torch.tensor([0.0])}, {"w": torch.tensor([1.0])}
-    ema_update(average, weights, decay=0.5, updates=0)
-    assert average["w"].item() == pytest.approx(0.9)  # a tenth of where it started
-    ema_update(average, weights, decay=0.5, updates=100)
-    assert average["w"].item() == pytest.approx(0.95)
+    weights = {"w": torch.nn.Parameter(torch.ones(1))}
+    learner = Learner(torch.nn.Linear(1, 1), None, None, weights, torch.optim.SGD(weights.values()),
+                      {"w": torch.zeros(1)})
+    learner.update_average(decay=0.5, updates=0)
+    assert learner.average["w"].item() == pytest.approx(0.9)  # a tenth of where it started
+    learner.update_average(decay=0.5, updates=100)
+    assert learner.average["w"].item() == pytest.approx(0.95)
     train(out=tmp_path / "run", iterations=3, ema=0.8, **options)
     held = load_file(tmp_path / "run/checkpoints/000003/tensors.safetensors")
     export(tmp_path / "run", out=tmp_path / "raw", raw=True)
@@ -523,7 +509,7 @@ def test_a_signal_saves_says_how_to_go_on_and_exits_as_schedulers_expect(options
 
 
 def test_a_signal_during_the_search_stops_it_and_the_same_command_starts_again(options, tmp_path, monkeypatch):
-    plain, drawn = speedrl.stages.draw_images, []
+    plain, drawn = speedrl.generation.sample, []
 
     def interrupted(*arguments, **how):
         drawn.append(1)
@@ -531,7 +517,7 @@ def test_a_signal_during_the_search_stops_it_and_the_same_command_starts_again(o
             os.kill(os.getpid(), signal.SIGINT)
         return plain(*arguments, **how)
 
-    monkeypatch.setattr(speedrl.stages, "draw_images", interrupted)
+    monkeypatch.setattr(speedrl.generation, "sample", interrupted)
     again = options | {"search": 8, "iterations": 1}
     with pytest.raises(Stopped, match="before the first iteration") as found:
         train(out=tmp_path / "run", **again)
@@ -634,7 +620,7 @@ def test_trackers_get_every_row_and_one_that_fails_stops_nothing(options, tmp_pa
     monkeypatch.setitem(speedrl.run.trackers.TRACKERS, "wandb", broken)
     train(out=tmp_path / "run", iterations=2, trackers=["tensorboard", "wandb"], **options)
     assert seen == [1] and capsys.readouterr().out.count("the tracker wandb fails and is left out (offline)") == 1
-    with pytest.raises(ValueError, match="--tracker"):
+    with pytest.raises(ValueError, match="`trackers` must be tensorboard, wandb, got 'paper'"):
         train(out=tmp_path / "none", iterations=1, trackers=["paper"], **options)
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     events = accumulator.EventAccumulator(str(tmp_path / "run/tensorboard"))

@@ -35,15 +35,15 @@ def run(tiny_generator_folder, tmp_path_factory):
 
 
 def own(generator):
-    return {name: value for name, value in generator.sampler.items() if name.startswith("steps.")}
+    return generator.step_policy
 
 
 def test_the_model_keeps_the_average_of_the_step_policy_with_its_sampler(run, tiny_generator):
     held = load_file(run / "checkpoints/000002/tensors.safetensors")
     found = own(load_generator(run))
-    assert found["steps.choices"].tolist() == [1, 2, 4]
-    assert torch.equal(found["steps.bias"], held["average.steps.bias"]) and found["steps.bias"].abs().max() > 0
-    assert torch.equal(found["steps.weight"], held["average.steps.weight"])
+    assert found["choices"].tolist() == [1, 2, 4]
+    assert torch.equal(found["bias"], held["average.steps.bias"]) and found["bias"].abs().max() > 0
+    assert torch.equal(found["weight"], held["average.steps.weight"])
     assert not own(tiny_generator)
     assert not any("steps." in name for name in load_generator(run).transformer.state_dict())
 
@@ -53,7 +53,7 @@ def test_a_checkpoint_is_exported_with_it_and_so_is_an_adapter(run, tiny_generat
     found, wanted = own(load_generator(tmp_path / "out")), own(load_generator(run))
     assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
     train(out=tmp_path / "lora", lora=2, **given(tiny_generator_folder, tmp_path))
-    assert own(load_generator(tmp_path / "lora"))["steps.bias"].abs().max() > 0
+    assert own(load_generator(tmp_path / "lora"))["bias"].abs().max() > 0
     again = shutil.copytree(tmp_path / "lora/adapter", tmp_path / "alone/adapter").parent
     assert own(load_generator(again)).keys() == wanted.keys()
 
@@ -70,15 +70,15 @@ def test_sampling_takes_the_most_likely_count_of_each_prompt_unless_a_number_is_
     again, same = draw(generator, PROMPTS, steps="auto", batch=2)
     assert torch.equal(tokens, again) and torch.equal(steps, same) and set(steps.tolist()) <= {1, 2, 4}
     for place, count in enumerate((1, 2, 4)):
-        sure = generator.sampler | {"steps.bias": 9 * torch.eye(3)[place]}
-        assert draw(generator._replace(sampler=sure), PROMPTS)[1].tolist() == [count] * 6
+        sure = generator.step_policy | {"bias": 9 * torch.eye(3)[place]}
+        assert draw(generator._replace(step_policy=sure), PROMPTS)[1].tolist() == [count] * 6
     assert draw(generator, PROMPTS, steps=3)[1].tolist() == [3] * 6
     assert torch.equal(draw(generator, PROMPTS, steps="3")[0], draw(generator, PROMPTS, steps=3)[0])
     assert draw(tiny_generator, PROMPTS)[1].tolist() == [8] * 6
     for wrong in ("many", 0, 17, "1-4"):
-        with pytest.raises(ValueError, match="--steps must be 1 to 16, or auto"):
+        with pytest.raises(ValueError, match="`steps` must be 1 to 16, or auto"):
             draw(generator, PROMPTS, steps=wrong)
-    with pytest.raises(ValueError, match="--steps auto is for a model that was trained with a range"):
+    with pytest.raises(ValueError, match="`steps` auto is for a model that was trained with a range"):
         draw(tiny_generator, PROMPTS, steps="auto")
 
 
@@ -93,15 +93,7 @@ def test_the_command_samples_as_the_step_policy_says(run, tiny_generator_folder,
     for steps in ((), ("--steps", "auto"), ("--steps", "2")):
         flags = ["sample", "an owl", "--model", str(run), "--out", str(tmp_path / "x.png"), *steps]
         assert CliRunner().invoke(cli.app, flags).exit_code == 0
-    flags = [
-        "sample",
-        "an owl",
-        "--model",
-        str(tiny_generator_folder),
-        "--steps",
-        "auto",
-        "--out",
-        str(tmp_path / "y.png"),
-    ]
+    flags = ["sample", "an owl", "--model", str(tiny_generator_folder), "--steps", "auto", "--out",
+             str(tmp_path / "y.png")]
     result = CliRunner().invoke(cli.app, flags)
     assert result.exit_code == 2 and "--steps auto" in result.stderr and not (tmp_path / "y.png").exists()

@@ -8,14 +8,13 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-import speedrl.stages
+import speedrl.generation
 import speedrl.training
-import speedrl.updates
 from speedrl.cli import app
 from speedrl.learner import draw_prompts
+from speedrl.method.scoring import trained_steps
 from speedrl.models.loading import load_generator
 from speedrl.training import train
-from speedrl.updates import trained_steps
 
 
 def red(images, prompts):
@@ -25,11 +24,6 @@ def red(images, prompts):
 
 def blue(images, prompts):
     return -red(images, prompts)
-
-
-def rounded(images, prompts):
-    """A reward without a gradient."""
-    return torch.from_numpy(red(images, prompts).detach().numpy().round(4))
 
 
 def constant(images, prompts):
@@ -64,7 +58,7 @@ def differ(one, other):
 
 def test_by_default_group_advantages_reach_the_weights_and_the_step_policy(options, tmp_path, monkeypatch):
     """The default configuration but for the model, its prompts and its reward."""
-    seen, plain = [], speedrl.updates.policy_loss
+    seen, plain = [], speedrl.training.policy_loss
 
     def spy(ratio, advantages, weights, **how):
         loss, stats = plain(ratio, advantages, weights, **how)
@@ -72,7 +66,7 @@ def test_by_default_group_advantages_reach_the_weights_and_the_step_policy(optio
         seen.append((advantages.detach(), slope, weights.detach()))
         return loss, stats
 
-    monkeypatch.setattr(speedrl.updates, "policy_loss", spy)
+    monkeypatch.setattr(speedrl.training, "policy_loss", spy)
     given = {name: options[name] for name in ("model", "prompts", "bf16", "compile", "search")}
     for name in ("red", "blue"):
         train(out=tmp_path / name, iterations=2, groups=4, group_size=8, save_every=1,
@@ -95,12 +89,37 @@ def test_by_default_group_advantages_reach_the_weights_and_the_step_policy(optio
 
 
 @pytest.mark.parametrize("given", [{}, {"steps_reward": 0.5}], ids=["default", "given"])
-def test_rewards_of_the_run_are_quality_plus_speed_in_units_of_the_gap(options, tmp_path, given):
+def test_rewards_of_the_run_are_quality_plus_speed_in_units_of_the_gap(options, tmp_path, monkeypatch, given):
+    taken = []
+    plain = speedrl.training.speed_reward
+    monkeypatch.setattr(speedrl.training, "speed_reward",
+                        lambda steps, *, max_steps: taken.append(steps) or plain(steps, max_steps=max_steps))
     train(out=tmp_path / "run", iterations=1, **given, **options | {"steps": "1-8"})
-    (row,) = metrics(tmp_path / "run")
+    (row,), (steps,) = metrics(tmp_path / "run"), taken
+    assert row["steps"] == steps.float().mean()
     gap = json.loads((tmp_path / "run/checkpoints/000001/state.json").read_text(encoding="utf-8"))["gap"]
-    speed = 0.5 * gap * (1 - row["steps"] / 8)
+    speed = 0.5 * gap * (1 - steps.float().log2().mean().item() / 3)
     assert speed > 0 and row["reward"] - row["quality"] == pytest.approx(speed, rel=1e-3, abs=1e-7)
+
+
+def test_the_kept_advantages_of_each_group_and_count_sum_to_zero(options, tmp_path, monkeypatch):
+    """What the filters leave out does not tilt the advantages of the rest, which would push all tokens one way."""
+    seen, plain = [], speedrl.training.grpo_loss
+
+    def spy(policy, reference, trajectory, advantages, keep, trained, **how):
+        seen.append((trajectory.steps.view(4, 8), advantages.view(4, 8), keep.view(4, 8)))
+        return plain(policy, reference, trajectory, advantages, keep, trained, **how)
+
+    monkeypatch.setattr(speedrl.training, "grpo_loss", spy)
+    options |= {"steps": "2-4", "groups": 4, "group_size": 8, "percentile": 25.0, "min_quality": -0.5}
+    train(out=tmp_path / "run", iterations=3, micro_batch=32, **options)
+    for (steps, advantages, keep), row in zip(seen, metrics(tmp_path / "run"), strict=True):
+        assert 0 < row["kept"] < 1 and row["kept"] == (keep > 0).float().mean()
+        assert keep.sum().item() == pytest.approx(32), "the kept samples count for all"
+        assert not advantages[keep == 0].any() and advantages.abs().max() > 0.5
+        for count in (2, 4):
+            sums = (advantages * (steps == count)).sum(1)
+            torch.testing.assert_close(sums, torch.zeros(4), atol=1e-5, rtol=0)
 
 
 def trained_counts(out, options, **more):
@@ -118,7 +137,7 @@ def test_where_quality_does_not_depend_on_steps_a_large_speed_reward_makes_them_
 
 def test_where_quality_grows_with_steps_and_speed_earns_nothing_they_become_many(options, tmp_path, monkeypatch):
     taken = {}
-    for module in (speedrl.training, speedrl.stages):
+    for module in (speedrl.training, speedrl.generation):
 
         def noting(policy, steps, *arguments, plain=module.rollout, **how):
             taken["steps"] = steps
@@ -141,14 +160,51 @@ def test_reward_rises_and_the_model_is_saved_in_the_layout_it_came_in(options, t
     assert load_generator(saved).grid == load_generator(options["model"]).grid
 
 
-@pytest.mark.parametrize("likelihood", ["token", "sequence", "exact"])
+@pytest.mark.parametrize("likelihood", ["token", "exact"])
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 def test_ratio_is_one_and_kl_zero_before_the_first_update(options, tmp_path, likelihood, guidance):
     train(out=tmp_path / "run", iterations=1, likelihood=likelihood, guidance=guidance, reference_guidance=guidance,
           **options | {"steps": "2-8"})
     (row,) = metrics(tmp_path / "run")
-    assert row["ratio_max"] == pytest.approx(1, abs=1e-5)
+    assert row["ratio_max"] == 1 and row["clip_fraction"] == row["approx_kl"] == 0
     assert row["kl"] == pytest.approx(0, abs=1e-6)
+    assert row["mismatch"] < 1e-5, "training computes the log-probabilities that the rollout recorded"
+
+
+def test_in_bf16_the_ratio_is_one_and_the_mismatch_is_logged(options, tmp_path, monkeypatch):
+    """Rounding of the rollout, multiplied by guidance, does not clip."""
+    plain = speedrl.training.rollout
+
+    def rounded(*arguments, **how):
+        found = plain(*arguments, **how)
+        random = torch.Generator().manual_seed(0)
+        found.log_probs.add_(0.5 * torch.randn(found.log_probs.shape, generator=random) * found.masked)
+        return found
+
+    monkeypatch.setattr(speedrl.training, "rollout", rounded)
+    train(out=tmp_path / "run", iterations=1, **options)
+    (row,) = metrics(tmp_path / "run")
+    assert row["ratio_max"] == 1 and row["clip_fraction"] == 0 and row["grad_norm"] > 0
+    assert row["mismatch"] == pytest.approx(0.5 * (2 / torch.pi) ** 0.5, rel=0.2)  # the mean of |normal|
+
+
+def test_hindsight_brings_the_policy_to_what_the_reference_says_of_its_images(options, tmp_path):
+    """Without a reward and without the divergence: the dense reward alone trains."""
+    options |= {"quality": "none", "kl_weight": 0.0, "guidance": 1.0}
+    train(out=tmp_path / "run", iterations=15, hindsight=1.0, reference_guidance=3.0, warmup=0, **options)
+    rows = metrics(tmp_path / "run")
+    assert all(row["quality"] == row["kl"] == 0 and row["grad_norm"] > 0 for row in rows)
+    assert sum(row["hindsight"] for row in rows[-3:]) < sum(row["hindsight"] for row in rows[:3]) * 0.8
+    train(out=tmp_path / "without", iterations=1, **options | {"kl_weight": 0.1})
+    assert "hindsight" not in metrics(tmp_path / "without")[0]
+
+
+def test_a_run_with_hindsight_hides_the_same_tokens_again_when_it_is_resumed(options, tmp_path):
+    options |= {"hindsight": 0.5, "hindsight_share": 0.5, "save_every": 1}
+    train(out=tmp_path / "whole", iterations=3, **options)
+    train(out=tmp_path / "parts", iterations=2, **options)
+    train(out=tmp_path / "parts", iterations=3, resume=True, **options)
+    assert not differ(held(tmp_path / "whole", 3), held(tmp_path / "parts", 3))
 
 
 def test_more_updates_of_a_rollout_are_clipped(options, tmp_path):
@@ -187,21 +243,44 @@ def test_the_learning_rate_of_the_policy_warms_up_and_that_of_the_step_policy_st
     assert moved[9] == pytest.approx(options["lr"] / 10, rel=0.05)
 
 
-def test_an_error_of_settings_names_them_with_dashes_and_nothing_is_written(options, tmp_path):
-    for change, says in (
-        ({"steps": "0"}, "at least 1|--steps"), ({"steps": "99"}, "more than the 16"),
-        ({"group_size": 1}, "--group-size"),
-        ({"lr": 0.0}, "--lr"), ({"kl": "k9"}, "--kl"), ({"iterations": 0}, "--iterations"),
-        ({"order": "best"}, "--order"),
-        ({"schedule": "cubic"}, "'cubic'"), ({"likelihood": "half"}, "--likelihood"), ({"ema": 1.0}, "--ema"),
-        ({"train_steps": 3}, "--train-steps"), ({"quality_gate": 0.5}, "--steps-reward above 0"),
-        ({"offload": True}, "--parallel fsdp"), ({"kl": "k1"}, "--kl k1"), ({"remask": 0.5}, "from 6 steps on"),
-        ({"lora_alpha": 2.0}, "--lora"), ({"advantage_std": "all"}, "--advantage-std"), ({"search": -1}, "--search"),
-        ({"reward_gradient": 1.0, "updates": 2}, "--updates 1"), ({"trackers": ["paper"]}, "--tracker"),
-    ):
-        with pytest.raises(ValueError, match=says):
-            train(out=tmp_path / "run", **options | change)
-        assert not (tmp_path / "run").exists(), change
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"steps": "0"}, "`steps` must be at least 1"), ({"steps": "99"}, "more than the 16"),
+        ({"group_size": 1}, "`group_size` must be at least 2, got 1"), ({"lr": 0.0}, "`lr` must be above 0, got 0"),
+        ({"lr": float("nan")}, "`lr` must be a finite number"), ({"min_quality": float("inf")}, "`min_quality`"),
+        ({"kl": "k9"}, "`kl` must be ce, reverse, k2, k3, got 'k9'"), ({"kl": "k1"}, "`kl` must be"),
+        ({"kl": "none"}, "`kl` must be"), ({"kl": "k3", "kl_weight": 0.0}, "`kl` has no effect at `kl_weight` 0"),
+        ({"reference_guidance": 2.0, "kl_weight": 0.0},
+         "`reference_guidance` has no effect at `kl_weight` 0 and `hindsight` 0"),
+        ({"hindsight": -1.0}, "`hindsight` must be at least 0"),
+        ({"hindsight_share": 0.0, "hindsight": 1.0}, "`hindsight_share` must be above 0 and at most 1"),
+        ({"hindsight_share": 1.5, "hindsight": 1.0}, "`hindsight_share` must be above 0 and at most 1"),
+        ({"hindsight_share": 0.5}, "`hindsight_share` has no effect at `hindsight` 0"),
+        ({"iterations": 0}, "`iterations` 0 searches"), ({"order": "best"}, "`order` must be confidence"),
+        ({"schedule": "cubic"}, "'cubic'"), ({"schedule": "power:0"}, "`schedule` power:X takes a positive"),
+        ({"likelihood": "half"}, "`likelihood` must be token, sequence, exact"),
+        ({"likelihood": "sequence"}, "`likelihood` sequence is the same as token with one update .* `updates` 2"),
+        ({"clip_range": 0.1}, "`clip_range` 0.1 has no effect with one update"),
+        ({"percentile": 12.0}, "`percentile` 12 drops none of 2 groups"),
+        ({"percentile": 101.0}, "`percentile` must be at least 0 and at most 100"),
+        ({"ema": 1.0}, "`ema` must be at least 0 and below 1"), ({"train_steps": 3}, "`train_steps` 3 has no effect"),
+        ({"quality_gate": 0.5}, "`steps_reward` above 0"), ({"offload": True}, "`parallel` fsdp"),
+        ({"remask": 0.5}, "from 6 steps on"), ({"guidance": 0.5}, "`guidance` must be at least 1"),
+        ({"lora_alpha": 2.0}, "give its rank by `lora`"), ({"advantage_std": "all"}, "`advantage_std` must be group"),
+        ({"search": -1}, "`search` must be at least 0"),
+        ({"quality": "none", "search": 4}, "`search` needs a reward"),
+        ({"trackers": ["paper"]}, "`trackers` must be tensorboard"),
+        ({"groups": 2**20, "group_size": 2**12}, "`groups` times `group_size` is too many"),
+        ({"groups": 1, "steps": "1-4"}, "`groups` must be at least 2"),
+        ({"likelihood": "exact", "temperature": 0.0}, "`likelihood` exact does not exist at `temperature` 0"),
+    ],
+    ids=str,
+)
+def test_an_error_of_settings_names_the_arguments_and_nothing_is_written(options, tmp_path, change, says):
+    with pytest.raises(ValueError, match=says) as caught:
+        train(out=tmp_path / "run", **options | change)
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
 
 
 def refused(options, *more):
@@ -217,12 +296,15 @@ def refused(options, *more):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--steps", "8", "--steps-reward", "0.5"], ["--steps 8", "range, like --steps 1-8", "--steps-reward 0"]),
+        (["--steps", "8", "--steps-reward", "0.5"], ["--steps 8", "range, like 1-8", "--steps-reward 0"]),
         (["--quality", "none", "--guidance", "2", "--reference-guidance", "2"], ["--quality none", "equal guidance"]),
-        (["--quality", "none", "--kl-weight", "0"], ["--quality none", "--kl-weight above 0"]),
-        (["--quality", "none", "--kl", "none"], ["--quality none", "another --kl than none"]),
+        (["--quality", "none", "--kl-weight", "0"], ["--quality none", "--kl-weight or --hindsight above 0"]),
+        (["--kl", "none"], ["--kl must be ce, reverse, k2, k3", "'none'"]),
+        (["--beta", "0", "--kl", "ce", "--reference-guidance", "2"], ["--reference-guidance", "--kl-weight 0"]),
+        (["--likelihood", "sequence"], ["--likelihood sequence", "--updates 2 or more"]),
+        (["--steps", "x"], ["--steps takes a number, a range or a list"]),
+        (["--num-generations", "1"], ["--group-size must be at least 2"]),
         (["--quality", "none", "--steps-reward", "1"], ["--quality none", "--steps-reward 0"]),
-        (["--quality", "tests.test_train:rounded", "--reward-gradient", "1"], ["--reward-gradient", "gradient"]),
         (["--likelihood", "exact", "--temperature", "0"],
          ["--likelihood exact", "--temperature above 0", "--likelihood token"]),
         (["--quality-gate", "0.1", "--steps-reward", "0"], ["--quality-gate", "--steps-reward above 0"]),
@@ -304,13 +386,13 @@ def test_a_run_is_not_overwritten_and_a_damaged_checkpoint_is_named(options, tmp
 def test_a_model_keeps_the_sampler_that_it_was_trained_with_and_the_search_goes_on_from_it(options, tmp_path):
     trained = train(out=tmp_path / "run", iterations=1, order="halton", schedule="arccos", **options | {"search": 2})
     generator = load_generator(trained)
-    assert (generator.order, generator.schedule) == ("halton", "arccos")
-    table = generator.sampler["search"]
-    assert table.abs().max() > 0 and "steps.bias" not in generator.sampler, "3 steps are fixed"
+    assert (generator.sampler.order, generator.sampler.schedule) == ("halton", "arccos")
+    table = generator.sampler.scalars
+    assert table.abs().max() > 0 and not generator.step_policy, "3 steps are fixed"
     again = train(out=tmp_path / "again", iterations=1, **options | {"model": str(trained)})
-    assert torch.equal(load_generator(again).sampler["search"], table)
+    assert torch.equal(load_generator(again).sampler.scalars, table)
     plain = train(out=tmp_path / "plain", iterations=1, **options)
-    assert "search" not in load_generator(plain).sampler
+    assert load_generator(plain).sampler.scalars is None
 
 
 def test_a_subset_of_steps_has_the_asked_size_and_every_step_its_turn():
@@ -371,10 +453,11 @@ def test_a_damaged_adapter_and_one_on_top_of_another_are_refused(options, with_l
     (tmp_path / "bad/adapter/adapter_model.safetensors").write_bytes(b"half")
     with pytest.raises(ValueError, match="damaged or another model's adapter"):
         load_generator(tmp_path / "bad")
-    with pytest.raises(ValueError, match="rank of at least 1"):
+    with pytest.raises(ValueError, match="`lora` must be at least 1"):
         train(out=tmp_path / "none", lora=0, **options)
 
 
 def test_with_remasking_the_ratio_is_one_too(options, tmp_path):
     train(out=tmp_path / "run", iterations=1, remask=0.5, **options | {"steps": "6-8"})
-    assert metrics(tmp_path / "run")[0]["ratio_max"] == pytest.approx(1, abs=1e-5)
+    row = metrics(tmp_path / "run")[0]
+    assert row["ratio_max"] == 1 and row["mismatch"] < 1e-5

@@ -33,6 +33,9 @@ def options_of(function: Callable) -> dict[str, tuple[Any, Opt]]:
         if get_origin(hints.get(name)) is Annotated:
             plain, *extras = get_args(hints[name])
             found.update((name, (plain, extra)) for extra in extras if isinstance(extra, Opt))
+            if plain is bool and not found[name][1].flags:  # on the command line it can be switched off too
+                flag = flag_of(name)
+                found[name] = (plain, found[name][1]._replace(flags=(f"{flag}/--no-{flag[2:]}",)))
     return found
 
 
@@ -40,8 +43,9 @@ def check_options(function: Callable, values: Mapping[str, Any]) -> None:
     """ValueError for a value that its `Opt` excludes, or that is not finite; None is left alone."""
     for name, (_, opt) in options_of(function).items():
         value = values.get(name)
-        if isinstance(value, str) and opt.choices and value not in opt.choices:
-            raise ValueError(f"`{name}` must be {', '.join(opt.choices)}, got {value!r}")
+        for each in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(each, str) and opt.choices and each not in opt.choices:
+                raise ValueError(f"`{name}` must be {', '.join(opt.choices)}, got {each!r}")
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
         if not math.isfinite(value) and not (value == -math.inf == opt.least):
