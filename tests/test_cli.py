@@ -7,13 +7,17 @@ import re
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
+import torch
+import typer
 from PIL import Image
 from typer.testing import CliRunner
 
 from speedrl import cli
+from speedrl.system.options import options_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -98,83 +102,75 @@ def test_ctrl_c_is_one_line_and_exit_130(monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt("stopped after iteration 3; go on with --resume")
 
-    monkeypatch.setattr("speedrl.models.loading.load_generator", interrupted)
+    monkeypatch.setattr("speedrl.evaluation.drawing.load_generator", interrupted)
     result = run("sample", "an owl")
     assert result.exit_code == 130 and result.stderr == "stopped after iteration 3; go on with --resume\n"
 
 
-@pytest.mark.parametrize(
-    "target", ["generation.draw", "training.train", "evaluation.measuring.evaluate", "studies.ablations.ablate"]
-)
-def test_defaults_read_from_the_source_are_those_of_the_signature(target):
-    module, _, function = target.rpartition(".")
-    parameters = inspect.signature(getattr(__import__(f"speedrl.{module}", fromlist=[function]), function)).parameters
-    expected = {name: p.default for name, p in parameters.items()}
-    found = cli.defaults(target)
-    expected = {k: ",".join(map(str, v)) if isinstance(v, tuple) and v else v for k, v in expected.items()}
-    assert found == {name: value for name, value in expected.items() if value is not inspect.Parameter.empty}
+def options_on_the_command_line(command):
+    """The options of a command by name, as the parser has them."""
+    context = typer.main.get_command(cli.app).make_context("speedrl", [command], resilient_parsing=True)
+    found = cli.Commands.get_command(context.command, context, command)
+    return {parameter.name: parameter for parameter in found.params}
 
 
-LOADING = {"text_encoder", "size", "negative_prompt", "micro_conds"}  # together the keyword `loading`
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_the_options_of_a_command_are_those_that_its_function_declares_with_its_defaults(command):
+    function = cli.function_of(command)
+    declared, signature = options_of(function), inspect.signature(function).parameters
+    found = options_on_the_command_line(command)
+    more = {"compare"} if command == "train" else set()
+    assert declared and found.keys() == declared.keys() | more
+    for name, (_, opt) in declared.items():
+        default, here = signature[name].default, found[name].default
+        if isinstance(default, Path) or default == () or opt.positional:
+            continue
+        default = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        assert here == default or str(here) == str(default), name
+        flags = {part for flag in opt.flags for part in flag.split("/")}
+        assert flags <= {*found[name].opts, *found[name].secondary_opts}, name
 
 
-NO_FLAG = {
-    "loading",
-    "steps_lr",
-    "warmup",
-    "clip_grad",
-    "max_skipped",
-    "keep_checkpoints",
-    "lora_alpha",
-    "lora_targets",
-}
+HIDDEN = {"steps_lr", "warmup", "clip_grad", "max_skipped", "keep_checkpoints", "lora_alpha", "lora_targets",
+          "step_policy"}
 
 
-@pytest.mark.parametrize(
-    ("command", "target", "more"),
-    [("train", "training.train", LOADING | {"compare"}),
-     ("evaluate", "evaluation.measuring.evaluate", LOADING | {"precision", "model", "base"})],
-)
-def test_every_keyword_of_the_function_is_an_option_but_what_nobody_turns(command, target, more):
-    assert set(inspect.signature(getattr(cli, command)).parameters) == set(cli.defaults(target)) - NO_FLAG | more
+def test_every_parameter_of_train_is_an_option_but_what_nobody_turns_on_the_command_line():
+    from speedrl.training import train
+
+    assert set(inspect.signature(train).parameters) - set(options_of(train)) == HIDDEN
+    assert all(opt.help.endswith((".", "]", "]'")) for _, opt in options_of(train).values()), "help is sentences"
 
 
-def test_eval_forwards_lists_of_numbers(monkeypatch):
-    seen = {}
-    monkeypatch.setattr(
-        "speedrl.evaluation.measuring.evaluate", lambda models, **options: seen.update(options, models=models)
-    )
-    assert run("eval", "--model", "a", "--model", "b", "--steps", "1,8", "--guidance", "1,2.5").exit_code == 0
-    assert seen["models"] == ["a", "b"] and seen["steps"] == (1, 8) and seen["guidance"] == (1.0, 2.5)
-    assert seen["temperature"] is None and seen["device"] in ("cpu", "cuda", "mps")
-    assert "--steps" in one_line(run("eval", "--steps", "1;8"))
+def test_a_training_gets_what_is_given_and_is_compared_with_its_base(monkeypatch, tmp_path):
+    seen, compared = {}, {}
+    monkeypatch.setitem(sys.modules, "speedrl.evaluation.reports",
+                        types.SimpleNamespace(report=lambda *a, **how: compared.update(how, places=a)))
+
+    def train(*, model="embedded", prompts=None, quality="embedded", reward_weights=(), compile=True, out="runs/x",
+              text_encoder=None, size=None, negative_prompt=None, micro_conds=None, device="auto", **more):
+        seen.update(more, model=model)
+        return Path(out) / "model"
+
+    train.__signature__, train.__annotations__ = real_signature_of_train()
+    monkeypatch.setattr("speedrl.training.train", train)
+    flags = ["--model", "m", "--out", tmp_path / "run", "--lr", "0.5", "--beta", 0.25, "--tracker", "wandb",
+             "--quality", "clip", "--size", "32x16", "--no-bf16", "--device", "cpu"]
+    result = run("train", *flags)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"wrote {tmp_path / 'run/model'}\n"
+    assert seen["model"] == "m" and seen["lr"] == 0.5 and seen["kl_weight"] == 0.25 and seen["bf16"] is False
+    assert seen["trackers"] == ["wandb"] and not HIDDEN & seen.keys()
+    assert compared["places"] == ("m", tmp_path / "run/model") and compared["quality"] == "clip"
+    assert compared["size"] == "32x16" and compared["device"] == "cpu"
+    compared.clear()
+    assert run("train", *flags, "--no-compare").exit_code == 0 and not compared
 
 
-def test_ablate_forwards_what_is_given_and_nothing_else(monkeypatch):
-    seen = {}
-    monkeypatch.setattr("speedrl.studies.ablations.ablate", lambda name, **options: seen.update(options, name=name))
-    options = [
-        "--seeds",
-        "0,1",
-        "--iterations",
-        3,
-        "--eval-steps",
-        "2,8",
-        "--set",
-        "lora=16",
-        "--set",
-        "checkpointing=true",
-    ]
-    assert run("ablate", "kl", *options).exit_code == 0
-    assert seen.pop("out") == Path("runs/ablate")
-    assert seen == {
-        "name": "kl", "seeds": (0, 1), "model": "embedded", "beside": [], "device": "cpu", "jobs": 1,
-        "quick": False, "iterations": 3, "lora": 16,
-        "checkpointing": True, "eval_steps": (2, 8), "eval_count": 4, "eval_seeds": 1, "evaluation": {},
-    }
-    assert run("ablate").exit_code == 0 and seen["name"] == "all"
-    assert "option of train" in one_line(run("ablate", "--set", "lora:16"))
-    assert "option of train" in one_line(run("ablate", "--set", "loras=16"))
+def real_signature_of_train():
+    from speedrl.training import train
+
+    return inspect.signature(train), train.__annotations__
 
 
 @pytest.mark.parametrize("program", [["cli.py"], ["-m", "speedrl"]])
@@ -199,6 +195,25 @@ def test_help_is_quick_and_needs_no_installation(program):
 def test_help_says_what_an_option_is_without_a_value(command, words):
     shown = run(command, "--help").output
     assert words in " ".join(re.sub(r"[│╭╰─╮╯]", " ", shown).split())
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"),
+                                   torch.OutOfMemoryError("out of memory"),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")])
+def test_where_memory_runs_out_one_line_says_what_takes_less(monkeypatch, error):
+    def failing(*_, **__):
+        raise error
+
+    monkeypatch.setattr("speedrl.evaluation.drawing.load_generator", failing)
+    assert "give --precision bf16, fewer images at a time" in one_line(run("sample", "an owl"))
+
+
+def test_another_error_is_not_hidden(monkeypatch):
+    def failing(*_, **__):
+        raise RuntimeError("a fault of the program")
+
+    monkeypatch.setattr("speedrl.evaluation.drawing.load_generator", failing)
+    assert isinstance(run("sample", "an owl").exception, RuntimeError)
 
 
 def test_the_garbage_collector_works_again_after_loading():

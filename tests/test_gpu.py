@@ -8,19 +8,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from speedrl.method.losses import reward_slopes
-from speedrl.method.sampling import draw_noise, rollout
-from speedrl.models.generator import codebook, decode_embeddings
-from speedrl.models.loading import load_generator
 from speedrl.generation import make_policy
-from speedrl.system.platform import bf16_autocast
-from speedrl.training import train
-from speedrl.updates import gradients, trained_steps, with_oom_backoff
+from speedrl.method.divergences import ce_kl
+from speedrl.method.ratios import token_events
+from speedrl.method.sampler import Sampler
+from speedrl.method.sampling import draw_noise, rollout
+from speedrl.method.scoring import visited_steps
+from speedrl.models.loading import load_generator
+from speedrl.system.memory import MicroBatches
+from speedrl.training import grpo_loss, train
 from tests.ranks import finish, free_port, one
 from tests.test_distributed import OPTIONS, close, keep_gradient, rows, trained
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and there is none")
-DEVICE, GRID, LENGTH = "cuda", (4, 4), 16
+DEVICE, LENGTH = "cuda", 16
 
 
 def without_tf32(put=setattr):
@@ -36,14 +37,14 @@ def options(tiny_generator_folder, tmp_path):
                       "quality": "tests.test_distributed:green"}
 
 
-@pytest.mark.parametrize("likelihood", ["exact", "token", "sequence"])
-def test_an_iteration_gives_the_gradient_and_the_metrics_of_the_processor(options, tmp_path, monkeypatch, likelihood):
+@pytest.mark.parametrize("how", [{"likelihood": "exact"}, {"likelihood": "token"}, {"hindsight": 1.0}], ids=str)
+def test_an_iteration_gives_the_gradient_and_the_metrics_of_the_processor(options, tmp_path, monkeypatch, how):
     without_tf32(monkeypatch.setattr)
     for device in ("cpu", DEVICE):
         with monkeypatch.context() as patch:
             patch.setattr(torch.optim.AdamW, "step", torch.optim.AdamW.step)  # to be put back
             keep_gradient(tmp_path / f"{device}.st")
-            train(out=tmp_path / device, device=device, **options | {"likelihood": likelihood})
+            train(out=tmp_path / device, device=device, **options | how)
     (here,), (there,) = rows(tmp_path / "cpu"), rows(tmp_path / DEVICE)
     assert here.keys() == there.keys() and here["grad_norm"] > 1e-3
     assert all(there[name] == pytest.approx(here[name], rel=1e-3, abs=1e-5) for name in here)
@@ -108,49 +109,44 @@ def reserved(run):
 
 
 def short_of_memory(run, size):
-    """run, fitted to half of what it takes at `size` and more than at a sixteenth: its result, and the size."""
+    """run(size), fitted to half of what it takes at `size` and more than at a sixteenth."""
     least, most = reserved(lambda: run(size // 16)), reserved(lambda: run(size))
     assert most > 2 * least + 2**26, "the allocator gives memory out in pieces of up to 20 MB"
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction((least + most) / 2 / torch.cuda.get_device_properties(0).total_memory)
     try:
-        return with_oom_backoff(run, size)
+        return run(size)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def test_where_the_devices_memory_runs_out_smaller_batches_give_the_same_gradient_and_slopes(
-    tiny_generator_folder, monkeypatch
-):
+def test_where_the_devices_memory_runs_out_smaller_batches_give_the_same_gradient(tiny_generator_folder, monkeypatch):
     without_tf32(monkeypatch.setattr)
     count, generator = 1024, load_generator(tiny_generator_folder, device=DEVICE)
     policy = make_policy(generator, ["an owl"] * count, guidance=1.0)
     steps, noise = torch.full((count,), 4, device=DEVICE), draw_noise(count, 4, LENGTH, seed=0, device=DEVICE)
-    trajectory = rollout(policy, steps, noise, grid=GRID, mask_id=generator.mask_id)
-    which, keep = trained_steps(steps, None, torch.Generator()), torch.ones(count, device=DEVICE)
+    trajectory = rollout(policy, steps, noise, Sampler())
+    which, keep = visited_steps(steps), torch.ones(count, device=DEVICE)
     advantages = torch.linspace(-1, 1, count, device=DEVICE)
     learned = [p for p in generator.transformer.parameters() if p.requires_grad]
 
-    def of_policy(size):
-        for p in learned:
-            p.grad = None
-        gradients(
-            policy, None, trajectory, which, advantages, keep, keep.sum() * LENGTH, size, kl="none", kl_weight=0.0,
-            autocast=bf16_autocast(DEVICE, enabled=False), mask_id=generator.mask_id, likelihood="token",
-        )
-        return [p.grad.clone() for p in learned if p.grad is not None]
+    def update(size):
+        undo = torch.optim.SGD(learned).zero_grad
+        undo()
+        batches = MicroBatches(size, undo=undo)
+        for index in batches.over(torch.arange(count, device=DEVICE)):
+            with batches:
+                loss, stats = grpo_loss(policy[index], None, trajectory[index], advantages[index], keep[index],
+                                        which[index], likelihood=token_events, kl=ce_kl, kl_weight=0.0)
+                (loss / (count * LENGTH)).backward()
+                batches.add(stats)
+        return [p.grad.clone() for p in learned if p.grad is not None], batches
 
-    codes, texts = codebook(generator), ["an owl"] * count
-
-    def of_images(size):
-        score = lambda embeddings, _: decode_embeddings(generator, embeddings).square().mean((1, 2, 3))  # noqa: E731
-        return [reward_slopes(trajectory.tokens, codes, score, texts, batch=size)]
-
-    for run in (of_policy, of_images):
-        expected = run(count)
-        found, size = short_of_memory(run, count)
-        assert 1 <= size < count
-        largest = max(value.abs().max() for value in expected)
-        assert largest > 0
-        for one_found, one_expected in zip(found, expected, strict=True):
-            torch.testing.assert_close(one_found, one_expected, rtol=1e-4, atol=1e-4 * largest.item())
+    expected, whole = update(count)
+    found, batches = short_of_memory(update, count)
+    assert 1 <= batches.size < whole.size == count
+    assert batches.totals == pytest.approx(whole.totals, rel=1e-4, abs=1e-3)
+    largest = max(value.abs().max() for value in expected)
+    assert largest > 0
+    for one_found, one_expected in zip(found, expected, strict=True):
+        torch.testing.assert_close(one_found, one_expected, rtol=1e-4, atol=1e-4 * largest.item())

@@ -4,17 +4,18 @@ import pytest
 import torch
 
 from speedrl.evaluation.figures import contact_sheet
-from speedrl.generation import draw, sample
-from speedrl.method.sampling import Noise
+from speedrl.generation import draw, make_policy, sample, search_sampler
+from speedrl.method.search import scalars_at
 from speedrl.models.generator import decode, encode_prompts
 from speedrl.models.loading import load_generator
-from speedrl.policies import from_random, make_policy
 
 PROMPTS = ["an owl", "a fox", "an elk", "a cat", "an owl"]
 
 
-def tokens_of(generator, prompts=PROMPTS, **options):
-    return draw(generator, prompts, **{"steps": 4} | options)[0]
+def tokens_of(generator, prompts=PROMPTS, *, how=None, **options):
+    """`how` are settings in place of those of the generator's sampler."""
+    sampler = generator.sampler.replace(**how or {})
+    return draw(generator, prompts, **{"steps": 4, "sampler": sampler} | options)[0]
 
 
 @pytest.fixture
@@ -54,8 +55,8 @@ def test_images_are_reproducible_by_seed(tiny_generator):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"order": "random", "schedule": "linear", "guidance": 1.0}, {"order": "halton", "schedule": "arccos"},
-     {"steps": 8, "remask": 0.5}],
+    [{}, {"how": {"order": "random", "schedule": "linear", "guidance": 1.0}},
+     {"how": {"order": "halton", "schedule": "arccos"}}, {"steps": 8, "how": {"remask": 0.5}}],
 )
 def test_an_image_depends_on_its_prompt_its_seed_and_its_number_alone(tiny_generator, options):
     whole = tokens_of(tiny_generator, seed=3, **options)
@@ -75,38 +76,40 @@ def test_one_string_in_place_of_a_list_is_one_clear_error(tiny_generator):
 
 
 def test_the_models_own_settings_are_the_defaults(tiny_generator):
-    tokens = tokens_of(tiny_generator)
-    assert torch.equal(tokens, tokens_of(tiny_generator, guidance=3.0, temperature=1.5))
-    assert not torch.equal(tokens, tokens_of(tiny_generator, guidance=1.0))
-    assert not torch.equal(tokens, tokens_of(tiny_generator, temperature=40.0))
-    own = tiny_generator._replace(schedule="arccos", order="halton")
-    tokens = tokens_of(own)
-    assert torch.equal(tokens, tokens_of(tiny_generator, schedule="arccos", order="halton"))
-    assert not torch.equal(tokens, tokens_of(tiny_generator, order="halton"))
-    assert not torch.equal(tokens, tokens_of(tiny_generator, schedule="arccos"))
+    tokens, _ = draw(tiny_generator, PROMPTS, steps=4)
+    assert torch.equal(tokens, tokens_of(tiny_generator, how={"guidance": 3.0, "temperature": 1.5}))
+    assert not torch.equal(tokens, tokens_of(tiny_generator, how={"guidance": 1.0}))
+    assert not torch.equal(tokens, tokens_of(tiny_generator, how={"temperature": 40.0}))
+    own = tiny_generator._replace(sampler=tiny_generator.sampler.replace(schedule="arccos", order="halton"))
+    tokens, _ = draw(own, PROMPTS, steps=4)
+    assert torch.equal(tokens, tokens_of(tiny_generator, how={"schedule": "arccos", "order": "halton"}))
+    assert not torch.equal(tokens, tokens_of(tiny_generator, how={"order": "halton"}))
+    assert not torch.equal(tokens, tokens_of(tiny_generator, how={"schedule": "arccos"}))
 
 
-def test_a_generator_that_starts_from_random_tokens_sees_its_share_of_them(tiny_generator, monkeypatch):
-    seen = []
+def test_scalars_for_each_image_are_in_place_of_those_of_the_samplers_table(tiny_generator):
+    table, counts = torch.full((7, 4), 0.5), torch.full((5,), 4)
+    own = tokens_of(tiny_generator, how={"scalars": table})
+    given = tokens_of(tiny_generator, scalars=scalars_at(table, counts), batch=2)
+    assert torch.equal(own, given) and not torch.equal(own, tokens_of(tiny_generator))
+    mixed = scalars_at(table, counts)._replace(logit_scale_first=torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]))
+    assert torch.equal(tokens_of(tiny_generator, scalars=mixed), tokens_of(tiny_generator, scalars=mixed, batch=2))
 
-    def policy(tokens, timestep, samples, positions):
-        seen.append(tokens)
-        return torch.zeros(len(tokens), 16, 32)
 
-    noise, every = Noise(torch.rand(3, 16), torch.rand(3, 16)), torch.arange(16).expand(3, -1)
-    started = from_random(policy, noise, share=0.4, mask_id=39, codes=32)
-    half = torch.arange(16).expand(3, -1).where(torch.arange(16) < 8, 39)
-    started(torch.full((3, 16), 39), torch.zeros(3), torch.arange(3), every)
-    started(half, torch.zeros(3), torch.arange(3), every)
-    assert ((seen[0] < 32).sum(1) == 6).all() and ((seen[0] == 39).sum(1) == 10).all()
-    assert torch.equal(seen[1], half), "once tokens are known, they are what it sees"
-    distilled = tiny_generator._replace(random_share=0.4)
-    tokens = tokens_of(distilled, steps=1)
-    assert not torch.equal(tokens, tokens_of(tiny_generator, steps=1))
-    assert torch.equal(tokens, tokens_of(distilled, steps=1, batch=2))
-    monkeypatch.setattr("speedrl.generation.step_counts", lambda model, whole, steps: torch.tensor([1, 4, 1, 2, 1]))
-    mixed, _ = draw(distilled, PROMPTS)
-    assert torch.equal(mixed[0], tokens[0]), "whatever steps the others of its batch take"
+def test_a_search_gives_the_sampler_with_a_table_and_starts_from_the_one_that_it_has(tiny_generator):
+    def quality(images, texts):
+        return images[:, 0].mean((1, 2))
+
+    how = {"rounds": 2, "groups": 2, "group_size": 4}
+    choices = torch.tensor([1, 4])
+    found = search_sampler(tiny_generator, PROMPTS, quality, choices, **how)
+    assert found == tiny_generator.sampler, "but for the table"
+    assert found.scalars.shape == (7, 4) and found.scalars[[0, 2]].abs().max() > 0
+    assert not found.scalars[4:].any(), "counts that were not tried keep their scalars"
+    assert torch.equal(search_sampler(tiny_generator, PROMPTS, quality, choices, **how).scalars, found.scalars)
+    flat = search_sampler(tiny_generator, PROMPTS, lambda images, texts: torch.zeros(len(images)), choices,
+                          sampler=found, **how)
+    assert torch.equal(flat.scalars, found.scalars), "nothing is better than where it starts"
 
 
 @pytest.mark.parametrize("steps", [1, 16])

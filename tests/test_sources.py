@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from speedrl.models.generator import cut_prompts
-from speedrl.models.loading import check_guidance, load_generator, save_generator
+from speedrl.models.loading import load_generator, save_generator
 from speedrl.models.lora import add_lora, save_lora
 from speedrl.models.meissonic import MeissonicTransformer
 from speedrl.models.sources import WEIGHTS, recorded_source, resolve_source, resolve_text_encoder
@@ -151,7 +151,7 @@ def test_an_adapter_whose_base_has_moved_names_it_and_takes_another(tiny_generat
     after = load_generator(tmp_path / "run", base=tmp_path / "moved")
     assert torch.equal(*(g.transformer.embed.conv.weight for g in (before, after)))
     assert total(before) != total(tiny_generator)
-    with pytest.raises(ValueError, match="--base is for an adapter"):
+    with pytest.raises(ValueError, match="`base` is for an adapter"):
         load_generator(tmp_path / "moved", base=tmp_path / "moved")
     with pytest.raises(ValueError, match="is an adapter itself"):
         load_generator(tmp_path / "run", base=tmp_path / "run/adapter")
@@ -173,8 +173,9 @@ def test_a_source_is_recorded_so_that_it_holds_elsewhere(tiny_generator_folder, 
 def write_checkpoint(out: Path, generator, *, model: str, **more) -> None:
     """A run's checkpoint as training writes it, with the weights doubled."""
     learned = dict(generator.transformer.named_parameters())
-    settings = {"model": model, "loading": None, "steps": "2", "guidance": 1.0, "temperature": None, "schedule": None,
-                "order": None, "lora": None, "lora_alpha": None, "lora_targets": None}
+    nothing = ("text_encoder", "size", "negative_prompt", "micro_conds", "temperature", "schedule", "order", "remask",
+               "lora", "lora_alpha", "lora_targets")
+    settings = {"model": model, "steps": "2", "guidance": 1.0} | dict.fromkeys(nothing)
     doubled = {name: torch.nn.Parameter(p.detach() * 2) for name, p in learned.items()}
     found = tensors(doubled, torch.optim.SGD(list(doubled.values())), {})
     save(out, 1, found, {}, {"settings": settings | more}, keep=1)
@@ -205,41 +206,30 @@ def test_export_finds_a_base_that_has_moved_by_model(tiny_generator_folder, tiny
         export(tmp_path / "run", out=tmp_path / "out")
     assert export(tmp_path / "run", out=tmp_path / "out", model=str(tiny_generator_folder)) == tmp_path / "out/model"
     write_checkpoint(tmp_path / "auto", tiny_generator, model=str(tiny_generator_folder), steps="auto:4")
-    with pytest.raises(ValueError, match="trained with --steps auto by an earlier version.*: train it anew"):
+    with pytest.raises(ValueError, match="cannot be exported: `steps` takes a number, a range or a list"):
         export(tmp_path / "auto", out=tmp_path / "other")
 
 
-def test_what_the_sampler_learned_is_saved_beside_its_configuration(tiny_generator, tiny_generator_folder, tmp_path):
-    table = torch.rand(7, 4)
-    learned = {"search": table, "bias": torch.zeros(3), "choices": torch.tensor([1, 2, 4])}
-    save_generator(tiny_generator._replace(sampler=learned), tmp_path / "model")
-    again = load_generator(tmp_path / "model").sampler
-    assert again.keys() == learned.keys() and all(torch.equal(again[name], learned[name]) for name in learned)
-    old = shutil.copytree(tiny_generator_folder, tmp_path / "old")
-    about = json.loads((old / "scheduler/scheduler_config.json").read_text(encoding="utf-8"))
-    about |= {"tuning": table.tolist(), "revised_share": 0.25}
-    (old / "scheduler/scheduler_config.json").write_text(json.dumps(about), encoding="utf-8")
-    found = load_generator(old)
-    assert found.remask == 0.25 and "tuning" not in found.scheduler
-    torch.testing.assert_close(found.sampler["search"], table)
-    (old / "scheduler/sampler.safetensors").write_bytes(b"x")
+def test_what_the_sampler_learned_is_saved_beside_its_configuration(tiny_generator, tmp_path):
+    sampler = tiny_generator.sampler.replace(scalars=torch.rand(7, 4), order="halton", guidance=2.5, remask=0.25)
+    policy = {"bias": torch.zeros(3), "choices": torch.tensor([1, 2, 4])}
+    save_generator(tiny_generator._replace(sampler=sampler, step_policy=policy), tmp_path / "model")
+    again = load_generator(tmp_path / "model")
+    assert again.sampler == sampler and torch.equal(again.sampler.scalars, sampler.scalars)
+    assert again.step_policy.keys() == policy.keys()
+    assert all(torch.equal(again.step_policy[name], policy[name]) for name in policy)
+    save_generator(tiny_generator, tmp_path / "model")
+    plain = load_generator(tmp_path / "model")
+    assert plain.sampler == tiny_generator.sampler and plain.sampler.scalars is None and not plain.step_policy
+    (tmp_path / "model/scheduler/sampler.safetensors").write_bytes(b"x")
     with pytest.raises(ValueError, match="sampler.safetensors is damaged"):
-        load_generator(old)
-    (old / "pace").mkdir()
-    with pytest.raises(ValueError, match="--steps auto by an earlier version, which this one does not read: train it"):
-        load_generator(old)
+        load_generator(tmp_path / "model")
 
 
-def test_guidance_below_one_is_refused_and_read_as_the_pipelines_read_it(tiny_generator_folder, tmp_path):
-    assert check_guidance(1) == 1 and check_guidance(9.5) == 9.5
-    for bad in (0, 0.99, -1, float("nan"), float("inf")):
-        with pytest.raises(
-            ValueError, match="^--reference-guidance must be at least 1, got .*; 1 is without guidance$"
-        ):
-            check_guidance(bad, "--reference-guidance")
+def test_guidance_below_one_is_read_as_the_pipelines_read_it(tiny_generator_folder, tmp_path):
     folder = shutil.copytree(tiny_generator_folder, tmp_path / "tiny")
     (folder / "scheduler/scheduler_config.json").write_text('{"guidance_scale": 0.0}', encoding="utf-8")
-    assert load_generator(folder).guidance == 1
+    assert load_generator(folder).sampler.guidance == 1
 
 
 def test_prompts_that_are_too_long_are_counted(tiny_generator):
