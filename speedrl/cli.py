@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import typer.core
 from typer import Argument, Option
 
 QUALITY = (
@@ -228,7 +229,19 @@ def forwards(target: str, **more: object) -> Callable[[Callable[..., None]], Cal
     return decorate
 
 
-@app.command(epilog=SAMPLE_EXAMPLES)
+class Prompted(typer.core.TyperCommand):
+    """A command of prompts: where it refuses an unknown option, it says how a prompt that begins with "-" is given."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            if type(error).__name__ == "NoSuchOption":  # click's, or that of typer's own copy
+                error.message += '. A prompt that begins with - goes after --'  # type: ignore[attr-defined]
+            raise
+
+
+@app.command(cls=Prompted, epilog=SAMPLE_EXAMPLES)
 @forwards("generation.draw")
 def sample(
     *,
