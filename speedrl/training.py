@@ -32,6 +32,7 @@ from speedrl.rewards.mixing import check_gradient, open_reward
 from speedrl.run import distributed
 from speedrl.run.checkpoints import to_jsonable
 from speedrl.run.exporting import lasting_sources, save_trained
+from speedrl.run.prompts import as_list
 from speedrl.run.session import open_run
 from speedrl.run.settings import check, check_sampler
 from speedrl.stages import prepare_sampler
@@ -103,6 +104,7 @@ def train(
     goes on exactly. Returns the folder of the model or adapter. ValueError and FileNotFoundError for what cannot be
     used, before anything is written; `Stopped` after SIGINT or SIGTERM.
     """
+    prompts = as_list(prompts)
     settings, (least, most) = to_jsonable(locals()), parse_steps(steps)
     if steps_reward is None:
         steps_reward = settings["steps_reward"] = 0.0 if least == most or quality == "none" else 0.5
@@ -136,10 +138,11 @@ def train(
         record = run.restore(learner.learned, learner.optimizer, learner.average, random, device)
         reward.restore(record)
         warn_of_prompts(run.warn, generator, texts, how)
-        run.stage(f"searching the sampler, {search} rounds" if search else "measuring the base")
+        if "gap" not in record:
+            run.stage(f"searching the sampler, {search} rounds" if search else "measuring the base", total=search + 2)
         with autocast, distributed.gathered_weights(learner.transformer, sharded=sharded):
             stages = partial(prepare_sampler, record, generator, texts, reward, how, choices, rounds=search, seed=seed,
-                             between=run.stop_if_asked)
+                             between=run.advance)
             table, gap = distributed.on_all_ranks(stages)
         run.stage("compiling: the first iteration takes a minute or two" if compiles else "the first iteration")
         for iteration in run.iterations():
@@ -192,10 +195,10 @@ def train(
             run.check(spread=row["group_std"] > 0 or not reward.scores, falling=reward.falling())
             run.save(iteration + 1, reward.record() | {"search": None if table is None else table.tolist(), "gap": gap})
 
-    weights = distributed.whole(learner.average or learner.learned)
-    saved_to = Path(out)
-    with unsaved(run.saved):
-        if distributed.is_main():
-            saved_to = save_trained(saved_to, whole_generator(generator, settings), weights, table, settings)
+        weights = distributed.whole(learner.average or learner.learned)
+        saved_to = Path(out)
+        with unsaved(run.saved):
+            if distributed.is_main():
+                saved_to = save_trained(saved_to, whole_generator(generator, settings), weights, table, settings)
     distributed.leave()
     return saved_to
