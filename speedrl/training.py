@@ -102,7 +102,7 @@ def train(
 
     OUT/metrics.jsonl gets a line an iteration; OUT/checkpoints holds the newest `keep_checkpoints`, from which `resume`
     goes on exactly. Returns the folder of the model or adapter. ValueError and FileNotFoundError for what cannot be
-    used, before anything is written; `Stopped` after SIGINT or SIGTERM.
+    used, before anything is written; `Stopped` after SIGINT, SIGTERM or SIGHUP.
     """
     prompts = as_list(prompts)
     settings, (least, most) = to_jsonable(locals()), parse_steps(steps)
