@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from speedrl.generation import draw, sample
+from speedrl.generation import draw, make_policy, sample
 from speedrl.method.sampling import draw_noise, rollout
 from speedrl.method.schedules import timesteps
 from speedrl.models.generator import decode, encode_prompts
 from speedrl.models.loading import load_generator, save_generator
-from speedrl.generation import make_policy
 from speedrl.system.platform import import_torchvision
 from speedrl.training import train
 from tests.conftest import write_tokenizer

@@ -180,7 +180,7 @@ def test_decoded_pictures_are_the_vqmodels_and_do_not_depend_on_the_batch(tiny_g
     assert pictures.min() >= 0 and pictures.max() <= 1
     latents = tiny_generator.vqvae.quantize.embedding(tokens).view(5, 4, 4, 4).permute(0, 3, 1, 2)
     expected = tiny_generator.vqvae.decoder(tiny_generator.vqvae.post_quant_conv(latents))
-    torch.testing.assert_close(pictures.clone(), expected.clamp(0, 1).detach())
+    torch.testing.assert_close(pictures, expected.clamp(0, 1).detach())
     torch.testing.assert_close(decode(tiny_generator, tokens, batch=2), pictures)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(decode(tiny_generator, tokens), pictures)

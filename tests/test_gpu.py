@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from speedrl.updates import gradients, trained_steps, with_oom_backoff
 
+from speedrl.generation import make_policy
 from speedrl.method.losses import reward_slopes
 from speedrl.method.sampling import draw_noise, rollout
 from speedrl.models.generator import codebook, decode_embeddings
 from speedrl.models.loading import load_generator
-from speedrl.generation import make_policy
 from speedrl.system.platform import bf16_autocast
 from speedrl.training import train
-from speedrl.updates import gradients, trained_steps, with_oom_backoff
 from tests.ranks import finish, free_port, one
 from tests.test_distributed import OPTIONS, close, keep_gradient, rows, trained
 

@@ -1,5 +1,6 @@
 """Quality rewards: loading by name, the checks at the start, and what every score must keep."""
 
+import contextlib
 import importlib
 import json
 import socket
@@ -13,7 +14,8 @@ from safetensors.torch import save_file
 import speedrl.rewards.loading
 from experiments.embedded.compose import COLOURS
 from speedrl.method.rewards import Moments, disagreeing, mixture, observe
-from speedrl.rewards.loading import differentiable, load_qualities, load_quality, parse_quality, rate
+from speedrl.models.generator import decode
+from speedrl.rewards.loading import STATES, differentiable, load_qualities, load_quality, parse_quality, rate
 from speedrl.rewards.scorers import (
     MEAN,
     STD,
@@ -310,6 +312,71 @@ def test_a_function_is_a_reward_and_so_is_a_dictionary(folder):
         load_qualities({"mine": broken})
     with pytest.raises(ValueError, match="every weight is 0"):
         load_qualities({"light": (bright, 0)})
+
+
+def guidance_by_slope(images, prompts):
+    """Changes its images in place and takes a gradient of its own, as a user may."""
+    images.mul_(0.5)
+    prompts.clear()
+    with torch.enable_grad():
+        images.requires_grad_()
+        (slope,) = torch.autograd.grad((images**2).sum(), images)
+    return slope.mean((1, 2, 3))
+
+
+@torch.inference_mode()
+def inferred(images, prompts):
+    return images.mean((1, 2, 3))
+
+
+def test_a_reward_may_change_its_images_and_use_autograd_wherever_it_is_called(tiny_generator):
+    score, other = load_quality(guidance_by_slope), load_quality(inferred)
+    images = decode(tiny_generator, torch.arange(32).view(2, 16))
+    with torch.inference_mode():
+        inside = decode(tiny_generator, torch.arange(32).view(2, 16))
+    for given in (images, inside):
+        before, prompts = given.clone(), ["a", "b"]
+        for mode in (contextlib.nullcontext(), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)):
+            with mode:
+                found = [each(given, prompts) for each in (score, other)]
+            assert not any(value.is_inference() or value.requires_grad for value in found)
+            assert torch.equal(*found) and torch.equal(given, before) and prompts == ["a", "b"]
+            assert not given.requires_grad
+
+
+def test_a_reward_that_gives_the_same_tensor_each_time_is_not_changed_afterwards():
+    kept = torch.zeros(2)
+    score = load_quality(lambda images, prompts: kept.copy_(images.mean((1, 2, 3))))
+    first = score(torch.zeros(2, 3, 4, 4), ["a", "b"])
+    score(torch.ones(2, 3, 4, 4), ["a", "b"])
+    assert first.tolist() == [0, 0]
+
+
+RUDE = """
+import os, torch
+torch.set_grad_enabled(False)
+torch.set_default_dtype(torch.float64)
+torch.set_num_threads(torch.get_num_threads() + 1)
+torch.set_float32_matmul_precision("medium")
+os.chdir("/")
+
+def score(images, prompts):
+    torch.set_default_device("meta")
+    torch.use_deterministic_algorithms(True)
+    return images.mean((1, 2, 3))
+"""
+
+
+def test_what_a_reward_changes_of_the_process_is_set_back_with_a_warning(users, tmp_path):
+    (tmp_path / "rude.py").write_text(RUDE, encoding="utf-8")
+    before = {what: read() for what, (read, _) in STATES.items()}
+    with pytest.warns(UserWarning, match=r"reward rude.py:score: its code changed .* is set back") as said:
+        score = load_quality("rude.py:score")
+        score(pictures(2), ["a", "b"])
+    assert {what: read() for what, (read, _) in STATES.items()} == before
+    told = [str(warning.message) for warning in said]
+    assert len(told) == len(STATES) and all(any(what in line for line in told) for what in STATES)
+    assert "changed torch's default dtype from torch.float32 to torch.float64, which is set back" in told[1]
 
 
 def test_no_reward_at_all_can_be_asked_for():

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from speedrl.policies import from_random, make_policy
 
 from speedrl.evaluation.figures import contact_sheet
 from speedrl.generation import draw, sample
 from speedrl.method.sampling import Noise
 from speedrl.models.generator import decode, encode_prompts
 from speedrl.models.loading import load_generator
-from speedrl.policies import from_random, make_policy
 
 PROMPTS = ["an owl", "a fox", "an elk", "a cat", "an owl"]
 

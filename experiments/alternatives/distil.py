@@ -13,6 +13,8 @@ from typing import Annotated
 import torch
 import typer
 from rich.progress import track
+from speedrl.policies import from_random
+from speedrl.updates import optimizer_step
 from torch import Tensor
 from typer import Option
 
@@ -22,9 +24,7 @@ from speedrl.evaluation.measuring import evaluations
 from speedrl.method.likelihoods import sample_tokens
 from speedrl.method.sampling import Noise, draw_noise
 from speedrl.models.generator import Prompts, index_prompts
-from speedrl.policies import from_random
 from speedrl.system.platform import bf16_autocast
-from speedrl.updates import optimizer_step
 
 
 def divergence_gradient(teacher_logits: Tensor, auxiliary_logits: Tensor, *, beta: float = -0.2) -> Tensor:

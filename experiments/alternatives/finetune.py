@@ -10,6 +10,7 @@ from typing import Annotated
 import torch
 import typer
 from rich.progress import track
+from speedrl.updates import optimizer_step
 from torch import Tensor
 from typer import Option
 
@@ -22,7 +23,6 @@ from speedrl.method.schedules import parse_steps
 from speedrl.models.generator import index_prompts
 from speedrl.models.sources import parts_of
 from speedrl.system.platform import bf16_autocast
-from speedrl.updates import optimizer_step
 
 
 def finetune_loss(logits: Tensor, targets: Tensor, masked: Tensor) -> Tensor:

@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 import safetensors.torch
 import torch
+from speedrl.policies import Policy
 from torch import Tensor, nn
 
 from speedrl.learner import draw_prompts, training_prompts
 from speedrl.models.generator import Generator, Prompts, encode_prompts, index_prompts
 from speedrl.models.loading import load_generator, save_generator
-from speedrl.policies import Policy
 from speedrl.run.checkpoints import to_jsonable
 from speedrl.system.files import append_lines, write_atomically, write_json
 

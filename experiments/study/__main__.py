@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 from rich.console import Console
+from speedrl.stages import search_sampler
 from typer import Option
 
 from experiments.alternatives.distil import distil
@@ -33,7 +34,6 @@ from speedrl.method.schedules import parse_steps
 from speedrl.method.steps import step_choices
 from speedrl.models.loading import load_generator, save_generator
 from speedrl.rewards.loading import load_quality
-from speedrl.stages import search_sampler
 from speedrl.studies.ablations import over_runs
 from speedrl.studies.intervals import caution, half_width, say
 from speedrl.studies.runs import command, trained_once

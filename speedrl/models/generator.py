@@ -105,7 +105,7 @@ def fitting_batch(generator: Generator) -> int:
     return max(1, 64 * 256 // (generator.grid[0] * generator.grid[1]))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def decode(generator: Generator, tokens: Tensor, *, batch: int | None = None, bf16: bool | None = None) -> Tensor:
     """Images of finished tokens int64 [B, L]: float32 [B, 3, H, W] in [0, 1], `batch` of them at a time.
 

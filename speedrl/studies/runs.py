@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from speedrl.evaluation.measuring import evaluate
 from speedrl.method.schedules import parse_steps
-from speedrl.run.checkpoints import all_checkpoints, to_jsonable
+from speedrl.run.checkpoints import to_jsonable
 from speedrl.system.errors import one_line
 from speedrl.system.files import write_atomically, write_json
 from speedrl.training import train
@@ -49,10 +49,7 @@ def trained_once(folder: Path, options: dict, *, device: str) -> Path:
     """The model that `train` made in this folder of these options; trained now, or to the end, if it is not there."""
     if not (folder / "done").exists():
         write_json(folder / "variant.json", to_jsonable(options))
-        begun = bool(all_checkpoints(folder / "run"))
-        if not begun:
-            (folder / "run" / "metrics.jsonl").unlink(missing_ok=True)  # of a run stopped before its first checkpoint
-        model = train(out=folder / "run", resume=begun, device=device, **options)
+        model = train(out=folder / "run", resume=True, device=device, **options)
         write_atomically(folder / "done", lambda partial: partial.write_text(model.name, encoding="utf-8"))
     return folder / "run" / (folder / "done").read_text(encoding="utf-8")
 
