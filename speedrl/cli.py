@@ -439,7 +439,7 @@ def numbers(text: str, kind: type, *, option: str) -> tuple:
 def evaluate(
     *,
     model: Annotated[list[str], Option(help="embedded, a folder, a run or a hub id; give it again for more.")],
-    out: Annotated[Path, Option(help="Folder of the results; rows that it has are kept.")],
+    out: Annotated[Path, Option(help="Folder of the results, which replace earlier ones.")],
     steps: Annotated[str, Option(help="Step counts, and auto for the choice of a model's step policy.")],
     guidance: Annotated[str | None, under(SAMPLER, "Guidance scales, like 1,3. [default: the model's, and 1]")],
     temperature: Annotated[str | None, under(SAMPLER, "Temperatures of the reveal order. [default: the model's]")],

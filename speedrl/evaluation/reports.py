@@ -10,7 +10,17 @@ from rich.console import Console
 from rich.progress import track
 
 from speedrl.evaluation.figures import contact_sheet, save_image
-from speedrl.evaluation.measuring import SAMPLER, evaluations, judge_if_there, nfe_of, one_cell, prompt_sets, table
+from speedrl.evaluation.measuring import (
+    SAMPLER,
+    evaluations,
+    has_step_policy,
+    judge_if_there,
+    nfe_of,
+    one_cell,
+    prompt_sets,
+    sampler_of,
+    table,
+)
 from speedrl.generation import draw, step_counts
 from speedrl.models.generator import Generator, decode
 from speedrl.models.loading import load_generator
@@ -62,7 +72,7 @@ def report(
     judge = judge_if_there(device, console)
     scores, _ = load_qualities(quality, device=device, weights=reward_weights)
     everything = [prompt for lines in sets.values() for prompt in lines]
-    own = "auto" if "steps.bias" in after.sampler else after.steps
+    own = "auto" if has_step_policy(after) else after.steps
     learned = set(step_counts(after, make_policy(after, everything), own).tolist())
     counts = [own, *(n for n in COMPARED_STEPS if {n} != learned and n <= after.grid[0] * after.grid[1])]
     cells: list[tuple[str, Generator, int | str]] = [(BEFORE, before, before.steps)]
@@ -71,7 +81,7 @@ def report(
     for which, lines in sets.items():
         found: list[dict[str, Any]] = []
         for name, model, steps in track(cells, f"comparing, {which} prompts", console=console, transient=True):
-            row = {"model": name, "prompts": which, "steps": steps} | {key: getattr(model, key) for key in SAMPLER}
+            row = {"model": name, "prompts": which, "steps": steps} | sampler_of(model)
             row |= one_cell(model, judge, scores, lines, which=which, steps=steps, count=count, seeds=seeds, warm=False)
             found.append(row)
         rows += sorted(found, key=lambda row: row["network_evaluations"])

@@ -10,7 +10,6 @@ from rich.console import Console
 
 from speedrl.evaluation.measuring import (
     METRICS,
-    columns_of,
     evaluate,
     grid,
     markdown,
@@ -19,7 +18,6 @@ from speedrl.evaluation.measuring import (
     prompt_sets,
     table,
 )
-from speedrl.evaluation.pages import Section, write_page
 from speedrl.studies.intervals import caution, interval, paired
 from speedrl.studies.plots import plot_curves
 from speedrl.studies.runs import DEFAULTS, commands_of, metrics_file, refuse_other, run_all, run_folder
@@ -28,7 +26,7 @@ from speedrl.system.files import write_atomically, write_json
 AGAIN = "the baseline again"  # with other seeds: what two arms differ by that are the same
 OFFSET = 1000  # of its seeds
 TITLES = METRICS | {"network_evaluations": "NFE"}
-COMPARED = ("reward", "judge_r1", "judge_margin", "diversity", "network_evaluations")
+COMPARED = ("reward", "judge_r1", "judge_margin", "diversity", "ground", "network_evaluations")
 CURVES = {"quality": "quality of the rollouts", "steps": "steps of the rollouts", "kl": "divergence, nats a token"}
 
 
@@ -108,8 +106,8 @@ def ablate(
 
     A run lies in OUT/runs/OPTIONS/seed-N, so that ablations share what they have in common: a finished one is kept, an
     interrupted one goes on, one of other options is refused (ValueError). One that fails is reported, and the others go
-    on. OUT/report, or OUT/report-NAME of one alone, has index.html, and for each ablation NAME.json, NAME.md, and
-    NAME.png and .svg, the curves over iterations.
+    on. OUT/report, or OUT/report-NAME of one alone, has for each ablation NAME.json, NAME.md, and NAME.png and .svg,
+    the curves over iterations; OUT/report also report.md, which lists them.
 
     A row is as in `evaluate`, with the variant as its model, each metric's mean over training seeds, METRIC_spread,
     their standard deviation (n - 1; None for one seed), not that over sampling seeds, and METRIC_interval, half the
@@ -154,18 +152,19 @@ def ablate(
     began = time.time()
     beginning = evaluate([model, *beside], out=out / "start", device=device.split(",")[0], **evaluation)
     outcome = run_all(runs, evaluation=evaluation, devices=device.split(","), jobs=jobs, console=console)
-    every, sections = [], []
+    every = []
     report = out / ("report" if name == "all" else f"report-{name}")
     for which, own_of in chosen.items():
         of = {v: {seed: plan[which, v, seed][0] for seed in seeds} for v in own_of}
-        rows, part = conclude(which, of, outcome, beginning, report=report, evaluation=evaluation, runs=runs)
+        rows = conclude(which, of, outcome, beginning, report=report, evaluation=evaluation, runs=runs)
         console.print(table(rows, width=console.width))
         every += rows
-        sections.append(part)
-    minutes = (time.time() - began) / 60
-    about = f"Seeds {', '.join(map(str, seeds))}. This call took {minutes:.0f} minutes; finished runs were kept."
-    write_page(report / "index.html", f"Ablations of {model}", [Section("What this is", [about]), *sections])
-    console.print(f"wrote {report / 'index.html'}", soft_wrap=True)
+    page = report / f"{name}.md"
+    if name == "all":
+        page, lines = report / "report.md", "".join(f"- [{which}]({which}.md)\n" for which in chosen)
+        index = f"# Ablations of {model}\n\nSeeds {', '.join(map(str, seeds))}.\n\n{lines}"
+        write_atomically(page, lambda partial: partial.write_text(index, encoding="utf-8"))
+    console.print(f"wrote {page} in {(time.time() - began) / 60:.0f} minutes", soft_wrap=True)
     if failed := {folder: why for folder, why in outcome.items() if isinstance(why, str)}:
         console.print(f"{len(failed)} of {len(runs)} runs failed")
         if len(failed) == len(runs):
@@ -188,8 +187,8 @@ def conclude(
     report: Path,
     evaluation: dict,
     runs: Mapping[Path, dict],
-) -> tuple[list[dict], Section]:
-    """One ablation's rows and its part of the page; writes its files to `report`. `folders` by variant and seed."""
+) -> list[dict]:
+    """One ablation's rows; writes its files to `report`. `folders` by variant and seed."""
     measured: dict[str, dict[int, list[dict]]] = {variant: {} for variant in folders}
     failed, commands = {}, []
     for variant, by_seed in folders.items():
@@ -218,30 +217,22 @@ def conclude(
     paragraphs = "".join(f"\n{line}\n" for line in (*words, *complaints))
     code = "".join(f"    {line}\n" for line in commands)
     apart = grid(header, lines, left=2) if lines else ""
-    text = (f"# {name}\n\n{markdown(rows, error='interval')}\n± is the 95 % interval over seeds.\n{paragraphs}\n{apart}"
-            f"\n{code}")
+    figure = f"![Means over seeds, and differences paired by seed, with 95 % intervals]({name}.png)\n\n" * bool(curves)
+    measures = f"{markdown(rows, error='interval')}\n± is the 95 % interval over seeds."
+    text = f"# {name}\n\n{figure}{measures}\n{paragraphs}\n{apart}\n{code}"
     write_atomically(report / f"{name}.md", lambda partial: partial.write_text(text, encoding="utf-8"))
     if curves:
         plot_curves(curves, report / name, metrics=CURVES, title=name)
-    caption = f"{name}: means over seeds, and the paired differences by seed, with 95 % intervals"
-    section = Section(
-        title=name,
-        words=[*words, *complaints],
-        images=[(f"{name}.png", caption)] if curves else [],
-        tables=[columns_of(rows, error="interval"), *([(header, lines)] if lines else [])],
-        commands=commands,
-        files=[f"{name}.json", f"{name}.md", *([f"{name}.svg"] if curves else [])],
-    )
-    return [row | {"ablation": name} for row in rows], section
+    return [row | {"ablation": name} for row in rows]
 
 
 def over_runs(variant: str, runs: list[list[dict]]) -> list[dict]:
     """The rows of several trainings of one variant as one list: means, spreads and intervals over the trainings."""
     rows = []
     for same in zip(*runs, strict=True):
-        row = {key: value for key, value in same[0].items() if key not in ("weights", "settings")} | {"model": variant}
-        metrics = metrics_of(list(same))
-        row |= over_seeds([{name: one.get(name) for name in metrics} for one in same])
+        row, metrics = same[0] | {"model": variant}, metrics_of(list(same))
+        within = [name for name in row if name.endswith("_within")]
+        row |= over_seeds([{name: one.get(name) for name in (*metrics, *within)} for one in same])
         for metric in metrics:
             known = [one[metric] for one in same if one.get(metric) is not None]
             row[f"{metric}_interval"] = interval(known)[1] if known else None

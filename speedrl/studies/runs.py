@@ -48,6 +48,7 @@ def refuse_other(folder: Path, options: dict) -> None:
 def trained_once(folder: Path, options: dict, *, device: str) -> Path:
     """The model that `train` made in this folder of these options; trained now, or to the end, if it is not there."""
     if not (folder / "done").exists():
+        (folder / "evaluated.json").unlink(missing_ok=True)
         write_json(folder / "variant.json", to_jsonable(options))
         begun = bool(all_checkpoints(folder / "run"))
         if not begun:
@@ -58,10 +59,19 @@ def trained_once(folder: Path, options: dict, *, device: str) -> Path:
 
 
 def one_run(folder: Path, options: dict, evaluation: dict, *, device: str) -> list[dict]:
-    """Trains and evaluates what a folder is for: the rows of `evaluate`, with a step policy at "auto" steps too."""
+    """Trains and evaluates what a folder is for: the rows of `evaluate`, with a step policy at "auto" steps too.
+
+    The rows of a finished run stay in evaluated.json, with the options of the evaluation that they are of.
+    """
     torch.compiler.reset()  # after the networks of a few runs the compiler would give up, and run this one eagerly
-    model = trained_once(folder, options, device=device)
-    return evaluate([str(model)], out=folder / "eval", device=device, **with_auto(evaluation, options))
+    model, how = trained_once(folder, options, device=device), with_auto(evaluation, options)
+    path, asked = folder / "evaluated.json", to_jsonable(how)
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if kept.get("evaluation") != asked:
+        rows = evaluate([str(model)], out=folder / "eval", device=device, **how)
+        kept = {"evaluation": asked, "rows": rows}
+        write_json(path, kept)
+    return kept["rows"]
 
 
 def with_auto(evaluation: dict, options: dict) -> dict:
