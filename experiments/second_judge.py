@@ -22,7 +22,7 @@ from typer import Option
 
 from experiments.embedded import build_judge, compose, data
 from speedrl.cli import in_one_line, numbers
-from speedrl.evaluation.attributes import BIG, SMALL
+from speedrl.evaluation.attributes import SMALL
 from speedrl.evaluation.judging import concepts_in, load_judge, nearest_hits
 from speedrl.evaluation.measuring import evaluate, markdown
 from speedrl.rewards.scorers import Score
@@ -76,10 +76,8 @@ def compositions(things: list[str], names: list[str], rng: np.random.Generator, 
     found: dict[str, None] = {}
     while len(found) < count:
         thing, style, colour = (str(rng.choice([*of])) for of in (things, compose.STYLES, compose.COLOURS))
-        size, place = ("small", "big")[int(rng.integers(2))], ""
-        content = build_judge.draw_of(rng, 0, style=0, size={"small": SMALL, "big": BIG}[size], colour=colour)
-        place = compose.place_words(content)
-        prompt = f"a {size} {style} {thing} {place} on a {colour} background"
+        place = compose.place_words(build_judge.draw_of(rng, 0, style=0, size=SMALL, colour=colour))  # a big one has none
+        prompt = f"a small {style} {thing} {place} on a {colour} background"
         if place and concepts_in(prompt, names) == (thing,):  # "heart" in "heart with arrow" is another concept
             found[prompt] = None
     return [*found]
