@@ -76,7 +76,8 @@ def compositions(things: list[str], names: list[str], rng: np.random.Generator, 
     found: dict[str, None] = {}
     while len(found) < count:
         thing, style, colour = (str(rng.choice([*of])) for of in (things, compose.STYLES, compose.COLOURS))
-        place = compose.place_words(build_judge.draw_of(rng, 0, style=0, size=SMALL, colour=colour))  # a big one has none
+        # a small thing, as a big one has no place
+        place = compose.place_words(build_judge.draw_of(rng, 0, style=0, size=SMALL, colour=colour))
         prompt = f"a small {style} {thing} {place} on a {colour} background"
         if place and concepts_in(prompt, names) == (thing,):  # "heart" in "heart with arrow" is another concept
             found[prompt] = None
