@@ -69,3 +69,17 @@ def as_flags(message: str, options: Mapping[str, tuple[Any, Opt]]) -> str:
         return flag_of(match[1], options.get(match[1], (None, None))[1])
 
     return re.sub(r"`([a-z]\w*)`", named, message)
+
+
+def listed(value: Any, kind: Callable[[str], Any], *, name: str) -> tuple | None:
+    """The values of "1,2,4", or of a sequence or one value, as `kind`; None stays None. ValueError otherwise."""
+    if value is None:
+        return None
+    parts = value.split(",") if isinstance(value, str) else [value] if isinstance(value, int | float) else value
+    try:
+        found = tuple(kind(part.strip() if isinstance(part, str) else part) for part in parts)
+    except (ValueError, OverflowError):
+        found = ()
+    if not found or any(isinstance(x, float) and not math.isfinite(x) for x in found):
+        raise ValueError(f"`{name}` takes values with commas between them, like 1,2,4, not {value!r}")
+    return found

@@ -17,6 +17,8 @@ import torch
 
 from speedrl.system.errors import one_line
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def quiet_allocator() -> None:
     """Keeps freed memory in the process: on CPU, giving large buffers back to the kernel and faulting them in again
@@ -160,3 +162,9 @@ def can_compile(device: torch.device | str) -> bool:
         return True
     warnings.warn(f"nothing is compiled, as there is no C++ compiler {compiler}: it will be slower", stacklevel=3)
     return False
+
+
+def compile_seconds() -> float:
+    """How long this process has spent in torch.compile."""
+    found = torch._dynamo.utils.calculate_time_spent() if "torch._dynamo" in sys.modules else {}
+    return sum(found.get(name, 0.0) for name in ("entire_frame_compile", "entire_backward_compile"))
