@@ -2,9 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import huggingface_hub.errors
 import pytest
@@ -93,7 +90,7 @@ def test_another_text_encoder_takes_the_place_of_the_generators_own(tiny_generat
     wanted = wanted if torch.is_tensor(wanted) else wanted.pooler_output
     torch.testing.assert_close(found.pooled, wanted)
     assert not torch.allclose(found.text, encode_prompts(g, ["an owl"]).text)
-    with pytest.raises(ValueError, match="the text encoder .* cannot be read"):
+    with pytest.raises(FileNotFoundError, match=r"there is no \S+/config.json"):
         load_generator(tiny_generator_folder, text_encoder=tiny_generator_folder)
 
 
@@ -215,12 +212,12 @@ def edit(path, change):
         (lambda f: (f / "transformer/config.json").write_text("[]", encoding="utf-8"), ValueError, "object"),
         (lambda f: (f / "text_encoder/config.json").write_bytes(b'{"hidden_size": "a"}'), ValueError, "no such model"),
         (lambda f: (f / "tokenizer/merges.txt").write_text("an owl\n" * 3, encoding="utf-8"), ValueError, "tokenizer"),
-        (lambda f: edit(f / WEIGHTS, lambda s: s.pop("embed.conv.weight")), ValueError, r"lacks 1 of .*embed\.conv"),
-        (lambda f: edit(f / WEIGHTS, lambda s: s.update(a=torch.ones(1))), ValueError, r"unknown 1 of .*\(a\)"),
+        (lambda f: edit(f / WEIGHTS, lambda s: s.pop("embed.conv.weight")), ValueError, 'Missing key.* "embed.conv'),
+        (lambda f: edit(f / WEIGHTS, lambda s: s.update(a=torch.ones(1))), ValueError, 'Unexpected key.* "a"'),
         (
             lambda f: edit(f / WEIGHTS, lambda s: s.update({"mlm_layer.conv2.weight": torch.ones(9, 32, 1, 1)})),
             ValueError,
-            "another shape for 1 of",
+            "size mismatch for mlm_layer.conv2.weight",
         ),
     ],
 )
@@ -231,9 +228,9 @@ def test_a_damaged_folder_says_what_is_wrong_in_one_line(damaged, harm, kind, sa
     assert "\n" not in str(caught.value)
 
 
-def test_many_wrong_keys_are_counted_not_listed(damaged):
+def test_many_wrong_keys_are_not_all_listed(damaged):
     edit(damaged / WEIGHTS, lambda state: [state.pop(key) for key in list(state) if "blocks" in key])
-    with pytest.raises(ValueError, match=r"lacks 46 of \d+ weights \(.*, \.\.\.\)") as caught:
+    with pytest.raises(ValueError, match=r"are another model's, or not all there: .*\.\.\.$") as caught:
         load_generator(damaged)
     assert len(str(caught.value)) < 500
 
@@ -270,26 +267,10 @@ def test_what_the_hub_refuses_is_one_line_with_its_cause(monkeypatch, error, say
 
 def test_a_pickle_is_refused(damaged):
     (damaged / WEIGHTS).rename(damaged / "transformer/diffusion_pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match=r"diffusion_pytorch_model.bin, a pickle, is not read: convert it"):
+    with pytest.raises(FileNotFoundError, match=r"no diffusion_pytorch_model.safetensors, and pickles .* are not read"):
         load_generator(damaged)
 
 
 def test_an_unknown_device_is_one_line(tiny_generator_folder):
     with pytest.raises(ValueError, match="device bogus cannot be used"):
         load_generator(tiny_generator_folder, device="bogus")
-
-
-def test_the_vq_model_is_diffusers_own_and_leaves_diffusers_whole():
-    script = """
-import sys
-from speedrl.system.platform import import_vq_model
-ours = import_vq_model()
-assert "diffusers.models.autoencoders.autoencoder_kl" not in sys.modules, "everything was imported"
-from diffusers import AmusedPipeline, AutoencoderKL, UVit2DModel, VQModel
-from diffusers.models.unets import UNet2DModel
-assert ours is VQModel is import_vq_model()
-assert AutoencoderKL(block_out_channels=(32,)).decoder and UNet2DModel.__module__.endswith("unet_2d")
-"""
-    root = Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, encoding="utf-8", cwd=root)
-    assert done.returncode == 0, done.stderr
