@@ -51,6 +51,25 @@ def test_a_released_scheduler_and_configuration_leave_the_rest_to_defaults(damag
     assert g.negative.startswith("worst quality") and g.micro_conds == (256, 256, 0, 0, 6)
 
 
+def test_a_configuration_without_sampling_down_is_of_512_pixels(tiny_generator, damaged):
+    """As Monetico's, which says neither its size nor how it samples."""
+    import copy
+
+    transformer = copy.deepcopy(tiny_generator.transformer)
+    transformer.down_block = transformer.up_block = torch.nn.ModuleDict()
+    save_file(transformer.state_dict(), damaged / WEIGHTS)
+    path = damaged / "transformer/config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("sample_size", "downsample", "upsample"):
+        del config[key]
+    path.write_text(json.dumps(config), encoding="utf-8")
+    (damaged / "scheduler/scheduler_config.json").write_text("{}", encoding="utf-8")
+    g = load_generator(damaged)
+    assert (g.grid, g.size, g.steps) == ((32, 32), (128, 128), 48)  # 4 pixels to a token here
+    save_generator(g, damaged / "again")
+    assert load_generator(damaged / "again").grid == (32, 32)
+
+
 def test_size_negative_prompt_and_micro_conditions_can_be_chosen_and_are_saved(tiny_generator_folder, tmp_path):
     g = load_generator(tiny_generator_folder, size=(16, 32), negative="an owl", micro_conds=(1, 2, 3, 4, 5))
     assert (g.grid, g.size) == ((4, 8), (16, 32))
@@ -228,9 +247,33 @@ def test_a_damaged_folder_says_what_is_wrong_in_one_line(damaged, harm, kind, sa
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("part", "change", "says"),
+    [
+        ("scheduler/scheduler_config.json", {"mask_token_id": 40}, "must be a token beside the codes, 32 to 39, got 40"),
+        ("scheduler/scheduler_config.json", {"mask_token_id": 31}, "32 to 39, got 31"),
+        ("transformer/config.json", {"_class_name": "Mixer"}, r"class Mixer: load_generator\(..., transformer=Mixer\)"),
+        ("transformer/config.json", {"sample_size": [4, 8]}, "do not say its size: give --size"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_is_one_line(damaged, part, change, says):
+    config = json.loads((damaged / part).read_text(encoding="utf-8")) | change
+    (damaged / part).write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ValueError, match=says):
+        load_generator(damaged)
+
+
+def test_a_codebook_smaller_than_the_transformers_codes_is_one_line(tiny_generator, damaged):
+    from diffusers import VQModel
+
+    VQModel(**dict(tiny_generator.vqvae.config) | {"num_vq_embeddings": 31}).save_pretrained(damaged / "vqvae")
+    with pytest.raises(ValueError, match="the VQ model has 31 codes, but the transformer draws from 32"):
+        load_generator(damaged)
+
+
 def test_many_wrong_keys_are_not_all_listed(damaged):
     edit(damaged / WEIGHTS, lambda state: [state.pop(key) for key in list(state) if "blocks" in key])
-    with pytest.raises(ValueError, match=r"are another model's, or not all there: .*\.\.\.$") as caught:
+    with pytest.raises(ValueError, match=r"is another model's, or not whole: .*\.\.\.$") as caught:
         load_generator(damaged)
     assert len(str(caught.value)) < 500
 

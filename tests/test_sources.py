@@ -75,7 +75,7 @@ def test_a_text_encoder_of_its_own_loads_in_every_form(form, tiny_generator_fold
 def test_a_missing_shard_is_one_line(tiny_generator_folder, tmp_path):
     folder = shard(shutil.copytree(tiny_generator_folder, tmp_path / "tiny"))
     (folder / "vqvae/diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"the weights of \S+/vqvae are .*not all there: .*Missing key"):
+    with pytest.raises(ValueError, match=r"/vqvae is another model's, or not whole: .*Missing key"):
         load_generator(folder)
 
 
@@ -132,6 +132,44 @@ def write_adapter(out: Path, *, base: str) -> None:
         if "lora_B" in name:
             torch.nn.init.constant_(value, 0.05)
     save_lora(transformer, out, base=base, scheduler={"mask_token_id": 39})
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"use_rslora": True},
+        {"rank_pattern": {"to_q": 2}, "alpha_pattern": {"to_k": 16}},
+        {"exclude_modules": ["transformer_blocks.0.attn.to_v"]},
+    ],
+    ids=["plain", "rslora", "patterns", "excluded"],
+)
+def test_an_adapter_of_peft_is_merged_as_peft_merges_it(tiny_generator_folder, tmp_path, more):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    wanted = load_generator(tiny_generator_folder).transformer
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False, **more)
+    adapted = get_peft_model(wanted, config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    wanted = adapted.merge_and_unload().state_dict()
+    found = load_generator(tmp_path / "adapter", base=tiny_generator_folder).transformer.state_dict()
+    assert found.keys() == wanted.keys()
+    torch.testing.assert_close(found, wanted)
+
+
+def test_an_adapter_that_is_not_all_read_is_refused(tiny_generator_folder, tmp_path):
+    from peft import IA3Config, LoraConfig, get_peft_model
+
+    for name, config, says in (
+        ("dora", LoraConfig(target_modules=["to_q"], use_dora=True), r"weights that are not read \(.*lora_magnitude"),
+        ("ia3", IA3Config(target_modules=["to_q"], feedforward_modules=[]), "no LoRA adapter .*it is a IA3Config"),
+    ):
+        transformer = load_generator(tiny_generator_folder).transformer
+        get_peft_model(transformer, config).save_pretrained(tmp_path / name)
+        with pytest.raises(ValueError, match=says) as caught:
+            load_generator(tmp_path / name, base=tiny_generator_folder)
+        assert "\n" not in str(caught.value)
 
 
 def test_an_adapter_whose_base_has_moved_names_it_and_takes_another(tiny_generator_folder, tiny_generator, tmp_path):

@@ -300,7 +300,7 @@ def fill(module: Network, state: dict[str, Tensor], where: Path, *, dtype: torch
     try:
         module.load_state_dict({key: value.to(dtype, copy=True) for key, value in state.items()}, assign=True)
     except RuntimeError as error:
-        raise ValueError(f"the weights of {where} are another model's, or not all there: {one_line(error)}") from error
+        raise ValueError(f"{where} is another model's, or not whole: {one_line(error)}") from error
     return module.eval()
 
 
