@@ -11,8 +11,8 @@ import inspect
 import math
 import re
 import shutil
-import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -79,7 +79,7 @@ def load_generator(
     from diffusers import VQModel
 
     network = load_module(lambda: kind.of_config(config), folder / "transformer", dtype=dtype, device=device,
-                          build_on="meta" if transformer is None else "cpu")
+                          meta=transformer is None)
     vqvae = load_module(lambda: VQModel.from_config(vq_config), folder / "vqvae", dtype=torch.float32, device=device)
     text_folder = folder / "text_encoder" if encoder is None else find_text_encoder(encoder)
     text_model = load_text_encoder(text_folder, dtype=dtype, device=device)
@@ -89,12 +89,12 @@ def load_generator(
             module.inplace = True  # it follows a norm of its own: one copy less of a large image's largest tensor
     text_model.requires_grad_(False)
 
-    scheduler = scheduler | ({"size": list(size)} if size else {})
-    usual = kind.defaults(config) | scheduler
+    scheduler = kind.defaults(config) | scheduler | ({"size": list(size)} if size else {})
+    side = config.get("sample_size", scheduler.pop("sample_size", None))
     scale = 2 ** (len(vqvae.config.block_out_channels) - 1)  # pixels to a token
-    rows, columns = grid_of(config.get("sample_size", usual.get("sample_size")), usual.get("size"), scale=scale)
+    rows, columns = grid_of(side, scheduler.get("size"), scale=scale)
     height, width = rows * scale, columns * scale
-    mask_id = usual.get("mask_token_id", network.vocabulary - 1)
+    mask_id = scheduler.get("mask_token_id", network.vocabulary - 1)
     check_parts(network, vqvae, text_model, config, mask_id=mask_id)
     if height * width > 512 * 512:
         frugal_allocator()
@@ -112,17 +112,17 @@ def load_generator(
         size=(height, width),
         mask_id=mask_id,
         codes=network.codes,
-        steps=usual.get("num_inference_steps", 16),
+        steps=scheduler.get("num_inference_steps", 16),
         # below 1 the pipelines of both draw without guidance
-        guidance=max(1.0, usual.get("guidance_scale", 1.0)),
-        temperature=usual.get("temperature", 2.0),
-        negative=usual.get("negative_prompt", "") if negative is None else negative,
-        micro_conds=tuple(micro_conds or usual.get("micro_conds", (width, height, 0.0, 0.0, 6.0))),
+        guidance=max(1.0, scheduler.get("guidance_scale", 1.0)),
+        temperature=scheduler.get("temperature", 2.0),
+        negative=scheduler.get("negative_prompt", "") if negative is None else negative,
+        micro_conds=tuple(micro_conds or scheduler.get("micro_conds", (width, height, 0.0, 0.0, 6.0))),
         model_index=read_json(index) if index.exists() else None,
-        schedule=usual.get("masking_schedule", "cosine"),
-        order=usual.get("reveal_order", "confidence"),
-        remask=usual.get("remask_share", 0.0),
-        random_share=usual.get("random_share", 0.0),
+        schedule=scheduler.get("masking_schedule", "cosine"),
+        order=scheduler.get("reveal_order", "confidence"),
+        remask=scheduler.get("remask_share", 0.0),
+        random_share=scheduler.get("random_share", 0.0),
         sampler=load_sampler(beside, device=device),
     )
 
@@ -272,17 +272,17 @@ def load_module(
     name: str = "diffusion_pytorch_model",
     dtype: torch.dtype,
     device: torch.device | str,
-    build_on: str = "meta",
+    meta: bool = True,
     others: bool = False,
 ) -> Network:
     """A module with a folder's weights `name`, whole or in shards, fp16 files where there are no others, as `dtype`, in
     eval mode.
 
     Shapes and keys must match; with `others` the files may hold more. The weights are copies: a file may be replaced
-    later. On the meta device no time and memory goes to random parameters.
+    later. Built on the `meta` device, it costs no time and memory for random parameters, but loses its own buffers.
     """
     try:
-        with torch.device(build_on), NoInitialisation(), warnings.catch_warnings(action="ignore"):
+        with torch.device("meta") if meta else nullcontext(), NoInitialisation() if meta else nullcontext():
             module = build()
     except Exception as error:  # each library has its own for numbers that make no model
         raise ValueError(f"{folder / 'config.json'} describes no such model: {one_line(error)}") from error
@@ -290,7 +290,7 @@ def load_module(
     own = module.state_dict()
     state = {key: value for key, value in state.items() if key in own or not (others or key.endswith("position_ids"))}
     fill(module, state, folder, dtype=dtype)
-    if build_on == "meta":
+    if meta:
         count_positions(module)
     return module.to(device)
 

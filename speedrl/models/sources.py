@@ -21,35 +21,23 @@ def find(source: str | Path) -> Path:
 
     Of a run's folder it is model/, or adapter/ where no model is.
     """
-    if str(source) == "embedded":
-        folder = Path(__file__).parent / "embedded"
-        if not (folder / "transformer").exists():
-            raise FileNotFoundError("the embedded model is not in this installation: rebuild it, see experiments/")
-        return folder
-    folder = Path(source)
+    folder = Path(__file__).parent / "embedded" if str(source) == "embedded" else Path(source)
     if folder.is_file():
         raise ValueError(f"{source} is a file, but a model is a folder with transformer/, vqvae/ and text_encoder/")
-    if folder.is_dir():
-        if (folder / "model/transformer").exists():
-            return folder / "model"
-        if adapter := next((path for path in (folder, folder / "adapter") if is_adapter(path)), None):
-            return adapter
-        if not (folder / "transformer/config.json").exists():
-            unfinished = (folder / "checkpoints").is_dir()
-            advice = ": finish the run with --resume, or make a model of a checkpoint with export" if unfinished else ""
-            raise FileNotFoundError(
-                f"{source} has no transformer/config.json: it is not a model or a finished run{advice}"
-            )
-        return folder
-    if not (named := HUB_ID.fullmatch(str(source))):
-        raise FileNotFoundError(f"there is no model at {source}: {INSTEAD}")
-    others = ["model_index.json", "*/config.json", "scheduler/*", "tokenizer/*", "adapter_config.json",
-              "adapter_model.safetensors", "scheduler_config.json", SAMPLER]
-    weights = [f"{part}/{name}*.safetensors" for part, name in WEIGHTS.items()]
-    folder = fetch(named, [*others, *weights], f"{source} is no folder here, and as a hub id it", instead=INSTEAD)
-    if not is_adapter(folder) and not (folder / "transformer/config.json").exists():
-        raise FileNotFoundError(f"{source} has no transformer/config.json: it is not a model of speedrl")
-    return folder
+    if not folder.is_dir():
+        if not (named := HUB_ID.fullmatch(str(source))):
+            raise FileNotFoundError(f"there is no model at {source}: {INSTEAD}")
+        files = ["model_index.json", "*/config.json", "scheduler*", "tokenizer/*", "adapter_*", SAMPLER,
+                 *(f"{part}/{name}*.safetensors" for part, name in WEIGHTS.items())]
+        folder = fetch(named, files, f"{source} is no folder here, and as a hub id it", instead=INSTEAD)
+    for place in (folder / "model", folder, folder / "adapter"):
+        if is_adapter(place) or (place / "transformer/config.json").exists():
+            return place
+    if str(source) == "embedded":
+        raise FileNotFoundError("the embedded model is not in this installation: rebuild it, see experiments/")
+    advice = ": finish the run with --resume, or make a model of a checkpoint with export"
+    advice = advice if (folder / "checkpoints").is_dir() else ""
+    raise FileNotFoundError(f"{source} has no transformer/config.json: it is not a model or a finished run{advice}")
 
 
 def fetch(named: re.Match, files: list[str], what: str, *, instead: str) -> Path:
