@@ -113,6 +113,17 @@ def test_a_hub_repository_loads_in_every_form_and_is_recorded_with_its_commit(fo
     assert not [path for path in asked if path.endswith((".bin", ".msgpack"))]
 
 
+def test_fp16_files_are_not_fetched_where_there_are_others(tiny_generator_folder, tmp_path):
+    folder = shutil.copytree(tiny_generator_folder, tmp_path / "both")
+    for part in halve(shutil.copytree(folder, tmp_path / "half")).glob("*/*.fp16.safetensors"):
+        shutil.copy(part, folder / part.parent.name)
+    asked = []
+    with loopback_hub({"someone/both": folder}, asked) as hub:
+        away(hub, tmp_path / "cache", LOADS, "someone/both")
+    assert len([path for path in asked if path.endswith(".safetensors")]) >= len(WEIGHTS)
+    assert not [path for path in asked if "fp16" in path]
+
+
 def test_an_adapter_and_a_text_encoder_on_the_hub_load(tiny_generator_folder, tmp_path):
     write_adapter(tmp_path / "adapter", base="someone/tiny")
     halve(shutil.copytree(tiny_generator_folder, tmp_path / "half"))

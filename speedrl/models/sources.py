@@ -27,8 +27,8 @@ def find(source: str | Path) -> Path:
     if not folder.is_dir():
         if not (named := HUB_ID.fullmatch(str(source))):
             raise FileNotFoundError(f"there is no model at {source}: {INSTEAD}")
-        files = ["model_index.json", "*/config.json", "scheduler*", "tokenizer/*", "adapter_*", SAMPLER,
-                 *(f"{part}/{name}*.safetensors" for part, name in WEIGHTS.items())]
+        files = ["model_index.json", "*/config.json", "scheduler*", "tokenizer/*", "adapter_config.json",
+                 "adapter_model.safetensors", SAMPLER, *(f"{p}/{name}*.safetensors" for p, name in WEIGHTS.items())]
         folder = fetch(named, files, f"{source} is no folder here, and as a hub id it", instead=INSTEAD)
     for place in (folder / "model", folder, folder / "adapter"):
         if is_adapter(place) or (place / "transformer/config.json").exists():
