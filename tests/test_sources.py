@@ -174,13 +174,18 @@ def test_an_adapter_that_is_not_all_read_is_refused(tiny_generator_folder, tmp_p
 
     for name, config, says in (
         ("dora", LoraConfig(target_modules=["to_q"], use_dora=True), r"weights that are not read \(.*lora_magnitude"),
-        ("ia3", IA3Config(target_modules=["to_q"], feedforward_modules=[]), "no LoRA adapter .*it is a IA3Config"),
+        ("ia3", IA3Config(target_modules=["to_q"], feedforward_modules=[]), "another model's adapter .*IA3Config"),
     ):
         transformer = load_generator(tiny_generator_folder).transformer
         get_peft_model(transformer, config).save_pretrained(tmp_path / name)
         with pytest.raises(ValueError, match=says) as caught:
             load_generator(tmp_path / name, base=tiny_generator_folder)
         assert "\n" not in str(caught.value)
+    write_adapter(tmp_path / "narrow", base=str(tiny_generator_folder))
+    config = json.loads((tmp_path / "narrow/adapter_config.json").read_text(encoding="utf-8")) | {"r": 4}
+    (tmp_path / "narrow/adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ValueError, match="another model's adapter .*size mismatch"):
+        load_generator(tmp_path / "narrow")
 
 
 def test_an_adapter_whose_base_has_moved_names_it_and_takes_another(tiny_generator_folder, tiny_generator, tmp_path):

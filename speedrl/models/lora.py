@@ -38,8 +38,9 @@ def add_lora(
         layers = sorted({name for names in of.values() for name in names})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        config = peft().LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=layers)
-        peft().inject_adapter_in_model(config, transformer)
+        package = peft()
+        config = package.LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=layers)
+        package.inject_adapter_in_model(config, transformer)
 
 
 def peft() -> Any:
@@ -117,18 +118,20 @@ def load_lora(transformer: nn.Module, folder: Path) -> None:
     ranks and scales may differ from layer to layer. ValueError where it is no LoRA, and where keys or shapes differ."""
     from safetensors.torch import load_file
 
+    package = peft()
     try:
         with warnings.catch_warnings(action="ignore"):
-            config = peft().LoraConfig.from_pretrained(folder)
-            if not isinstance(config, peft().LoraConfig):
-                raise ValueError(f"it is a {type(config).__name__}")
-            peft().inject_adapter_in_model(config, transformer)
+            config = package.LoraConfig.from_pretrained(folder)
+            if not isinstance(config, package.LoraConfig):
+                raise TypeError(f"its kind is {type(config).__name__}, and only LoRA is read")
+            package.inject_adapter_in_model(config, transformer)
         state = load_file(folder / NAME)
         for name, layer in adapters(transformer):
             for part in ("lora_A", "lora_B"):
-                getattr(layer, part)["default"].weight.data.copy_(state.pop(f"base_model.model.{name}.{part}.weight"))
+                weight = state.pop(f"base_model.model.{name}.{part}.weight")
+                getattr(layer, part)["default"].load_state_dict({"weight": weight})
     except Exception as error:  # peft, safetensors and torch have many
-        raise ValueError(f"{folder} is no LoRA adapter of this model, or damaged ({one_line(error)})") from error
+        raise ValueError(f"{folder / NAME} is damaged or another model's adapter ({one_line(error)})") from error
     if state:
         raise ValueError(f"{folder / NAME} has {len(state)} weights that are not read ({min(state)})")
 
