@@ -144,12 +144,12 @@ def loader(name: str, *, device: torch.device | str, weights: str | None, bf16: 
     clip = functools.partial(clip_score, device=device, bf16=bf16)
     if name in PUBLISHED:
         architecture, published = PUBLISHED[name]
-        return functools.partial(clip, architecture, weights=weights or published)
+        return functools.partial(clip, architecture, weights=weights, published=published)
     if name.startswith("clip:") and name != "clip:":
         architecture, _, published = name.removeprefix("clip:").partition(":")
         if not (weights or published):
             raise ValueError(f"reward {name}: say which weights, clip:ARCHITECTURE:WEIGHTS, or give --reward-weights")
-        return functools.partial(clip, architecture, weights=weights or published)
+        return functools.partial(clip, architecture, weights=weights, published=published or None)
     if weights is not None:
         raise ValueError(f"reward {name}: --reward-weights are for hpsv2, imagereward and clip only")
     folder = EMBEDDED if name == "embedded" else Path(name)
