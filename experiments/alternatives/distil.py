@@ -13,7 +13,6 @@ from typing import Annotated
 import torch
 import typer
 from rich.progress import track
-from speedrl.policies import from_random
 from speedrl.updates import optimizer_step
 from torch import Tensor
 from typer import Option

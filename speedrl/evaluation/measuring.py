@@ -79,8 +79,8 @@ def evaluate(
                                                         SAMPLING, cli=str | None)] = None,
     order: Annotated[str | Sequence[str] | None, Opt("Reveal orders, like confidence,halton. [default: the model's]",
                                                      SAMPLING, cli=str | None)] = None,
-    remask: Annotated[str | Sequence[float] | None, Opt("Shares of tokens to remask, like 0,0.5. [default: the model's]",
-                                                        SAMPLING, cli=str | None)] = None,
+    remask: Annotated[str | Sequence[float] | None, Opt(
+        "Shares of tokens to remask, like 0,0.5. [default: the model's]", SAMPLING, cli=str | None)] = None,
     prompts: Annotated[str | Path | Sequence[str] | None, Opt(PROMPTS, cli=str | None)] = None,
     held_out: Annotated[str | Path | Sequence[str] | None, Opt("Another, of prompts that no training saw.",
                                                                cli=str | None)] = None,
@@ -129,8 +129,8 @@ def evaluate(
         raise ValueError(f"`steps` must be numbers from 1 on, or auto, got {steps!r}")
     kinds: dict[str, Callable] = {"guidance": float, "temperature": float, "schedule": str, "order": str,
                                   "remask": float}
-    given = dict(zip(kinds, (guidance, temperature, schedule, order, remask), strict=True))
-    varied = {name: listed(value, kinds[name], name=name) for name, value in given.items()}
+    asked = zip(kinds, (guidance, temperature, schedule, order, remask), strict=True)
+    varied = {name: listed(value, kinds[name], name=name) for name, value in asked}
     for name, values in varied.items():
         for value in values or ():
             Sampler(**{name: value})  # what is out of range is told before anything is loaded
@@ -158,7 +158,7 @@ def evaluate(
             generator = given if isinstance(given, Generator) else load_generator(
                 given, device=device, dtype=DTYPES[precision], text_encoder=text_encoder, size=size,
                 negative=negative_prompt, micro_conds=micro_conds, base=base)
-            own = {name: (value,) for name, value in generator.sampler.settings().items()}
+            own: dict[str, tuple] = {name: (value,) for name, value in generator.sampler.settings().items()}
             own["guidance"] = (generator.sampler.guidance, 1.0)
             samplers = [
                 dict(zip(SAMPLER, chosen, strict=True))

@@ -19,10 +19,10 @@ from speedrl.evaluation.measuring import (
     prompt_sets,
     table,
 )
+from speedrl.run.settings import PROMPTS, QUALITY, Model
 from speedrl.studies.intervals import caution, interval, paired
 from speedrl.studies.plots import plot_curves
 from speedrl.studies.runs import DEFAULTS, commands_of, metrics_file, refuse_other, run_all, run_folder
-from speedrl.run.settings import PROMPTS, QUALITY, Model
 from speedrl.system.files import write_atomically, write_json
 from speedrl.system.options import Opt, check_options, listed
 
@@ -187,7 +187,7 @@ def ablate(
     if failed := {folder: why for folder, why in outcome.items() if isinstance(why, str)}:
         console.print(f"{len(failed)} of {len(runs)} runs failed")
         if len(failed) == len(runs):
-            raise ValueError(f"no variant of {name} ran: {'; '.join(sorted(set(failed.values())))}")
+            raise ValueError(f"no variant of {name} ran: {'; '.join(sorted({*failed.values()}))}")
     return every
 
 
