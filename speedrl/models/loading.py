@@ -57,9 +57,9 @@ def load_generator(
     as half precision gives NaN. All but the transformer is frozen. Every key and shape must match.
     `text_encoder` is a CLIP's folder or hub id in place of the generator's own, `size` height and width in pixels,
     like "512x768", `negative` the negative prompt, `micro_conds` as Generator's; None takes what the files say, else
-    the transformer's `defaults`, and the size with a crop of 0, 0 and an aesthetic score of 6. `transformer` is the class of one of your
-    own. An adapter is merged into its base, which is `base` in place of the one that it records. FileNotFoundError
-    where something is missing, ValueError where something is wrong, each in one line.
+    the transformer's `defaults`, and the size with a crop of 0, 0 and an aesthetic score of 6. `transformer` is the
+    class of one of your own. An adapter is merged into its base, which is `base` in place of the one that it records.
+    FileNotFoundError where something is missing, ValueError where something is wrong, each in one line.
     """
     if isinstance(source, Generator):
         if any(option is not None for option in (text_encoder, size, negative, micro_conds, base)):
