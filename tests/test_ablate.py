@@ -51,7 +51,7 @@ def calls(monkeypatch):
         trained = model not in ("embedded", "other")
         reward = float((Path(model) / "reward").read_text(encoding="utf-8")) if trained else -1.0
         row = {"model": model, "prompts": "training", "guidance": 1.0, "temperature": 1.0, "schedule": "cosine",
-               "order": "random", "remask": 0.5, "seconds_per_image": 0.5, "weights": "w", "settings": "s"}
+               "order": "random", "remask": 0.5, "seconds_per_image": 0.5, "reward_within": 0.1}
         row |= dict.fromkeys(METRICS) | {"reward": reward, "steps_mean": reward, "steps_mode": 4}
         rows = [row | {"steps": s, "network_evaluations": reward if s == "auto" else s} for s in options["steps"]]
         return rows + (evaluate(others, out=out, **options) if others else [])
@@ -84,9 +84,11 @@ def test_one_report_of_all_variants(calls, tmp_path, capsys):
     text = (tmp_path / "report-likelihood/likelihood.md").read_text(encoding="utf-8")
     assert "| sequence | training | 2 | +3.000 ±0.000 * |" in text and "* is a result" in text
     assert "| sequence |" in text and "speedrl train --out" in text and "--likelihood sequence" in text
-    for name in ("index.html", "likelihood.png", "likelihood.svg"):
+    assert "(likelihood.png)" in text
+    for name in ("likelihood.png", "likelihood.svg"):
         assert (tmp_path / "report-likelihood" / name).stat().st_size > 1000
-    assert "sequence" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "sequence" in shown and "report-likelihood/likelihood.md in 0 minutes" in shown
 
 
 def test_ablations_share_the_runs_that_they_have_in_common(calls, tmp_path):
@@ -96,8 +98,10 @@ def test_ablations_share_the_runs_that_they_have_in_common(calls, tmp_path):
     assert {"default/seed-0", f"default/seed-{OFFSET}"} <= set(folders) and len(set(folders)) == len(folders)
     ablate("kl", out=tmp_path, seeds=(0,))
     assert len(calls) == len(folders), "a run is the same whichever ablation asks for it"
-    page = (tmp_path / "report/index.html").read_text(encoding="utf-8")
-    assert all(f"<h2>{name}</h2>" in page for name in all_ablations())
+    page = (tmp_path / "report/report.md").read_text(encoding="utf-8")
+    assert "Seeds 0." in page
+    for name in all_ablations():
+        assert f"- [{name}]({name}.md)\n" in page and (tmp_path / f"report/{name}.md").exists()
 
 
 def test_every_variant_sets_options_that_train_has_and_the_first_is_the_default():
@@ -151,15 +155,34 @@ def test_finished_runs_are_kept_interrupted_ones_go_on_and_others_are_refused(ca
         ablate("likelihood", out=tmp_path, seeds=(0,), iterations=4)
 
 
+def test_a_finished_run_is_measured_again_only_where_other_options_ask_for_it(calls, tmp_path, monkeypatch):
+    measured, one = [], speedrl.studies.runs.evaluate
+
+    def counted(models, **options):
+        measured.append(options["steps"])
+        return one(models, **options)
+
+    monkeypatch.setattr(speedrl.studies.runs, "evaluate", counted)
+    first = ablate("likelihood", out=tmp_path, seeds=(0,), eval_steps=(2,))
+    assert ablate("likelihood", out=tmp_path, seeds=(0,), eval_steps=(2,)) == first and len(measured) == 5
+    ablate("likelihood", out=tmp_path, seeds=(0,), eval_steps=(4,))
+    assert measured[5:] == [(4, "auto")] * 5
+    folder = tmp_path / "runs/likelihood-sequence_steps-reward-4.0/seed-0"
+    (folder / "done").unlink()
+    (folder / "run/model/reward").unlink()
+    (folder / "run/model").rmdir()
+    ablate("likelihood", out=tmp_path, seeds=(0,), eval_steps=(4,))
+    assert len(measured) == 11, "a model that was trained anew is measured anew"
+
+
 def test_a_failing_variant_stops_no_other(calls, tmp_path, capsys):
     rows = ablate("likelihood", out=tmp_path, seeds=(0,), lr=0.5)
     assert {row["model"] for row in rows} == {"start", "token", AGAIN, "exact", "token, random order"}
     written = json.loads((tmp_path / "report-likelihood/likelihood.json").read_text(encoding="utf-8"))
     assert written["failed"] == {"sequence, seed 0": "it fell over badly"}
     assert "it fell over badly" in capsys.readouterr().out
-    assert "Failed: sequence, seed 0: it fell over badly" in (tmp_path / "report-likelihood/index.html").read_text(
-        encoding="utf-8"
-    )
+    page = (tmp_path / "report-likelihood/likelihood.md").read_text(encoding="utf-8")
+    assert "Failed: sequence, seed 0: it fell over badly" in page
 
 
 def test_bad_input(calls, tmp_path):

@@ -9,8 +9,8 @@ import typer
 from typer.testing import CliRunner
 
 from experiments.alternatives.distil import auxiliary_loss, distil, divergence_gradient, student_loss
-from experiments.alternatives.finetune import finetune, finetune_loss
-from experiments.alternatives.shared import kept, mask_again
+from experiments.alternatives.finetune import best_of, finetune, finetune_loss
+from experiments.alternatives.shared import mask_again
 from speedrl.cli import in_one_line
 from speedrl.models.loading import load_generator
 from speedrl.studies.runs import command
@@ -73,6 +73,8 @@ def test_finetune_loss_is_the_cross_entropy_at_what_is_masked():
 @pytest.fixture
 def options(tiny_generator_folder, tmp_path):
     (tmp_path / "prompts.txt").write_text("a b\nc d\n", encoding="utf-8")
+    score = "def score(images, prompts):\n    return images.mean((1, 2, 3)).float()\n"
+    (tmp_path / "brightness.py").write_text(score, encoding="utf-8")
     return dict(
         model=str(tiny_generator_folder), prompts=str(tmp_path / "prompts.txt"), images=8, lr=3e-3, compile=False
     )
@@ -82,24 +84,23 @@ def rows(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def test_fine_tuning_learns_the_teachers_images_and_saves_a_model_of_few_steps(options, tmp_path):
-    model = finetune(out=tmp_path / "a", steps="2-3", iterations=12, **options)
+def test_the_best_image_of_each_prompt_is_kept():
+    tokens = torch.arange(12).view(6, 2)
+    assert best_of(tokens, torch.tensor([0.1, 0.3, 0.2, 9.0, 1.0, -1.0]), 3).tolist() == [[2, 3], [6, 7]]
+    assert torch.equal(best_of(tokens, torch.zeros(6), 1), tokens)
+
+
+def test_fine_tuning_learns_its_best_images_and_saves_a_model_of_few_steps(options, tmp_path):
+    own = options | {"steps": "2-3", "quality": f"{tmp_path / 'brightness.py'}:score"}
+    model = finetune(out=tmp_path / "a", iterations=12, n=2, **own)
     losses = [row["loss"] for row in rows(tmp_path / "a")]
     assert len(losses) == 12 and sum(losses[-4:]) < sum(losses[:4])
     found = load_generator(model)
     assert (found.steps, found.guidance) == (3, 1.0)
     budget = json.loads((tmp_path / "a/budget.json").read_text(encoding="utf-8"))
-    assert budget["images"] == 96 and budget["network_evaluations"] == 96 * (12 + 1)
-
-
-def test_fine_tuning_on_kept_images_is_that_on_the_same_images_drawn_anew(options, tmp_path, monkeypatch):
-    settings = options | {"steps": "2-3", "iterations": 2}
-    alone = finetune(out=tmp_path / "a", **settings)
-    first = finetune(out=tmp_path / "b", data=tmp_path / "images", **settings)
-    monkeypatch.setattr("experiments.alternatives.finetune.draw", None)
-    again = finetune(out=tmp_path / "c", data=tmp_path / "images", **settings)
-    weights = [load_generator(model).transformer.state_dict() for model in (alone, first, again)]
-    assert all(torch.equal(value, other[name]) for other in weights[1:] for name, value in weights[0].items())
+    assert budget["images"] == 96 and budget["network_evaluations"] == 96 * 12 + 48
+    with pytest.raises(ValueError, match="--n must divide --images, got 3 and 8"):
+        finetune(out=tmp_path / "b", n=3, **own)
 
 
 @pytest.mark.parametrize("train", [finetune, distil])
@@ -114,21 +115,10 @@ def test_the_command_that_a_report_prints_trains_and_tells_errors_in_one_line(tr
     assert wrong.exit_code == 2 and wrong.stderr.startswith("error: nowhere.txt") and wrong.stderr.count("\n") == 1
 
 
-def test_images_are_kept_by_all_that_they_depend_on(tmp_path):
-    def of(value):
-        return lambda: torch.full((2,), value)
-
-    assert kept(tmp_path, ["weights", ["a"], 1], of(1)).tolist() == [1, 1]
-    assert kept(tmp_path, ["weights", ["a"], 1], of(2)).tolist() == [1, 1]
-    for about in (["others", ["a"], 1], ["weights", ["b"], 1], ["weights", ["a"], 2]):
-        assert kept(tmp_path, about, of(3)).tolist() == [3, 3]
-    assert kept(None, ["weights", ["a"], 1], of(4)).tolist() == [4, 4]
-
-
 def test_distillation_saves_a_model_of_one_step_that_follows_its_teacher(options, tmp_path):
     model = distil(out=tmp_path / "a", iterations=15, **options)
     found = load_generator(model)
-    assert (found.steps, found.guidance, found.random_share) == (1, 1.0, 0.4)
+    assert (found.steps, found.guidance) == (1, 1.0)
     assert all(torch.isfinite(torch.tensor(list(row.values()))).all() for row in rows(tmp_path / "a"))
     assert json.loads((tmp_path / "a/budget.json").read_text(encoding="utf-8"))["images"] == 120
 

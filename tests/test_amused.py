@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from speedrl.generation import draw, sample
+from speedrl.generation import draw, make_policy, sample
 from speedrl.method.sampling import draw_noise, rollout
 from speedrl.method.schedules import timesteps
 from speedrl.models.generator import decode, encode_prompts
 from speedrl.models.loading import load_generator, save_generator
-from speedrl.generation import make_policy
 from speedrl.system.platform import import_torchvision
 from speedrl.training import train
 from tests.conftest import write_tokenizer
@@ -204,19 +203,6 @@ def test_a_model_of_another_size_loads_in_the_pipeline_and_draws(folder, tmp_pat
     draw = {"num_inference_steps": 2, "output_type": "pt"}
     assert made("an owl", **draw).images.shape == (1, 3, 16, 16)
     assert made("an owl", height=size[0], width=size[1], **draw).images.shape == (1, 3, *size)
-
-
-def test_a_model_whose_size_an_earlier_version_wrote_still_loads_and_is_mended(folder, tmp_path):
-    save_generator(load_generator(folder), tmp_path / "old")
-    path = tmp_path / "old/transformer/config.json"
-    path.write_text(
-        json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"sample_size": [4, 8]}), encoding="utf-8"
-    )
-    again = load_generator(tmp_path / "old")
-    assert (again.grid, again.size) == ((4, 8), (16, 32))
-    save_generator(again, tmp_path / "new")
-    mended = load_generator(tmp_path / "new")
-    assert mended.size == (16, 32) and isinstance(mended.config["sample_size"], int)
 
 
 def test_it_learns_to_choose_its_steps_and_the_pipeline_still_loads_it(folder, tmp_path):

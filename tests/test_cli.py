@@ -98,6 +98,15 @@ def test_usage_errors_exit_2(arguments):
     assert run(*arguments).exit_code == 2
 
 
+@pytest.mark.parametrize("prompt", ["-5 degrees", "-a cat", "--out of focus"])
+def test_of_a_prompt_that_begins_with_a_dash_it_says_how_it_is_given(tiny_generator_folder, tmp_path, prompt):
+    flags = ["--model", str(tiny_generator_folder), "--out", str(tmp_path / "x.png"), "--steps", "1"]
+    result = CliRunner().invoke(cli.app, ["sample", *flags, prompt])
+    assert result.exit_code == 2
+    assert "A prompt that begins with - goes after --" in re.sub(r"[\s│]+", " ", result.output)
+    assert CliRunner().invoke(cli.app, ["sample", *flags, "--", prompt]).exit_code == 0
+
+
 def test_ctrl_c_is_one_line_and_exit_130(monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt("stopped after iteration 3; go on with --resume")

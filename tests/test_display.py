@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from speedrl.run.display import columns_that_fit, moving_means, number, sparkline
+from speedrl.run.display import columns_that_fit, moving_means, number, sparkline, time_left
 
 ROW = {"iteration": 12, "reward": 0.5312, "quality": 0.4811, "steps": 6.25, "group_std": 0.2, "kl": 0.0312,
        "clip_fraction": 0.0, "ratio_max": 1.0, "grad_norm": 0.55, "kept": 0.84, "images_per_second": 9.31}
@@ -22,11 +22,26 @@ with Display(total=30) as display:
 """
 
 
-def in_terminal(columns: int, *, term: str = "xterm") -> str:
-    """What SCRIPT prints to a pseudo-terminal of so many columns."""
+STAGES = f"""
+import time
+from speedrl.run.display import Display
+with Display(total=30, every=0.5) as display:
+    display.stage("short")
+    display.stage("searching", total=4)
+    display.advance()
+    time.sleep(0.8)
+    display.stage("compiling")
+    time.sleep(0.8)
+    display.show({ROW!r})
+    time.sleep(0.8)
+"""
+
+
+def in_terminal(columns: int, *, term: str = "xterm", script: str = SCRIPT) -> str:
+    """What a script prints to a pseudo-terminal of so many columns."""
     parent, child = pty.openpty()
     environment = os.environ | {"COLUMNS": str(columns), "LINES": "40", "TERM": term, "PYTHONIOENCODING": "utf-8"}
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT], stdout=child, stderr=child, env=environment)
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=child, stderr=child, env=environment)
     os.close(child)
     shown = b""
     while True:
@@ -60,6 +75,23 @@ def test_without_a_terminal_each_iteration_is_a_line():
     assert lines[0] == "compiling" and len(lines) == 21 and lines[-1].startswith("iteration 20  reward 0.490")
 
 
+def test_without_a_terminal_a_long_stage_says_how_far_it_is_and_how_long_it_takes():
+    done = subprocess.run([sys.executable, "-c", STAGES], capture_output=True, encoding="utf-8", check=True)
+    *stages, compiling, row = done.stdout.splitlines()
+    assert stages == ["short", "searching", "searching: 1 of 4, about 2 s left", "compiling"]
+    assert re.fullmatch(r"compiling: \d s so far", compiling) and row.startswith("iteration 12")
+
+
+def test_in_a_terminal_a_stage_of_known_length_has_a_bar_until_it_ends():
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", in_terminal(100, script=STAGES)).replace("\r", "")
+    assert re.search(r"searching .*1/4", shown) and "so far" not in shown
+    assert "searching" not in shown[shown.rindex("training") :] and "1/30" in shown[shown.rindex("training") :]
+
+
+def test_a_time_left_is_in_seconds_or_minutes():
+    assert [time_left(x) for x in (0.4, 89, 95, 3600)] == ["0 s", "89 s", "2 min", "60 min"]
+
+
 def test_a_dumb_terminal_gets_plain_lines_as_they_come():
     shown = in_terminal(80, term="dumb")
     assert "\x1b" not in shown and "iteration 1  reward 0.300" in shown
@@ -78,3 +110,4 @@ def test_sparklines_are_moving_means_between_the_extremes():
 
 def test_numbers_are_short():
     assert [number(x) for x in (0.0, 0.5312, 12, 1e-7, 123456.0)] == ["0.000", "0.531", "12", "1e-07", "1e+05"]
+    assert number(None) == "–"

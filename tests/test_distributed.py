@@ -18,7 +18,7 @@ from speedrl.run.checkpoints import newest
 from speedrl.run.distributed import all_gather_object, gathered, join, local_slice, total, total_stats
 from speedrl.run.exporting import export
 from speedrl.training import train
-from tests.ranks import command, finish, free_port, start_ranks
+from tests.ranks import command, finish, free_port, start, start_ranks
 from tests.test_state import arguments, wait_for
 
 OPTIONS = dict(steps="2-4", groups=4, group_size=3, iterations=1, compile=False, bf16=False, lr=1e-3, micro_batch=5,
@@ -176,6 +176,23 @@ def test_ranks_that_are_told_to_stop_end_the_same_iteration_save_it_and_say_so(o
         said = (tmp_path / f"rank-{rank}.log").read_text(encoding="utf-8")
         assert f"stopped after iteration {done}; go on with the same command and --resume" in said
     assert newest(tmp_path / "run") == (tmp_path / f"run/checkpoints/{done:06d}", [])
+
+
+def test_the_ranks_of_a_run_share_its_folder_and_those_of_another_are_all_kept_out(options, tmp_path):
+    options |= {"save_every": 1}
+    process = start(command, tmp_path / "log", *arguments(options, tmp_path / "run", 500))
+    wait_for(tmp_path / "run/checkpoints/000001")
+    given = options | {"resume": True}
+    try:
+        assert finish(start_ranks(cannot, 2, tmp_path, str(tmp_path / "run"), given)) == [2, 2]
+    finally:
+        process.kill()
+    finish([process])
+    for rank in (0, 1):
+        said = (tmp_path / f"rank-{rank}.log").read_text(encoding="utf-8")
+        assert f"error: {tmp_path / 'run'} is in use by process {process.pid} on " in said
+    done = int(newest(tmp_path / "run")[0].name)
+    assert finish(start_ranks(cannot, 2, tmp_path, str(tmp_path / "run"), given | {"iterations": done + 1})) == [0, 0]
 
 
 def deadly(images, prompts):

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.docs import cli_page, pages
+import speedrl
+from experiments.docs import between, cli_page, pages
 from experiments.result_figures import draw_figures
 from experiments.result_pages import RESULTS, SEARCHED, named, read_results, result_pages
 from speedrl.studies.ablations import AGAIN, all_ablations
@@ -64,6 +65,18 @@ def test_images_of_pages_are_there(page):
 def test_the_site_has_every_page():
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     assert {page.name for page in PAGES} - {"README.md"} <= set(re.findall(r": (\S+\.md)$", text, re.MULTILINE))
+
+
+def test_the_python_api_has_every_public_name_once():
+    text = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    named = re.findall(r"^::: (\S+)$", text, re.MULTILINE)
+    places = [f"speedrl.{module}.{name.rpartition('=')[2]}" for module, own in speedrl._PLACES.items() for name in own]
+    assert sorted(named) == sorted(places)
+    for module, own in speedrl._PLACES.items():
+        for name in own:
+            public, equals, real = name.partition("=")
+            heading = f"::: speedrl.{module}.{real}\n    options: {{heading: {public}}}\n"
+            assert not equals or heading in text, f"{public} is not called by its public name"
 
 
 def test_recipes_and_folders_that_pages_name_exist():
@@ -125,7 +138,6 @@ def test_every_licence_that_files_are_under_has_its_text():
 
 # GENERATED RESULTS
 
-FRONT = "before\n<!-- results:begin -->\nold\n<!-- results:end -->\nafter\n"
 VALUES = {"reward": 0.5711, "judge_r1": 0.4044, "judge_margin": 0.1234, "diversity": 0.3333, "judge_r5": 0.6,
           "frechet": 12.34, "pixel_diversity": 0.2}
 
@@ -153,11 +165,11 @@ def ablation(name="method", base="embedded", searched="start"):
     differences = [difference(AGAIN, "reward", -0.011), difference(AGAIN, "judge_r1", 0.021),
                    difference("no reward", "reward", -0.2), difference("no reward", "judge_r1", 0.02)]
     commands = [f"speedrl {line}" for seed in (0, 1, 2) for line in (
-        f"train --out /tmp/a/runs/default/seed-{seed}/run --iterations 50 --ema 0.5 --model embedded --seed {seed} "
+        f"train --out runs/a/runs/default/seed-{seed}/run --iterations 50 --ema 0.5 --model embedded --seed {seed} "
         "--no-compare",
-        f"eval --model /tmp/a/runs/default/seed-{seed}/run --steps 4,8,auto --count 4 --seeds 1",
+        f"eval --model runs/a/runs/default/seed-{seed}/run --steps 4,8,auto --count 4 --seeds 1",
     )]
-    return {"ablation": name, "failed": {"no reward, seed 1": "no file /tmp/a/b/c.txt"}, "rows": rows,
+    return {"ablation": name, "failed": {"no reward, seed 1": "no file c.txt"}, "rows": rows,
             "differences": differences, "words": [], "commands": commands}
 
 
@@ -169,7 +181,7 @@ def found(tmp_path):
 
 
 def test_a_page_without_measurements_says_so_and_how_to_make_them():
-    pages = result_pages({}, "untouched")
+    pages = result_pages({})
     assert pages.keys() == {"docs/results.md", "docs/ablations.md"}
     for name, command in (("results", "just results method"), ("ablations", "just results NAME")):
         assert "No measurement of this version is here yet" in pages[f"docs/{name}.md"]
@@ -178,7 +190,7 @@ def test_a_page_without_measurements_says_so_and_how_to_make_them():
 
 def test_the_front_page_takes_its_table_from_the_file_and_keeps_its_limits(found):
     before = (ROOT / "README.md").read_text(encoding="utf-8")
-    after = result_pages(found, before)["README.md"]
+    after = between(before, result_pages(found)["README.md"], mark="results")
     assert after.split("<!--")[0] == before.split("<!--")[0] and after.split("-->")[2] == before.split("-->")[2]
     assert len(after.splitlines()) <= LINES and len(after.split()) <= WORDS
     table = re.findall(r"^\|.*$", after.split("-->")[1], re.MULTILINE)
@@ -195,7 +207,7 @@ def test_the_front_page_takes_its_table_from_the_file_and_keeps_its_limits(found
 
 def test_the_front_page_does_without_a_searched_base_and_without_auto_steps(found):
     kept = [r for r in found["method"]["rows"] if r["model"] in ("base", "GRPO") and r["steps"] in (32, 8)]
-    text = result_pages({"method": found["method"] | {"rows": kept, "differences": []}}, FRONT)["README.md"]
+    text = result_pages({"method": found["method"] | {"rows": kept, "differences": []}})["README.md"]
     rows = re.findall(r"^\| (base|trained) \| (\d+)", text, re.MULTILINE)
     assert rows == [("base", "64"), ("base", "8"), ("trained", "8")]
 
@@ -208,7 +220,7 @@ def test_the_base_is_told_from_the_one_with_a_searched_sampler(names):
 
 
 def test_results_have_the_numbers_of_the_file_and_the_floor_of_the_pair(found):
-    text = result_pages(found, FRONT)["docs/results.md"]
+    text = result_pages(found)["docs/results.md"]
     assert "Sizes: trainings of each variant 3, images of each prompt 4, sampling seeds 1." in text
     assert "| GRPO | 4 | 4 | " in text and "0.571 ±0.012" in text and "0.404 ±0.012" in text
     assert "| training | 4 | -0.011 ±0.004 | +0.021 ±0.004 |" in text
@@ -218,17 +230,20 @@ def test_results_have_the_numbers_of_the_file_and_the_floor_of_the_pair(found):
     assert "No measurement" not in text and "quality_against_nfe.svg" in text
 
 
-def test_results_name_no_folder_of_the_machine_and_each_command_once(found):
-    text = result_pages(found, FRONT)["docs/results.md"]
-    assert "/tmp" not in text and "`no file c.txt`" in text
-    again = "speedrl ablate method --seeds 0,1,2 --beside embedded --set ema=0.5 --iterations 50 --eval-steps 4,8"
-    assert f"{again} --eval-count 4 --eval-seeds 1\n" in text
-    assert text.count("speedrl train --out runs/ablate/runs/default/seed-N/run") == 1
+def test_a_part_between_marks_is_replaced_and_nothing_else():
+    page = "before\n<!-- a:begin -->\nold\n<!-- a:end -->\nafter\n"
+    assert between(page, "new\n", mark="a") == page.replace("old", "new")
+
+
+def test_results_have_each_command_once(found):
+    text = result_pages(found)["docs/results.md"]
+    assert "`no file c.txt`" in text and "`just results method` measures it" in text
+    assert text.count("speedrl train --out runs/a/runs/default/seed-N/run") == 1
 
 
 def test_every_other_ablation_has_a_section_with_what_it_varies(found):
-    text = result_pages(found, FRONT)["docs/ablations.md"]
-    assert "\n## speed-reward\n" in text and "| steps reward 0.5 | `--steps-reward 0.5` |" in text
+    text = result_pages(found)["docs/ablations.md"]
+    assert text.startswith("## speed-reward\n") and "| steps reward 0.5 | `--steps-reward 0.5` |" in text
     assert "\n## method\n" not in text and "\n## kl\n" not in text
     assert text.index("## speed-reward") < text.index("## Not measured") < text.index("| `kl` | ce, weight 0.2; ")
 

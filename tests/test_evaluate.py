@@ -1,13 +1,13 @@
-"""Evaluation on a tiny random generator: what a row says, and what is not computed twice."""
+"""Evaluation on a tiny random generator: what a row says, of which models, and what is told of the reward."""
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 
 import speedrl.evaluation.measuring
+from speedrl.evaluation.attributes import COLOURS
 from speedrl.evaluation.judging import Judge
 from speedrl.evaluation.measuring import (
     columns_of,
@@ -18,9 +18,11 @@ from speedrl.evaluation.measuring import (
     measure,
     plot,
     prompt_sets,
+    separation,
+    separations,
     table,
-    written_in,
 )
+from speedrl.models.loading import load_generator
 
 PROMPTS = ["a dog", "a cat", "nothing of note"]
 
@@ -66,10 +68,21 @@ def test_measure(judge):
     assert measure(judge, {"redness": redness}, images, PROMPTS, which="given")["frechet"] is None
     nameless = measure(judge, {}, images[:1, :1], PROMPTS[2:])
     assert all(value is None for value in nameless.values())
+    assert found["reward_within"] == pytest.approx((2 / 3 * 0.5) ** 0.5)  # variances 0, 1/2 and 1/2
     bare = measure(None, {"redness": redness}, images, PROMPTS)
     assert bare["reward"] is not None and bare["judge_r1"] is None and bare["diversity"] is None
     with pytest.raises(ValueError, match="3 prompts"):
         measure(judge, {"redness": redness}, images, PROMPTS[:2])
+
+
+def test_attributes_are_measured_of_images_of_64_pixels_whose_prompts_name_a_concept(judge):
+    blue = torch.tensor(COLOURS["blue"])[:, None, None].expand(1, 1, 3, 64, 64) / 255
+    ground, other = "a dog on a blue background", "a cat on a red background"
+    assert measure(judge, {}, blue, [ground])["ground"] == 1 and measure(judge, {}, blue, [other])["ground"] == 0
+    both = measure(judge, {}, torch.cat([blue, blue]), [ground, "a tree on a red background"])
+    assert both["ground"] == 1 and both["size"] is None and both["place"] is None
+    assert measure(judge, {}, blue[..., :32, :32], [ground])["ground"] is None
+    assert measure(judge, {}, blue, ["a tree on a blue background"])["ground"] is None
 
 
 def test_rows_and_files(judge, tiny_generator_folder, tmp_path, capsys):
@@ -86,39 +99,60 @@ def test_rows_and_files(judge, tiny_generator_folder, tmp_path, capsys):
     for name in ("images.png", "quality_against_nfe.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr().out
-    assert "R@1" in shown and f"in {out}\n" in shown
+    assert "R@1" in shown and f"in {out}\n" in shown and "d' of reward, " in shown
     assert len(columns_of(rows)[1]) == markdown(rows).count("\n") - 2 == 8
 
 
-def test_the_file_of_a_users_reward_is_found_so_that_an_edit_counts(tmp_path):
+def test_an_edited_reward_file_gives_other_rows(tiny_generator_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(speedrl.evaluation.measuring, "judge_if_there", lambda device, console: None)
     mine = tmp_path / "mine.py"
-    mine.touch()
-    assert written_in(f"{mine}:score") == mine and written_in("tests.test_evaluate:score") == Path(__file__)
-    assert written_in("hpsv2") is None and written_in(f"{tmp_path / 'none.py'}:score") is None
+    options = dict(out=tmp_path / "out", prompts=PROMPTS, steps=(2,), count=1, seeds=1, images=0, guidance=(1.0,))
+    found = []
+    for channel in (0, 1):
+        code = f"def score(images, prompts):\n    return images[:, {channel}].mean((1, 2))\n"
+        mine.write_text(code, encoding="utf-8")
+        found += evaluate([tiny_generator_folder], quality=f"{mine}:score", **options)
+        assert kept(tmp_path / "out") == found[-1:]
+    assert found[0]["reward"] != found[1]["reward"]
+    assert found[0]["pixel_diversity"] == found[1]["pixel_diversity"], "of the same images"
 
 
-def test_what_is_there_is_kept_and_the_rest_computed(judge, tiny_generator_folder, tmp_path, monkeypatch):
-    folder = shutil.copytree(tiny_generator_folder, tmp_path / "model")
-    options = dict(out=tmp_path / "out", prompts=PROMPTS, count=2, seeds=1, images=0, guidance=(1.0,))
-    one, measured = speedrl.evaluation.measuring.one_cell, []
+def test_models_may_be_generators(judge, tiny_generator, tiny_generator_folder, tmp_path, capsys):
+    options = dict(out=tmp_path, prompts=PROMPTS, steps=(2,), count=1, seeds=1, images=2, guidance=(1.0,))
+    rows = evaluate([tiny_generator, str(tiny_generator_folder), tiny_generator], **options)
+    assert [row["model"] for row in rows] == ["generator 1", str(tiny_generator_folder), "generator 2"]
+    assert rows[0]["reward"] == rows[1]["reward"] == rows[2]["reward"]
+    assert evaluate(tiny_generator, **options)[0]["reward"] == rows[0]["reward"]
+    with pytest.raises(ValueError, match="generator 1 was not"):
+        evaluate([tiny_generator], **options | {"steps": ("auto",)})
 
-    def counted(*args, **kwargs):
-        measured.append((kwargs["steps"], kwargs["temperature"]))
-        return one(*args, **kwargs)
 
-    monkeypatch.setattr(speedrl.evaluation.measuring, "one_cell", counted)
-    first = evaluate([folder], steps=(1, 2), **options)
-    again = evaluate([folder], steps=(1, 2, 3), **options)
-    assert measured == [(1, 1.5), (2, 1.5), (3, 1.5)] and again[:2] == first
-    evaluate([folder], steps=(1,), temperature=(0.5, 1.5), **options)
-    assert measured[3:] == [(1, 0.5)]
-    assert len(kept(tmp_path / "out")) == 4, "nothing computed is lost"
-    evaluate([folder], steps=(1,), **options | {"count": 3})
-    assert measured[4:] == [(1, 1.5)]
-    config = folder / "scheduler" / "scheduler_config.json"
-    config.write_text(config.read_text(encoding="utf-8") + " ", encoding="utf-8")  # another model under the same name
-    evaluate([folder], steps=(2,), **options)
-    assert measured[5:] == [(2, 1.5)] and len(kept(tmp_path / "out")) == 1
+def test_separation_is_the_difference_over_the_deviation_within_prompts():
+    few, many = {"reward": 0.2, "reward_within": 0.3}, {"reward": 0.9, "reward_within": 0.4}
+    assert separation(few, many) == pytest.approx(0.7 / (0.125**0.5))
+    assert separation(many, few) == -separation(few, many)
+    assert separation(few, {"reward": 0.9}) is None and separation(few | {"reward_within": 0.0}, few) > -1e-9
+    assert separation(few | {"reward_within": 0.0}, many | {"reward_within": 0.0}) is None
+    other = {"other": 0.1, "other_within": 1.0}
+    assert separation(other, other | {"other": 0.6}, quality="other") == 0.5
+
+
+def test_a_reward_that_hardly_sees_few_steps_is_told_with_a_warning():
+    how = {"prompts": "training", "guidance": 1.0, "temperature": 1.0, "schedule": "cosine", "order": "confidence",
+           "remask": 0.0, "reward_within": 0.1}
+
+    def rows(*values, model="m"):
+        return [how | {"model": model, "steps": s, "reward": value} for s, value in values]
+
+    clear = separations(rows((8, 0.6), (1, 0.1), (4, 0.55), ("auto", 0.3)))
+    assert clear == ["d' of reward, m, training prompts, guidance 1: 1 to 4 steps 4.50, 4 to 8 steps 0.50, "
+                     "1 to 8 steps 5.00"]
+    blind = separations([*rows((1, 0.50), (2, 0.54)), *rows((1, 0.1), (2, 0.9), model="other")])
+    assert [line.split(":")[0] for line in blind] == [
+        "d' of reward, m, training prompts, guidance 1", "warning", "d' of reward, other, training prompts, guidance 1"
+    ]
+    assert "1 from 2 steps (d' 0.40, below 0.5)" in blind[1]
+    assert separations(rows((4, 0.5))) == [] == separations(rows((1, 0.1), (2, 0.9)), qualities=["none"])
 
 
 def test_shares_to_remask_are_rows_of_their_own(judge, tiny_generator_folder, tmp_path, capsys):
@@ -141,7 +175,6 @@ def test_orders_and_schedules_are_rows_of_their_own(judge, tiny_generator_folder
     assert len({row["reward"] for row in rows}) == 4
     (own,) = evaluate([tiny_generator_folder], **options)
     assert (own["schedule"], own["order"], own["remask"]) == ("cosine", "confidence", 0.0)
-    assert len(kept(tmp_path)) == 5
     assert "| halton |" in markdown(rows) and "| confidence |" not in markdown([own])
     for wrong, says in (
         ({"order": ("best",)}, "'best'"),
@@ -173,9 +206,6 @@ def test_bad_input(judge, tiny_generator_folder, tmp_path):
         evaluate([tiny_generator_folder], out=tmp_path, prompts=PROMPTS, count=0)
     with pytest.raises(FileNotFoundError):
         evaluate([tmp_path / "absent"], out=tmp_path, prompts=PROMPTS)
-    (tmp_path / "results.json").write_text("text", encoding="utf-8")
-    with pytest.raises(ValueError, match="not a result of this version"):
-        evaluate([tiny_generator_folder], out=tmp_path, prompts=PROMPTS)
 
 
 def test_sets_and_calls(tmp_path):
@@ -216,8 +246,7 @@ def test_auto_steps_are_those_of_the_step_policy(judge, with_steps, tiny_generat
     auto, fixed = evaluate([with_steps], steps=("auto", 4), guidance=(3.0,), **options)
     assert (auto["network_evaluations"], auto["steps_mean"], auto["steps_mode"]) == (8, 4, 4)
     assert auto["reward"] == fixed["reward"] and "auto: 4 (4.0)" in markdown([auto])
-    again, _ = evaluate([with_steps], steps=("auto", 4), guidance=(3.0,), **options)
-    assert again == auto
+    assert has_step_policy(load_generator(with_steps))
     with pytest.raises(ValueError, match="--steps auto is for models that were trained with a range"):
         evaluate([with_steps, tiny_generator_folder], steps=("auto",), **options)
 

@@ -256,7 +256,7 @@ def finished(tiny_generator_folder, tmp_path_factory):
 def test_damaged_files_are_one_line_or_do_no_harm_and_nothing_is_lost(finished, place, tiny_generator_folder):
     """A checkpoint's files are sealed again after the damage, as by one who means no good."""
     kinds, ended = ("p.txt", "p.jsonl", "metrics.jsonl", "state.json", "manifest.json", "random.st",
-                    "tensors.safetensors", "results.json"), {}
+                    "tensors.safetensors"), {}
     prompts = {"--model": str(tiny_generator_folder), "--prompts": str(place / "p.txt"), "--steps": "2"}
     given = prompts | {
         "--quality": "tests.test_hostile:dark",
@@ -282,10 +282,6 @@ def test_damaged_files_are_one_line_or_do_no_harm_and_nothing_is_lost(finished, 
                 line = data.draw(st.sampled_from([line.strip() or b"x", b'{"prompt": "\\ud800"}', b"[" * 100_000]))
             (run / kind).write_bytes(line + b"\n")
             flags["--prompts"] = str(run / kind)
-        elif kind == "results.json":
-            row = {"settings": {}, "weights": "a", "model": "m", "steps": 2, "guidance": 1.0}
-            (run / kind).write_text(json.dumps(altered(data, [row])), encoding="utf-8")
-            command, flags = "eval", prompts | {"--out": str(run), "--quality": "nowhere:nothing"}
         else:
             path = run / kind if kind == "metrics.jsonl" else folder / kind
             if kind == "state.json" and data.draw(st.booleans()):

@@ -1,9 +1,16 @@
-"""What is read from the processor."""
+"""What is read from the processor and the GPU."""
 
 import pytest
 import torch
 
 from speedrl.system import platform
+
+
+@pytest.mark.parametrize(("capability", "fast"), [((7, 0), False), ((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_bf16_is_used_only_on_gpus_that_have_it(capability, fast, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert platform.bf16_is_fast("cuda") is platform.bf16_is_fast("cuda:1") is fast
 
 
 @pytest.mark.parametrize(

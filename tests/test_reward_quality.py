@@ -1,5 +1,6 @@
 """Quality rewards: loading by name, the checks at the start, and what every score must keep."""
 
+import contextlib
 import importlib
 import json
 import socket
@@ -13,7 +14,8 @@ from safetensors.torch import save_file
 import speedrl.rewards.loading
 from experiments.embedded.compose import COLOURS
 from speedrl.method.rewards import Moments, disagreeing, mixture, observe
-from speedrl.rewards.loading import differentiable, load_qualities, load_quality, parse_quality, rate
+from speedrl.models.generator import decode
+from speedrl.rewards.loading import STATES, differentiable, load_qualities, load_quality, parse_quality, rate
 from speedrl.rewards.scorers import (
     MEAN,
     STD,
@@ -312,6 +314,71 @@ def test_a_function_is_a_reward_and_so_is_a_dictionary(folder):
         load_qualities({"light": (bright, 0)})
 
 
+def guidance_by_slope(images, prompts):
+    """Changes its images in place and takes a gradient of its own, as a user may."""
+    images.mul_(0.5)
+    prompts.clear()
+    with torch.enable_grad():
+        images.requires_grad_()
+        (slope,) = torch.autograd.grad((images**2).sum(), images)
+    return slope.mean((1, 2, 3))
+
+
+@torch.inference_mode()
+def inferred(images, prompts):
+    return images.mean((1, 2, 3))
+
+
+def test_a_reward_may_change_its_images_and_use_autograd_wherever_it_is_called(tiny_generator):
+    score, other = load_quality(guidance_by_slope), load_quality(inferred)
+    images = decode(tiny_generator, torch.arange(32).view(2, 16))
+    with torch.inference_mode():
+        inside = decode(tiny_generator, torch.arange(32).view(2, 16))
+    for given in (images, inside):
+        before, prompts = given.clone(), ["a", "b"]
+        for mode in (contextlib.nullcontext(), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)):
+            with mode:
+                found = [each(given, prompts) for each in (score, other)]
+            assert not any(value.is_inference() or value.requires_grad for value in found)
+            assert torch.equal(*found) and torch.equal(given, before) and prompts == ["a", "b"]
+            assert not given.requires_grad
+
+
+def test_a_reward_that_gives_the_same_tensor_each_time_is_not_changed_afterwards():
+    kept = torch.zeros(2)
+    score = load_quality(lambda images, prompts: kept.copy_(images.mean((1, 2, 3))))
+    first = score(torch.zeros(2, 3, 4, 4), ["a", "b"])
+    score(torch.ones(2, 3, 4, 4), ["a", "b"])
+    assert first.tolist() == [0, 0]
+
+
+RUDE = """
+import os, torch
+torch.set_grad_enabled(False)
+torch.set_default_dtype(torch.float64)
+torch.set_num_threads(torch.get_num_threads() + 1)
+torch.set_float32_matmul_precision("medium")
+os.chdir("/")
+
+def score(images, prompts):
+    torch.set_default_device("meta")
+    torch.use_deterministic_algorithms(True)
+    return images.mean((1, 2, 3))
+"""
+
+
+def test_what_a_reward_changes_of_the_process_is_set_back_with_a_warning(users, tmp_path):
+    (tmp_path / "rude.py").write_text(RUDE, encoding="utf-8")
+    before = {what: read() for what, (read, _) in STATES.items()}
+    with pytest.warns(UserWarning, match=r"reward rude.py:score: its code changed .* is set back") as said:
+        score = load_quality("rude.py:score")
+        score(pictures(2), ["a", "b"])
+    assert {what: read() for what, (read, _) in STATES.items()} == before
+    told = [str(warning.message) for warning in said]
+    assert len(told) == len(STATES) and all(any(what in line for line in told) for what in STATES)
+    assert "changed torch's default dtype from torch.float32 to torch.float64, which is set back" in told[1]
+
+
 def test_no_reward_at_all_can_be_asked_for():
     assert load_qualities("none") == ({}, {}) and parse_quality(" none ") == {}
     with pytest.raises(ValueError, match="stands alone"):
@@ -447,7 +514,7 @@ def test_weights_of_another_model_or_a_pickle_are_refused(tmp_path):
     state = dict(model.state_dict())
     state.pop("logit_scale")
     torch.save({"state_dict": state}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="other.pt is another model's: .*logit_scale"):
+    with pytest.raises(ValueError, match="other.pt is another model's, or not whole: .*logit_scale"):
         hpsv2_score(weights=str(tmp_path / "other.pt"), architecture=name)
     torch.save({"state_dict": Path}, tmp_path / "pickle.pt")
     with pytest.raises(ValueError, match="pickle.pt cannot be read as weights"):
@@ -520,3 +587,73 @@ def test_imagereward_reads_the_packages_names_and_its_picture_tower_is_timms(tmp
     alone = score(images[1:], ["dog"])
     torch.testing.assert_close(alone, found[1:], atol=1e-5, rtol=1e-5)
     assert (score(images, ["dog", "dog"])[0] - found[0]).abs() > 1e-4
+
+
+def open_clip_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """transformers' CLIP weights under OpenAI's names."""
+    found = {
+        "logit_scale": state["logit_scale"], "text_projection": state["text_projection.weight"].T,
+        "token_embedding.weight": state["text_model.embeddings.token_embedding.weight"],
+        "positional_embedding": state["text_model.embeddings.position_embedding.weight"],
+        "visual.proj": state["visual_projection.weight"].T,
+        "visual.class_embedding": state["vision_model.embeddings.class_embedding"],
+        "visual.conv1.weight": state["vision_model.embeddings.patch_embedding.weight"],
+        "visual.positional_embedding": state["vision_model.embeddings.position_embedding.weight"],
+    }
+    norms = {"text_model.final_layer_norm": "ln_final", "vision_model.pre_layrnorm": "visual.ln_pre",
+             "vision_model.post_layernorm": "visual.ln_post"}
+    parts = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "self_attn.out_proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc",
+             "mlp.fc2": "mlp.c_proj"}
+    for kind in ("weight", "bias"):
+        found |= {f"{new}.{kind}": state[f"{old}.{kind}"] for old, new in norms.items()}
+        for tower, prefix in (("text_model", "transformer"), ("vision_model", "visual.transformer")):
+            for i in range(2):
+                old, new = f"{tower}.encoder.layers.{i}", f"{prefix}.resblocks.{i}"
+                found |= {f"{new}.{b}.{kind}": state[f"{old}.{a}.{kind}"] for a, b in parts.items()}
+                split = [state[f"{old}.self_attn.{letter}_proj.{kind}"] for letter in "qkv"]
+                found[f"{new}.attn.in_proj_{kind}"] = torch.cat(split)
+    return {key: value.contiguous() for key, value in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("quality", "given", "activation"),
+    [
+        ("clip", "file", "quick_gelu"),
+        ("clip-l", "published", "quick_gelu"),
+        ("clip:ViT-B-32:laion400m_e32", "published", "quick_gelu"),
+        ("clip:ViT-B-32:laion400m-e32", "file", "quick_gelu"),
+        ("clip:ViT-B-32:laion2b_s34b_b79k", "published", "gelu"),
+        ("clip:ViT-B-32", "file", "gelu"),
+        ("clip-h", "file", "gelu"),
+    ],
+)
+def test_clip_computes_the_network_that_its_weights_were_trained_in(quality, given, activation, tmp_path, monkeypatch):
+    import_torchvision()
+    import open_clip.factory
+    from transformers import CLIPConfig, CLIPModel
+
+    tower = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "hidden_act": activation}
+    torch.manual_seed(0)
+    clip = CLIPModel(CLIPConfig(
+        text_config=tower | {"eos_token_id": 49407}, vision_config=tower | {"image_size": 16, "patch_size": 8},
+        projection_dim=8,
+    )).eval()
+    for parameter in clip.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    save_file(open_clip_names(clip.state_dict()), tmp_path / "clip.safetensors")
+    small = {
+        "embed_dim": 8, "vision_cfg": {"image_size": 16, "layers": 2, "width": 16, "head_width": 8, "patch_size": 8},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2},
+    }
+    for name in ("ViT-L-14", "ViT-B-32", "ViT-H-14"):
+        monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, name, small)
+    path = str(tmp_path / "clip.safetensors")
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *_, **__: path)
+    score = load_quality(quality, weights=path if given == "file" else None, bf16=False)
+    images, prompts = pictures(2, side=16), ["a cat", "a red apple"]
+    ids = open_clip.get_tokenizer("ViT-L-14")(prompts)
+    with torch.no_grad():
+        found = clip(input_ids=ids, pixel_values=normalised(images))
+    wanted = (found.image_embeds * found.text_embeds).sum(-1)
+    torch.testing.assert_close(score(images, prompts), wanted, atol=1e-5, rtol=0)

@@ -1,6 +1,7 @@
 """Checkpoints and faults: what is interrupted, damaged or refused by the system loses nothing but the work since."""
 
 import errno
+import functools
 import json
 import os
 import random
@@ -22,10 +23,10 @@ from speedrl.cli import app
 from speedrl.generation import sample
 from speedrl.learner import Learner
 from speedrl.models.loading import load_generator
-from speedrl.run.checkpoints import all_checkpoints, changed, newest
+from speedrl.run.checkpoints import all_checkpoints, changed, newest, to_jsonable
 from speedrl.run.exporting import export
 from speedrl.system.errors import Stopped
-from speedrl.system.files import append_lines, damage, seal
+from speedrl.system.files import append_lines, damage, locked, seal
 from speedrl.training import train
 from tests.ranks import command, finish, start
 
@@ -195,11 +196,49 @@ def test_resuming_what_has_no_checkpoint_yet_starts_and_another_models_is_refuse
     shutil.rmtree(run / "checkpoints")
     train(out=run, iterations=2, resume=True, **options)
     assert [row["iteration"] for row in metrics(run)] == [1, 2]
-    with pytest.raises(ValueError, match="another model's"):
+    with pytest.raises(ValueError, match="another model's .*: it was trained with --lora not given, now 2: give what"):
         train(out=run, iterations=4, resume=True, lora=2, **options)
+    with pytest.raises(ValueError, match="another model's .*: it was trained with --steps 2, now 1-2: give what"):
+        train(out=run, iterations=4, resume=True, **options | {"steps": "1-2"})
     train(out=run, iterations=3, resume=True, **options | {"lr": 1e-3})
     assert "other settings: --lr 0.003, now 0.001" in " ".join(capsys.readouterr().out.split())
     assert changed({"lr": 1.0, "out": "a"}, {"lr": 1.0, "out": "b", "ema": None}) == []
+    now = changed({"loading": None}, {"loading": {"size": [16, 32]}})
+    assert now == ["--size not given, now [16, 32]"] and changed({"loading": {}}, {"loading": None}) == []
+
+
+class Brightness:
+    """A reward that is an object, whose address differs from run to run."""
+
+    def __call__(self, images, prompts):
+        return images.mean((1, 2, 3))
+
+    def method(self, images, prompts):
+        return self(images, prompts)
+
+
+def test_a_reward_of_any_kind_is_recorded_by_name_and_resuming_with_it_is_no_change(options, tmp_path, capsys):
+    here = blue.__module__
+    kinds = {f"{here}:Brightness": Brightness(), f"{here}:Brightness.method": Brightness().method,
+             f"{here}:blue": functools.partial(blue), "torch.nn.modules.linear:Identity": torch.nn.Identity()}
+    assert to_jsonable(kinds) == {name: name for name in kinds}
+    assert to_jsonable({"a": tmp_path, "b": torch.float16, "c": (1, None)}) == {
+        "a": str(tmp_path), "b": "torch.float16", "c": [1, None]}
+    for iterations in (1, 2):
+        train(out=tmp_path / "run", iterations=iterations, resume=True, **options | {"quality": Brightness()})
+    assert "other settings" not in capsys.readouterr().out
+
+
+def test_prompts_may_come_from_a_generator_and_are_recorded(options, tmp_path, capsys):
+    lines = options["prompts"].read_text(encoding="utf-8").split("\n")
+    for iterations in (1, 2):
+        given = options | {"prompts": (line for line in lines if line)}
+        train(out=tmp_path / "run", iterations=iterations, resume=True, **given)
+    train(out=tmp_path / "whole", iterations=2, **options)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    assert "other settings" not in capsys.readouterr().out
+    state = json.loads((tmp_path / "run/checkpoints/000002/state.json").read_text(encoding="utf-8"))
+    assert state["settings"]["prompts"] == ["a b", "c d", "e f"]
 
 
 def test_a_checkpoint_holds_what_the_models_own_settings_were_and_giving_them_is_no_change(options, run, capsys):
@@ -471,6 +510,17 @@ def test_a_checkpoint_of_an_unfinished_run_is_exported_as_the_model_that_a_finis
     flip(tmp_path / "run/checkpoints/000002/tensors.safetensors")
     with pytest.raises(ValueError, match="is damaged"):
         export(tmp_path / "run/checkpoints/000002", out=tmp_path / "other")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for folder, what in (("out", "a model"), ("run", "a model")):
+        with pytest.raises(ValueError, match=f"{folder} holds {what}, which stays: give another --out"):
+            export(tmp_path / "run/checkpoints/000001", out=tmp_path / folder)
+    shutil.copytree(tmp_path / "run/checkpoints", tmp_path / "unfinished/checkpoints")
+    with pytest.raises(ValueError, match="unfinished holds another run, which stays: give another --out"):
+        export(tmp_path / "run/checkpoints/000001", out=tmp_path / "unfinished")
+    with pytest.raises(ValueError, match="out holds a model: use it by `speedrl sample .*`, or give another --out"):
+        train(out=tmp_path / "out", iterations=1, **options)
+    assert {path: path.read_bytes() for path in before} == before
+    export(tmp_path / "unfinished/checkpoints/000001", out=tmp_path / "unfinished")  # its own
     with pytest.raises(ValueError, match="no linear layer is named 'nothing'"):
         train(out=tmp_path / "next", iterations=1, **options | {"lora_targets": "to_q,nothing"})
 
@@ -491,7 +541,7 @@ def wait_for(path, *, seconds=200):
     raise AssertionError(f"{path} did not come")
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_saves_says_how_to_go_on_and_exits_as_schedulers_expect(options, tmp_path, number, status):
     process = start(command, tmp_path / "log", *arguments(options, tmp_path / "run", 500))
     wait_for(tmp_path / "run/checkpoints/000002")
@@ -506,6 +556,69 @@ def test_a_signal_saves_says_how_to_go_on_and_exits_as_schedulers_expect(options
     train(out=tmp_path / "whole", iterations=done + 1, **options)
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
     assert same_tensors(tmp_path / "run/model", tmp_path / "whole/model")
+
+
+def without_hangups(*given):
+    """The command line as nohup starts it."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    command(*given)
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing(options, tmp_path):
+    process = start(without_hangups, tmp_path / "log", *arguments(options, tmp_path / "run", 12))
+    wait_for(tmp_path / "run/checkpoints/000002")
+    os.kill(process.pid, signal.SIGHUP)
+    assert finish([process]) == [0] and len(metrics(tmp_path / "run")) == 12
+
+
+def test_while_a_run_lives_another_is_kept_out_and_after_a_kill_it_goes_on_at_once(options, tmp_path):
+    flags = arguments(options, tmp_path / "run", 500, "--resume")
+    process = start(command, tmp_path / "log", *flags)
+    wait_for(tmp_path / "run/checkpoints/000001")
+    for given in (flags, flags[:-1]):
+        said = CliRunner().invoke(app, [str(argument) for argument in given])
+        assert said.exit_code == 2 and said.stdout == ""
+        assert said.stderr.startswith(f"error: {tmp_path / 'run'} is in use by process {process.pid} on ")
+        assert said.stderr.endswith(": wait until it ends, or give another --out\n") and said.stderr.count("\n") == 1
+    process.kill()
+    assert finish([process]) == [-9]
+    done = int(newest(tmp_path / "run")[0].name)
+    assert (tmp_path / "run/.lock").exists()
+    train(out=tmp_path / "run", iterations=done + 1, resume=True, **options)
+    assert [row["iteration"] for row in metrics(tmp_path / "run")] == list(range(1, done + 2))
+    assert not (tmp_path / "run/.lock").exists()
+
+
+def holding(path, then):
+    with locked(path):
+        if os.fork() == 0:  # as a reward's worker, which outlives its parent
+            time.sleep(20)
+            os._exit(0)
+        then.touch()
+        time.sleep(200)
+
+
+def test_a_lock_is_freed_by_its_holders_death_though_its_children_live(tmp_path):
+    process = start(holding, tmp_path / "log", tmp_path / ".lock", tmp_path / "then")
+    wait_for(tmp_path / "then")
+    with pytest.raises(BlockingIOError, match=f"{tmp_path} is in use by process {process.pid} on "), \
+            locked(tmp_path / ".lock"):
+        pass
+    process.kill()
+    finish([process])
+    with locked(tmp_path / ".lock") as missing:
+        assert missing is None
+
+
+def test_a_file_system_without_locks_is_a_warning(options, tmp_path, monkeypatch, capsys):
+    def lockf(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.lockf", lockf)
+    train(out=tmp_path / "run", iterations=1, **options)
+    said = capsys.readouterr().out
+    assert f"warning: nothing keeps another training out of {tmp_path / 'run'}: " in said and "No locks" in said
+    assert not (tmp_path / "run/.lock").exists()
 
 
 def test_a_signal_during_the_search_stops_it_and_the_same_command_starts_again(options, tmp_path, monkeypatch):

@@ -1,9 +1,9 @@
 """One-step distillation in the manner of Di[M]O (Zhu et al., arXiv 2503.15457).
 
-The student draws a whole image in one network evaluation, from a start in which a share of the tokens is random. Its
-image is masked again; at the masked positions the guided teacher and an auxiliary model, which is trained to predict
-the student's own images, say what they expect there. Where they differ, the student's logits are pushed along the
-difference.
+The student draws a whole image in one network evaluation, from nothing but masks; Di[M]O starts from random tokens in
+part. Its image is masked again; at the masked positions the guided teacher and an auxiliary model, which is trained to
+predict the student's own images, say what they expect there. Where they differ, the student's logits are pushed along
+the difference.
 """
 
 import copy
@@ -13,6 +13,7 @@ from typing import Annotated
 import torch
 import typer
 from rich.progress import track
+from speedrl.updates import optimizer_step
 from torch import Tensor
 from typer import Option
 
@@ -20,11 +21,9 @@ from experiments.alternatives.shared import Student, compiled, log, logits_of, m
 from speedrl.cli import in_one_line
 from speedrl.evaluation.measuring import evaluations
 from speedrl.method.likelihoods import sample_tokens
-from speedrl.method.sampling import Noise, draw_noise
+from speedrl.method.sampling import draw_noise
 from speedrl.models.generator import Prompts, index_prompts
-from speedrl.policies import from_random
 from speedrl.system.platform import bf16_autocast
-from speedrl.updates import optimizer_step
 
 
 def divergence_gradient(teacher_logits: Tensor, auxiliary_logits: Tensor, *, beta: float = -0.2) -> Tensor:
@@ -54,19 +53,11 @@ def auxiliary_loss(logits: Tensor, student_logits: Tensor, masked: Tensor) -> Te
     return -((target * logits.float().log_softmax(-1)).sum(-1) * masked).sum() / masked.sum()
 
 
-def one_step(student: Student, prompts: Prompts, noise: Noise, *, random_share: float) -> tuple[Tensor, Tensor]:
-    """The student's logits [B, L, V] from a start of random tokens and masks, and the tokens int64 [B, L] it draws.
-
-    `noise` of 2 steps: the first draws the tokens, the second the start.
-    """
-    teacher, size = student.teacher, len(prompts.text)
-    policy = from_random(
-        student.policy(prompts), Noise(noise.uniform[:, 1], noise.gumbel[:, 1]), share=random_share,
-        mask_id=teacher.mask_id, codes=teacher.codes,
-    )
-    nothing = torch.full((size, student.length), teacher.mask_id, device=prompts.text.device)
-    logits = logits_of(policy, nothing, torch.zeros(size, dtype=torch.int64, device=nothing.device))
-    tokens, _ = sample_tokens(logits.detach(), noise.uniform[:, 0])
+def one_step(student: Student, prompts: Prompts, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """The student's logits [B, L, V] at nothing but masks, and the tokens int64 [B, L] it draws by uniform [B, L]."""
+    nothing = torch.full_like(uniform, student.teacher.mask_id, dtype=torch.int64)
+    logits = logits_of(student.policy(prompts), nothing, torch.zeros_like(nothing[:, 0]))
+    tokens, _ = sample_tokens(logits.detach(), uniform)
     return logits, tokens
 
 
@@ -75,7 +66,6 @@ def distil(
     out: Annotated[Path, Option()],  # without Option typer would take it by its place
     model: str = "embedded",
     prompts: str | None = None,
-    random_share: float = 0.4,
     guidance: float | None = None,
     beta: float = -0.2,
     iterations: int = 30,
@@ -90,9 +80,8 @@ def distil(
     """Distils `model` into a generator of one step.
 
     Each iteration the student draws `images` and makes one update, and so does the auxiliary model on the same
-    images, masked anew. `guidance` is the teacher's, by default its own. `random_share` of the tokens of a start are
-    random, the others masked. -> OUT/model, which is sampled in one step without guidance. Products are in bf16 where
-    that is fast, as in `speedrl.training`.
+    images, masked anew. `guidance` is the teacher's, by default its own. -> OUT/model, which is sampled in one step
+    without guidance. Products are in bf16 where that is fast, as in `speedrl.training`.
     """
     settings, out = dict(locals()), Path(out)
     student = start(model, prompts, device=device)
@@ -107,13 +96,12 @@ def distil(
     for iteration in track(range(iterations), f"distilling, seed {seed}, lr {lr:g}"):
         encoded, _ = student.draw(images, random)
         first = 1_000_000 + iteration * images  # past the noise that evaluation draws
-        noise = draw_noise(images, 2, student.length, seed=seed, first=first, device=device)
+        noise = draw_noise(images, 1, student.length, seed=seed, first=first, device=device)
         totals = {"gradient": 0.0, "auxiliary_loss": 0.0}
         for index in torch.arange(images, device=device).split(micro_batch):
             part, share = index_prompts(encoded, index), len(index) / images
-            now = Noise(noise.uniform[index], noise.gumbel[index])
             with autocast:
-                logits, tokens = one_step(student, part, now, random_share=random_share)
+                logits, tokens = one_step(student, part, noise.uniform[index, 0])
 
             # the student follows the teacher away from what the auxiliary model knows of it
             state, masked, timestep = mask_again(tokens, teacher.steps, random, mask_id=teacher.mask_id)
@@ -137,7 +125,7 @@ def distil(
         log(out, {"iteration": iteration + 1, "grad_norm": norm} | totals)
     seen = iterations * images
     budget = {"images": seen, "network_evaluations": seen * (3 + evaluations(1, guidance))}
-    return save(student, out, settings=settings, budget=budget, num_inference_steps=1, random_share=random_share)
+    return save(student, out, settings=settings, budget=budget, num_inference_steps=1)
 
 
 if __name__ == "__main__":  # python -m experiments.alternatives.distil --out FOLDER

@@ -1,23 +1,21 @@
 """What fine-tuning and distillation share: the student, its prompts and states, its update, and how it is saved."""
 
 import copy
-import hashlib
 import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import safetensors.torch
 import torch
+from speedrl.policies import Policy
 from torch import Tensor, nn
 
 from speedrl.learner import draw_prompts, training_prompts
 from speedrl.models.generator import Generator, Prompts, encode_prompts, index_prompts
 from speedrl.models.loading import load_generator, save_generator
-from speedrl.policies import Policy
 from speedrl.run.checkpoints import to_jsonable
-from speedrl.system.files import append_lines, write_atomically, write_json
+from speedrl.system.files import append_lines, write_json
 
 
 class Student(NamedTuple):
@@ -89,20 +87,6 @@ def compiled(*networks: nn.Module) -> None:
 def optimiser(transformer: nn.Module, *, lr: float) -> torch.optim.Optimizer:
     """That of `speedrl.training`, with a rate of its own, which is tuned."""
     return torch.optim.AdamW(transformer.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
-
-
-def kept(folder: str | Path | None, about: list, make: Callable[[], Tensor]) -> Tensor:
-    """What `make` gives: from a file of the folder, where one was kept of all that it depends on, `about`, else written
-    to it. Without a folder nothing is kept."""
-    if folder is None:
-        return make()
-    path = Path(folder) / f"{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}.safetensors"
-    if path.exists():
-        return safetensors.torch.load_file(path)["tokens"]
-    made = make()
-    tensors = {"tokens": made.cpu().contiguous()}
-    write_atomically(path, lambda partial: safetensors.torch.save_file(tensors, partial))
-    return made
 
 
 def log(out: Path, row: dict) -> None:

@@ -12,6 +12,8 @@ from typing import Annotated, NamedTuple
 
 import torch
 import typer
+from speedrl.policies import Policy, score_logits
+from speedrl.updates import gradients, trained_steps
 from torch import Tensor, nn
 from typer import Option
 
@@ -23,9 +25,7 @@ from speedrl.method.sampling import Step, Trajectory, compiled_step, draw_noise,
 from speedrl.models.generator import Prompts, index_prompts, repeat_prompts
 from speedrl.models.loading import load_generator
 from speedrl.models.meissonic import MeissonicTransformer
-from speedrl.policies import Policy, score_logits
 from speedrl.system.platform import bf16_autocast, bf16_is_fast, quiet_allocator
-from speedrl.updates import gradients, trained_steps
 
 KINDS = ("ours", "plain", "plain-each-step")
 

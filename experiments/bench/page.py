@@ -10,7 +10,6 @@ from experiments.bench.measure import table
 from experiments.bench.pipeline import against_pipeline
 
 RESULTS = Path(__file__).parents[1] / "results" / "bench"
-BEGIN, END = "<!-- bench:begin -->\n", "<!-- bench:end -->\n"
 PARTS = {
     "mfu": parts.utilisation,
     "pipeline": against_pipeline,
@@ -35,9 +34,3 @@ def report(folder: Path) -> str:
             of = ", ".join(f"{value:.3g} {unit}" for unit, value in best.items())
             lines += [f"### {TITLES[name]}", inspect.getdoc(measure), table(found["rows"]), f"{on}\nIts best: {of}."]
     return "\n\n".join(line.strip() for line in lines if line) + "\n"
-
-
-def performance_page(page: str) -> str:
-    """docs/performance.md with the present results between its marks."""
-    before, _, rest = page.partition(BEGIN)
-    return f"{before}{BEGIN}{report(RESULTS)}{END}{rest.partition(END)[2]}"

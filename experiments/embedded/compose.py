@@ -11,15 +11,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-SIDE = 64  # pixels
-# no white: on it confident sampling floods the image
-COLOURS = {  # paler than most things, which are seen on all of them
-    "red": (228, 116, 116), "yellow": (252, 230, 150), "green": (136, 202, 146), "blue": (122, 170, 236),
-    "purple": (174, 142, 214),
-}
+from speedrl.evaluation.attributes import BIG, COLOURS, SIDE, SMALL
+
 STYLES = ("cartoon", "flat")  # Noto, Fluent: the order of data.TRAIN_VENDORS
 CELL = 8  # pixels: places lie on this grid, so that a thing is cut into the same tokens wherever it stands
-SMALL, BIG = 48, 56  # pixels: the longer side of a thing; at 40 the tokenizer loses a third of the judge's R@1
 SMALL_SHARE = 0.5  # of the images
 PLACES = ("", "on the left", "on the right", "at the top", "at the bottom")
 

@@ -4,6 +4,7 @@ The tokenizer: the judge's R@1 on its reconstructions beside real images. The ba
 training prompts; curves over step counts on the evaluation prompts; what it should reach; a sheet of random prompts.
 """
 
+import hashlib
 import itertools
 import json
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from experiments.embedded.train_vq import images_of, load_tokens, load_vqmodel, 
 from speedrl.cli import in_one_line
 from speedrl.evaluation import judging as judge
 from speedrl.evaluation.figures import contact_sheet, save_image
-from speedrl.evaluation.measuring import SAMPLER, fingerprint, one_cell, plot
+from speedrl.evaluation.measuring import one_cell, plot, sampler_of
 from speedrl.generation import sample
 from speedrl.models.generator import Generator
 from speedrl.models.loading import load_generator
@@ -77,9 +78,9 @@ class Cells:
 
     def row(self, which: str, steps: int, **sampler: float) -> dict[str, Any]:
         """What the set of prompts `which` reaches in `steps` steps."""
-        how = {name: getattr(self.generator, name) for name in SAMPLER} | sampler
+        how = sampler_of(self.generator) | sampler
         size = len(self.prompts[which]), self.counts[which]
-        key = json.dumps([self.weights, which, *size, steps, how, self.generator.random_share])
+        key = json.dumps([self.weights, which, *size, steps, how])
         if key not in self.rows:
             found = one_cell(
                 self.generator, self.judge, self.scores, self.prompts[which], which=which, steps=steps,
@@ -88,6 +89,15 @@ class Cells:
             self.rows[key] = {"model": "base", "prompts": which, "steps": steps} | how | found
             write_json(self.kept, self.rows)
         return self.rows[key]
+
+
+def fingerprint(*folders: Path) -> str:
+    """Hash of the files in these folders: a model trained anew under its old name is another one."""
+    digest = hashlib.sha256()
+    for path in (path for folder in folders for path in sorted(folder.glob("*")) if path.is_file()):
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def recall(judged: judge.Judge, images: Tensor, concepts: list[tuple[str, ...]]) -> float:

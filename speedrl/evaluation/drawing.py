@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import torch
-
 from speedrl.evaluation.figures import check_suffix, contact_sheet, save_image, to_pil
 from speedrl.generation import sample
 from speedrl.method.sampler import ORDERS
@@ -23,10 +21,8 @@ from speedrl.run.settings import (
     Size,
     TextEncoder,
 )
-from speedrl.system.options import SAMPLER, Opt
-from speedrl.system.platform import pick_device
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from speedrl.system.options import SAMPLER, Opt, check_options
+from speedrl.system.platform import DTYPES, pick_device
 
 
 def warn_of_sampling(prompts: Sequence[str], generator: Generator, *, guidance: float, negative: str | None) -> None:
@@ -69,10 +65,7 @@ def sample_to_file(
     """Draws `count` images of each prompt and writes one image, or a contact sheet of several, to `out`."""
     if not all(prompt.strip() for prompt in prompts):
         raise ValueError("a prompt is empty: say what to draw")
-    if precision not in DTYPES:
-        raise ValueError(f"`precision` must be {', '.join(DTYPES)}, got {precision!r}")
-    if count < 1:
-        raise ValueError(f"`count` must be at least 1, got {count}")
+    check_options(sample_to_file, locals())
     out = Path(out)
     check_suffix(out)
     generator = load_generator(model, device=pick_device(device), dtype=DTYPES[precision], text_encoder=text_encoder,

@@ -1,15 +1,12 @@
 """Evaluation: how good, how true to the prompt, how diverse and how fast, over a list of step counts."""
 
-import hashlib
-import importlib.util
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from rich.console import Console
@@ -17,6 +14,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
+from speedrl.evaluation.attributes import SIDE, attribute_shares
 from speedrl.evaluation.figures import contact_sheet, save_image
 from speedrl.evaluation.judging import (
     Judge,
@@ -30,153 +28,167 @@ from speedrl.evaluation.judging import (
     recall,
 )
 from speedrl.generation import draw, sample
-from speedrl.method.sampling import ORDERS
-from speedrl.method.schedules import mask_ratio
+from speedrl.method.sampler import Sampler
 from speedrl.models.generator import Generator, decode, fitting_batch
-from speedrl.models.loading import check_guidance, load_generator
+from speedrl.models.loading import load_generator
 from speedrl.models.sources import parts_of
-from speedrl.rewards.loading import EMBEDDED, Score, load_qualities
-from speedrl.run.checkpoints import to_jsonable
+from speedrl.rewards.loading import Score, load_qualities
 from speedrl.run.prompts import read_prompts
+from speedrl.run.settings import (
+    PROMPTS,
+    QUALITY,
+    REWARD_WEIGHTS,
+    Base,
+    Device,
+    MicroConds,
+    NegativePrompt,
+    Precision,
+    Size,
+    TextEncoder,
+)
 from speedrl.system.files import write_atomically, write_json
-from speedrl.system.platform import check_device
+from speedrl.system.options import SAMPLER as SAMPLING
+from speedrl.system.options import Opt, check_options, listed
+from speedrl.system.platform import DTYPES, check_device, pick_device
 
 METRICS = {
     "reward": "reward", "judge_r1": "R@1", "judge_margin": "margin", "diversity": "diversity", "judge_r5": "R@5",
-    "frechet": "Fréchet", "pixel_diversity": "pixel diversity",
+    "frechet": "Fréchet", "pixel_diversity": "pixel diversity", "ground": "ground", "size": "size", "place": "place",
 }
+UNPLOTTED = ("judge_r5", "size", "place")
 SAMPLER = ("guidance", "temperature", "schedule", "order", "remask")  # what rows of one model and count differ in
 # columns of a table that give way first where it is too wide
-LESS_IMPORTANT = ("pixel diversity", "order", "schedule", "temperature", "Fréchet", "R@5", "s/image", "remask",
-                  "diversity", "guidance", "margin", "prompts")
+LESS_IMPORTANT = ("pixel diversity", "place", "size", "order", "schedule", "temperature", "Fréchet", "R@5", "s/image",
+                  "remask", "ground", "diversity", "guidance", "margin", "prompts")
+SEPARATED = 0.5  # d' below which a reward hardly tells few steps from many
 
 
 def evaluate(
-    models: Sequence[str],
+    models: Annotated[str | Path | Generator | Sequence[str | Path | Generator], Opt(
+        "embedded, a folder, a run or a hub id; give it again for more.", flags=("--model",),
+        cli=list[str])] = ("embedded",),
     *,
-    out: str | Path = "runs/eval",
-    steps: Sequence[int | str] = (1, 2, 4, 8, 16, 32),
-    guidance: Sequence[float] | None = None,
-    temperature: Sequence[float] | None = None,
-    schedule: Sequence[str] | None = None,
-    order: Sequence[str] | None = None,
-    remask: Sequence[float] | None = None,
-    prompts: str | Path | Sequence[str] | None = None,
-    held_out: str | Path | Sequence[str] | None = None,
-    count: int = 4,
-    seeds: int = 3,
-    quality: Any = "embedded",
-    reward_weights: Sequence[str] = (),
-    images: int = 10,
-    figure: bool = True,
-    batch: int | None = None,
-    compile: bool = False,
-    device: str = "cpu",
-    loading: Mapping[str, Any] | None = None,
+    out: Annotated[str | Path, Opt("Folder of the results, which replace earlier ones.", cli=Path)] = "runs/eval",
+    steps: Annotated[str | Sequence[int | str], Opt(
+        "Step counts, and auto for the choice of a model's step policy.", cli=str)] = (1, 2, 4, 8, 16, 32),
+    guidance: Annotated[str | Sequence[float] | None, Opt("Guidance scales, like 1,3. [default: the model's, and 1]",
+                                                          SAMPLING, cli=str | None)] = None,
+    temperature: Annotated[str | Sequence[float] | None, Opt(
+        "Temperatures of the reveal order. [default: the model's]", SAMPLING, cli=str | None)] = None,
+    schedule: Annotated[str | Sequence[str] | None, Opt("Mask schedules, like cosine,arccos. [default: the model's]",
+                                                        SAMPLING, cli=str | None)] = None,
+    order: Annotated[str | Sequence[str] | None, Opt("Reveal orders, like confidence,halton. [default: the model's]",
+                                                     SAMPLING, cli=str | None)] = None,
+    remask: Annotated[str | Sequence[float] | None, Opt(
+        "Shares of tokens to remask, like 0,0.5. [default: the model's]", SAMPLING, cli=str | None)] = None,
+    prompts: Annotated[str | Path | Sequence[str] | None, Opt(PROMPTS, cli=str | None)] = None,
+    held_out: Annotated[str | Path | Sequence[str] | None, Opt("Another, of prompts that no training saw.",
+                                                               cli=str | None)] = None,
+    count: Annotated[int, Opt("Images of each prompt and seed.", least=1)] = 4,
+    seeds: Annotated[int, Opt("Repetitions, for the spread.", least=1)] = 3,
+    quality: Annotated[Any, Opt(f"{QUALITY}, to measure no reward.", cli=str)] = "embedded",
+    reward_weights: Annotated[Sequence[str], Opt(REWARD_WEIGHTS, cli=list[str])] = (),
+    images: Annotated[int, Opt("Columns of the contact sheet, 0 for none.", least=0)] = 10,
+    figure: Annotated[bool, Opt("Plot quality against network evaluations.")] = True,
+    batch: Annotated[int | None, Opt("Images drawn at a time. [default: by their size]", least=1)] = None,
+    compile: Annotated[bool, Opt("Use torch.compile.")] = False,
+    text_encoder: TextEncoder = None,
+    size: Size = None,
+    negative_prompt: NegativePrompt = None,
+    micro_conds: MicroConds = None,
+    base: Base = None,
+    precision: Precision = "fp32",
+    device: Device = "auto",
 ) -> list[dict]:
     """Evaluates every model at every step count and setting of the sampler, on each set of prompts: one row each.
 
-    `steps` are numbers, or "auto": for each prompt what the model's step policy finds most likely. guidance None is the
-    model's own and 1 (none); temperature, mask schedule, reveal order and the share of tokens to remask None are its
-    own. Prompts are files or lists: without any there are two sets, "training", new prompts of the concepts that the
-    embedded model's training prompts name, and "held-out", of concepts that none of them names; `prompts` alone is
-    evaluated alone, as "given", and `held_out` beside it as "given held-out". `count` images of each prompt for each of
-    `seeds` seeds; image i of a seed starts from the same noise whatever the model and the settings. `quality` None
-    leaves the reward out. `images` is the number of columns of the contact sheet, 0 for none, `figure` whether quality
-    is plotted against network evaluations. `compile` pays where there are many images.
+    `models` are names, as of `load_generator`, or generators, which are called "generator 1", "generator 2" and so on,
+    stay on their device and are not compiled. `steps` are numbers, or "auto": for each prompt what the model's step
+    policy finds most likely. guidance None is the model's own and 1 (none); temperature, mask schedule, reveal order
+    and the share of tokens to remask None are its own. Prompts are files or lists: without any there are two sets,
+    "training", new prompts of the concepts that the embedded model's training prompts name, and "held-out", of concepts
+    that none of them names; `prompts` alone is evaluated alone, as "given", and `held_out` beside it as "given
+    held-out". `count` images of each prompt for each of `seeds` seeds; image i of a seed starts from the same noise
+    whatever the model and the settings. `quality` None leaves the reward out. `images` is the number of columns of the
+    contact sheet, 0 for none, `figure` whether quality is plotted against network evaluations. `compile` pays where
+    there are many images.
 
     A row: model, prompts (the set), steps, guidance, temperature, schedule, order, remask, network_evaluations (of an
     image: one a step, two with guidance), seconds_per_image (median over seeds; text encoder and decoder included, in
-    batches of `batch`, by default `fitting_batch`), and each of METRICS with METRIC_spread, the standard deviation over
-    seeds (n - 1); None where it has no meaning. Where steps are "auto" there are steps_mean and steps_mode over the
-    images, and network_evaluations is a mean.
-    Writes out/results.json after each row, quality_against_nfe.png and images.png, and prints a table. Rows that
-    results.json already has for the same weights, prompts, judge and settings are not computed again, and other rows
-    stay in the file unless their model's weights have changed. ValueError or FileNotFoundError for bad input, before
-    anything is computed.
+    batches of `batch`, by default `fitting_batch`), each of METRICS with METRIC_spread, the standard deviation over
+    seeds (n - 1), and of each quality NAME_within, that of images of one prompt; None where it has no meaning. Where
+    steps are "auto" there are steps_mean and steps_mode over the images, and network_evaluations is a mean.
+    Writes out/results.json after each row, in place of what was there, quality_against_nfe.png and images.png, and
+    prints a table and how well the qualities tell step counts apart (`separations`). ValueError or FileNotFoundError
+    for bad input, before anything is computed.
     """
-    out, models = Path(out), list(dict.fromkeys(map(str, models)))
-    if not models:
-        raise ValueError("there is no model to evaluate: give at least one by --model")
-    if not steps or any(s != "auto" if isinstance(s, str) else s < 1 for s in steps):
-        raise ValueError(f"--steps must be numbers from 1 on, or auto, got {', '.join(map(str, steps)) or 'none'}")
-    for name, value in (("count", count), ("seeds", seeds), ("batch", 1 if batch is None else batch)):
-        if value < 1:
-            raise ValueError(f"--{name} must be at least 1, got {value}")
-    check_samplers(guidance, temperature, schedule, order, remask)
+    check_options(evaluate, locals())
+    out, named, device = Path(out), by_name(models), pick_device(device)
+    counts = listed(steps, lambda s: s if s == "auto" else int(s), name="steps") or ()
+    if any(s != "auto" and s < 1 for s in counts):
+        raise ValueError(f"`steps` must be numbers from 1 on, or auto, got {steps!r}")
+    kinds: dict[str, Callable] = {"guidance": float, "temperature": float, "schedule": str, "order": str,
+                                  "remask": float}
+    asked = zip(kinds, (guidance, temperature, schedule, order, remask), strict=True)
+    varied = {name: listed(value, kinds[name], name=name) for name, value in asked}
+    for name, values in varied.items():
+        for value in values or ():
+            Sampler(**{name: value})  # what is out of range is told before anything is loaded
     sets = prompt_sets(prompts, held_out)
-    base = (loading or {}).get("base")
-    weights = {model: fingerprint(*parts_of(model, base)) for model in models}
-    if "auto" in steps and (fixed := [model for model in models if not has_step_policy(model, base)]):
-        raise ValueError(f"--steps auto is for models that were trained with a range of steps, and {fixed[0]} was not: "
+    has_policy = {name: has_step_policy(model, base) for name, model in named.items()}  # a missing model is told here
+    if "auto" in counts and not all(has_policy.values()):
+        fixed = next(name for name in named if not has_policy[name])
+        raise ValueError(f"`steps` auto is for models that were trained with a range of steps, and {fixed} was not: "
                          "give numbers")
     check_device(device)
-    kept = read_results(out / "results.json")
-    kept = {key: row for key, row in kept.items() if weights.get(row["model"], row["weights"]) == row["weights"]}
     console = Console(markup=False, highlight=False)
     judge = judge_if_there(device, console)
     scores = {}
     if quality is not None:
         tried = next(iter(sets.values()))
         scores = load_qualities(quality, device=device, weights=reward_weights, prompts=tried)[0]
-    judged_by = fingerprint(EMBEDDED.parent / "judge", *(EMBEDDED if n == "embedded" else Path(n) for n in scores))
-    scored_by = [(line, *dated(Path(line.partition("=")[2]))) for line in reward_weights]
-    scored_by += [(name, *dated(path)) for name in scores if (path := written_in(name))]
-    protocol = [count, seeds, quality, scored_by, judged_by, device, sorted((loading or {}).items())]
 
-    rows, sheet, labels, done = [], [], [], 0
+    rows: list[dict] = []
+    sheet, labels = [], []
     shown = next(iter(sets.values()))[:images]
     bar = (BarColumn(), TaskProgressColumn(), TextColumn("left"), TimeRemainingColumn())
     with Progress(TextColumn("{task.description}", markup=False), *bar, console=console, transient=True) as progress:
-        task = progress.add_task("loading", total=None)
-        for number, model in enumerate(models):
-            generator = load_generator(model, device=device, **(loading or {}))
+        task, done = progress.add_task("loading", total=None), 0
+        for number, (model, given) in enumerate(named.items()):
+            generator = given if isinstance(given, Generator) else load_generator(
+                given, device=device, dtype=DTYPES[precision], text_encoder=text_encoder, size=size,
+                negative=negative_prompt, micro_conds=micro_conds, base=base)
+            own: dict[str, tuple] = {name: (value,) for name, value in generator.sampler.settings().items()}
+            own["guidance"] = (generator.sampler.guidance, 1.0)
             samplers = [
                 dict(zip(SAMPLER, chosen, strict=True))
-                for chosen in itertools.product(
-                    dict.fromkeys(map(float, guidance or (generator.guidance, 1.0))),
-                    dict.fromkeys(map(float, temperature or (generator.temperature,))),
-                    dict.fromkeys(schedule or (generator.schedule,)),
-                    dict.fromkeys(order or (generator.order,)),
-                    dict.fromkeys(map(float, remask or (generator.remask,))),
-                )
+                for chosen in itertools.product(*(dict.fromkeys(varied[name] or own[name]) for name in SAMPLER))
             ]
             alike = [how for how in samplers if how["guidance"] == samplers[0]["guidance"]
                      and how["temperature"] == samplers[0]["temperature"]]
-            for how, s in itertools.product(alike, dict.fromkeys(steps)) if shown else ():
+            for how, s in itertools.product(alike, dict.fromkeys(counts)) if shown else ():
                 progress.update(task, description=f"{shorten(model)}: images")
-                sheet.append(sample(generator, shown, steps=s, **how).cpu())
+                sheet.append(sample(generator, shown, steps=s, sampler=generator.sampler.replace(**how)).cpu())
                 labels.append(f"{shorten(model)}, {s} step{'s' * (s != 1)}")
                 labels[-1] += f", {sampler_words(how)}" if len(alike) > 1 else ""
-            if compile:  # after the contact sheet, whose few images would not pay for it
+            if compile and generator is not given:  # after the contact sheet, whose few images would not pay for it
                 torch.compiler.reset()  # after the networks of a few models the compiler would give up
                 generator.transformer.compile_blocks()
-            todo = []
-            for which, how, s in itertools.product(sets, samplers, dict.fromkeys(steps)):
-                row = {"model": model, "prompts": which, "steps": s} | how
-                row["network_evaluations"] = None if s == "auto" else evaluations(s, how["guidance"])
-                row["weights"] = weights[model]
-                settings = json.dumps(to_jsonable({"row": row, "prompts": sets[which], "protocol": protocol}))
-                row["settings"] = hashlib.sha256(settings.encode()).hexdigest()[:16]
-                old = kept.get(identity(row), {})
-                rows.append(old if old.get("settings") == row["settings"] else row)
-                if rows[-1] is row:
-                    todo.append(row)
-            effort = [len(sets[row["prompts"]]) * ((row["network_evaluations"] or 8) + 2) for row in todo]
+            todo = list(itertools.product(sets, samplers, dict.fromkeys(counts)))
+            effort = [len(sets[which]) * (evaluations(8 if s == "auto" else s, how["guidance"]) + 2)
+                      for which, how, s in todo]
             # the models to come are taken to cost as much as this one
-            progress.update(task, total=done + sum(effort) * (len(models) - number), completed=done)
-            for row, cost in zip(todo, effort, strict=True):
-                label = f"{shorten(model)}: {row['steps']} steps, guidance {row['guidance']:g}, {row['prompts']}"
+            progress.update(task, total=done + sum(effort) * (len(named) - number), completed=done)
+            for (which, how, s), cost in zip(todo, effort, strict=True):
+                label = f"{shorten(model)}: {s} steps, guidance {how['guidance']:g}, {which}"
                 progress.update(task, description=label)
-                row |= one_cell(
-                    generator, judge, scores, sets[row["prompts"]], which=row["prompts"], steps=row["steps"],
-                    count=count, seeds=seeds, batch=batch,
-                    after_seed=partial(progress.advance, task, cost / seeds),
-                    **{name: row[name] for name in SAMPLER},
-                )
+                row = {"model": model, "prompts": which, "steps": s} | how
+                rows.append(row | one_cell(
+                    generator, judge, scores, sets[which], which=which, steps=s, count=count, seeds=seeds, batch=batch,
+                    after_seed=partial(progress.advance, task, cost / seeds), sampler=generator.sampler.replace(**how),
+                ))
                 done += cost
-                kept[identity(row)] = row
-                write_json(out / "results.json", list(kept.values()))
+                write_json(out / "results.json", rows)
     written = ["results.json"]
     if figure and plot(rows, out / "quality_against_nfe.png", real=judge.real if judge else None):
         written.append("quality_against_nfe.png")
@@ -185,34 +197,37 @@ def evaluate(
         save_image(contact_sheet(sheet, labels=labels, titles=shown, scale=scale), out / "images.png")
         written.append("images.png")
     console.print(table(rows, width=console.width))
+    for line in separations(rows, qualities=["reward"] if len(scores) == 1 else [*scores]):
+        console.print(line, soft_wrap=True)
     console.print(f"wrote {', '.join(written)} in {out}", soft_wrap=True)
     return rows
 
 
-def check_samplers(
-    guidance: Iterable[float] | None, temperature: Iterable[float] | None, schedule: Iterable[str] | None,
-    order: Iterable[str] | None, remask: Iterable[float] | None,
-) -> None:
-    """ValueError for a setting of the sampler that is out of range."""
-    for value in guidance or ():
-        check_guidance(value)
-    for value in temperature or ():
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"--temperature must be finite and not negative, got {value}")
-    for kind in schedule or ():
-        mask_ratio(torch.zeros(()), kind=kind)
-    for kind in order or ():
-        if kind not in ORDERS:
-            raise ValueError(f"--order must be {', '.join(ORDERS)}, got {kind!r}")
-    for share in remask or ():
-        if not 0 <= share <= 1:
-            raise ValueError(f"--remask is a share of the tokens, 0 to 1, got {share}")
+def by_name(
+    models: str | Path | Generator | Sequence[str | Path | Generator],
+) -> dict[str, str | Generator]:
+    """One or more models by what they are called, as `evaluate` says. ValueError for none."""
+    # a Generator is a tuple too
+    every: list = [models] if isinstance(models, str | Path | Generator) else list(models)
+    if not every:
+        raise ValueError("there is no model to evaluate: give at least one by --model")
+    generators = itertools.count(1)
+    return {
+        f"generator {next(generators)}" if isinstance(model, Generator) else str(model):
+        model if isinstance(model, Generator) else str(model)
+        for model in every
+    }
 
 
-def has_step_policy(model: str | Path, base: str | Path | None = None) -> bool:
-    """Whether a model on disk was trained with a range of steps; no weights are read. `base` is that of an adapter."""
+def has_step_policy(model: str | Path | Generator, base: str | Path | None = None) -> bool:
+    """Whether a model was trained with a range of steps; of one on disk no weights are read. `base` is an adapter's.
+
+    FileNotFoundError or ValueError where there is no model.
+    """
     from safetensors import safe_open
 
+    if isinstance(model, Generator):
+        return bool(model.step_policy)
     for path in (folder / "sampler.safetensors" for folder in parts_of(model, base)):
         if path.exists():
             with safe_open(path, "pt") as file:
@@ -233,23 +248,22 @@ def one_cell(
     batch: int | None = None,
     warm: bool = True,
     after_seed: Callable[[], object] = lambda: None,
-    **sampler: Any,
+    sampler: Sampler | None = None,
 ) -> dict[str, float | None]:
     """network_evaluations, seconds_per_image, METRICS and their spread, of `count` images of each prompt for each seed
-    0 .. seeds - 1; with steps "auto" also steps_mean and steps_mode. `sampler` is what `draw` takes beside them."""
+    0 .. seeds - 1; with steps "auto" also steps_mean and steps_mode. `sampler` None is the generator's own."""
     wanted = [prompt for prompt in prompts for _ in range(count)]
     if warm:  # compilation and first calls stay out of the clock
-        sample(generator, wanted[: fitting_batch(generator) if batch is None else batch], steps=1, **sampler)
+        sample(generator, wanted[: fitting_batch(generator) if batch is None else batch], steps=1, sampler=sampler)
     values, seconds = [], []
     for seed in range(seeds):
         began = time.perf_counter()
-        tokens, taken = draw(generator, wanted, steps=steps, seed=seed, batch=batch, **sampler)
+        tokens, taken = draw(generator, wanted, steps=steps, seed=seed, batch=batch, sampler=sampler)
         images = decode(generator, tokens).cpu()
         seconds.append((time.perf_counter() - began) / len(wanted))
         values.append(measure(judge, scores, images.unflatten(0, (-1, count)), prompts, which=which))
         after_seed()
-    guidance = sampler.get("guidance")
-    each = evaluations(1, generator.guidance if guidance is None else guidance)
+    each = (sampler or generator.sampler).evaluations(1)
     row: dict[str, Any] = {"network_evaluations": each * taken[0].item()}
     if steps == "auto":  # the same counts with every seed
         mean = taken.double().mean().item()
@@ -270,15 +284,20 @@ def measure(
     reward: the mean quality; where there are several each has its name instead. judge_r1, judge_r5: the share of images
     whose nearest concept, or one of the nearest five, is of their prompt; judge_margin: the mean of `margins`; all
     three over the prompts that name a concept. frechet: to the real images of the set of prompts `which`, for the two
-    of the embedded model alone. diversity and pixel_diversity: within a prompt, for n of 2 or more. ValueError where P
-    differs.
+    of the embedded model alone. diversity and pixel_diversity: within a prompt, for n of 2 or more. ground, size,
+    place: `attribute_shares` of images of 64 pixels whose prompts name a concept. Beside METRICS there is NAME_within
+    of each quality, for n of 2 or more: its standard deviation (n - 1) within a prompt, pooled over prompts. ValueError
+    where P differs.
     """
     if len(images) != len(prompts):
         raise ValueError(f"images of {len(images)} prompts for {len(prompts)} prompts")
     n, found = images.shape[1], dict.fromkeys(METRICS)
     flat, repeated = images.flatten(0, 1), [prompt for prompt in prompts for _ in range(n)]
     for name, score in scores.items():
-        found[name if len(scores) > 1 else "reward"] = float(score(flat, repeated).float().mean())
+        name, values = name if len(scores) > 1 else "reward", score(flat, repeated).float()
+        found[name] = float(values.mean())
+        if n > 1:
+            found[f"{name}_within"] = float(values.unflatten(0, (-1, n)).var(1).mean().sqrt())
     if n > 1:
         found["pixel_diversity"] = pixel_diversity(images)
     if judge is None:
@@ -293,19 +312,62 @@ def measure(
         first, five = recall(judge, *judged)
         found["judge_r1"], found["judge_r5"] = float(first.float().mean()), float(five.float().mean())
         found["judge_margin"] = float(margins(judge, *judged).mean())
+        if flat.shape[-2:] == (SIDE, SIDE):
+            found |= attribute_shares(flat[named], [repeated[i] for i in named])
     if which in judge.real_mean and len(values) > 1:
         found["frechet"] = frechet(judge, values, prompts=which)
     return found
 
 
 def over_seeds(values: list[dict[str, float | None]]) -> dict[str, float | None]:
-    """Mean of each metric over seeds, and METRIC_spread, its standard deviation (n - 1; None for one seed)."""
+    """Mean of each metric over seeds, and METRIC_spread, its standard deviation (n - 1; None for one seed), which
+    those of NAME_within do not have."""
     row = {}
     for metric in dict.fromkeys(name for value in values for name in value):
         known = [found for value in values if (found := value.get(metric)) is not None]
         row[metric] = statistics.fmean(known) if known else None
-        row[f"{metric}_spread"] = statistics.stdev(known) if len(known) > 1 else None
+        if not metric.endswith("_within"):
+            row[f"{metric}_spread"] = statistics.stdev(known) if len(known) > 1 else None
     return row
+
+
+def separation(few: Mapping[str, Any], many: Mapping[str, Any], *, quality: str = "reward") -> float | None:
+    """d' of a quality between two rows: the difference of means over the standard deviation within a prompt, pooled.
+
+    0.5 is what half a standard deviation sets apart. None where a row has no such deviation, as of one image a prompt.
+    """
+    within = few.get(f"{quality}_within"), many.get(f"{quality}_within")
+    if within[0] is None or within[1] is None or not any(within):
+        return None
+    return (many[quality] - few[quality]) / ((within[0] ** 2 + within[1] ** 2) / 2) ** 0.5
+
+
+def separations(rows: Iterable[dict], *, qualities: Sequence[str] = ("reward",)) -> list[str]:
+    """Lines that say how far each quality tells adjacent step counts apart, by model, prompts and sampler.
+
+    With a warning where it does not tell the fewest from the most by SEPARATED: training has nothing to gain there.
+    """
+    lines: list[str] = []
+    curves: dict[tuple, list[dict]] = {}
+    for row in rows:
+        if row["steps"] != "auto":
+            curves.setdefault(tuple(row[name] for name in ("model", "prompts", *SAMPLER)), []).append(row)
+    for quality, own in itertools.product(qualities, curves.values()):
+        own = sorted(own, key=lambda row: row["steps"])
+        pairs = [*itertools.pairwise(own), *([(own[0], own[-1])] if len(own) > 2 else [])]
+        found = [value for pair in pairs if (value := separation(*pair, quality=quality)) is not None]
+        if not found or len(found) < len(pairs):
+            continue
+        first = own[0]
+        told = ", ".join(f"{few['steps']} to {many['steps']} steps {value:.2f}"
+                         for (few, many), value in zip(pairs, found, strict=True))
+        lines.append(f"d' of {quality}, {shorten(first['model'])}, {first['prompts']} prompts, guidance "
+                     f"{first['guidance']:g}: {told}")
+        if found[-1] < SEPARATED:
+            few, many = pairs[-1]
+            lines.append(f"warning: {quality} hardly tells {few['steps']} from {many['steps']} steps (d' "
+                         f"{found[-1]:.2f}, below {SEPARATED}): training by it may not see what few steps lose")
+    return lines
 
 
 def evaluations(steps: int, guidance: float) -> int:
@@ -334,51 +396,9 @@ def judge_if_there(device: str, console: Console) -> Judge | None:
         return None
 
 
-def fingerprint(*folders: Path) -> str:
-    """Hash of the files in these folders: a model trained anew under its old name is another one."""
-    digest = hashlib.sha256()
-    for path in (path for folder in folders for path in sorted(folder.glob("*")) if path.is_file()):
-        with path.open("rb") as file:
-            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
-
-
-def dated(path: Path) -> tuple[int, int]:
-    """Size and time of change of a file too large to be read for its hash."""
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns
-
-
-def written_in(quality: str) -> Path | None:
-    """The file of a quality that is FILE.py:FUNCTION or MODULE:FUNCTION; None for others."""
-    module, colon, _ = quality.rpartition(":")
-    if not colon:
-        return None
-    found = module if module.endswith(".py") else getattr(importlib.util.find_spec(module), "origin", None)
-    return Path(found) if found and Path(found).exists() else None
-
-
-def identity(row: dict) -> tuple:
-    """What a row of results.json is about: there is one for each."""
-    return tuple(row[name] for name in ("model", "prompts", "steps", *SAMPLER))
-
-
 def sampler_words(how: Mapping[str, Any]) -> str:
     """What a label says of a sampler's settings."""
     return f"{how['schedule']}, {how['order']}" + f", remasks {how['remask']:g}" * bool(how["remask"])
-
-
-def read_results(path: Path) -> dict[tuple, dict]:
-    """The rows of an earlier results.json by their identity. ValueError where it is no such file."""
-    if not path.exists():
-        return {}
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        return {identity(row): row for row in rows if row["settings"] and row["weights"] and row["network_evaluations"]}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise ValueError(
-            f"{path} is not a result of this version's evaluation: move it away, or give another --out"
-        ) from None
 
 
 def shorten(model: str, *, width: int = 28) -> str:
@@ -473,7 +493,7 @@ def plot(rows: list[dict], path: Path, *, real: dict | None = None) -> bool:
 
     sets = list(dict.fromkeys(row["prompts"] for row in rows))
     titles = metrics_of(rows)
-    metrics = [metric for metric in titles if metric != "judge_r5"]
+    metrics = [metric for metric in titles if metric not in UNPLOTTED]
     if not metrics:
         return False
     varied = [name for name in SAMPLER if len({row[name] for row in rows}) > 1]

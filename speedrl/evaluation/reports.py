@@ -1,7 +1,7 @@
 """What a run ends with: the trained model beside its base."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +10,17 @@ from rich.console import Console
 from rich.progress import track
 
 from speedrl.evaluation.figures import contact_sheet, save_image
-from speedrl.evaluation.measuring import SAMPLER, evaluations, judge_if_there, nfe_of, one_cell, prompt_sets, table
-from speedrl.generation import draw, step_counts
+from speedrl.evaluation.measuring import (
+    has_step_policy,
+    judge_if_there,
+    nfe_of,
+    one_cell,
+    prompt_sets,
+    table,
+)
+from speedrl.generation import draw, make_policy, step_counts
 from speedrl.models.generator import Generator, decode
 from speedrl.models.loading import load_generator
-from speedrl.policies import make_policy
 from speedrl.rewards.loading import load_qualities
 from speedrl.system.files import write_json
 
@@ -26,7 +32,7 @@ BEFORE, SEARCHED, AFTER = "base", "base, its sampler searched", "trained"
 
 
 def report(
-    base: str,
+    base: str | Path | Generator,
     trained: str | Path,
     *,
     out: str | Path,
@@ -39,7 +45,10 @@ def report(
     images: int = 6,
     compile: bool = False,
     device: str = "cpu",
-    loading: Mapping[str, Any] | None = None,
+    text_encoder: str | Path | None = None,
+    size: str | tuple[int, int] | None = None,
+    negative_prompt: str | None = None,
+    micro_conds: str | Sequence[float] | None = None,
 ) -> list[dict]:
     """Compares a trained model with its base on the same prompts and noise; returns rows as `evaluate` does.
 
@@ -52,8 +61,11 @@ def report(
     prints the table.
     """
     out, console = Path(out), Console(markup=False, highlight=False)
-    before, after = load_generator(base, device=device, **(loading or {})), load_generator(str(trained), device=device)
-    searched = with_sampler_of(after, before)
+    before = load_generator(base, device=device, text_encoder=text_encoder, size=size, negative=negative_prompt,
+                            micro_conds=micro_conds)
+    after = load_generator(str(trained), device=device)
+    # sampled as the trained model is: by its searched scalars, step policy, guidance and so on
+    searched = before._replace(sampler=after.sampler, steps=after.steps, step_policy=after.step_policy)
     if compile and device != "cpu":
         torch.compiler.reset()  # after the networks of a training the compiler would give up
         before.transformer.compile_blocks()
@@ -62,8 +74,8 @@ def report(
     judge = judge_if_there(device, console)
     scores, _ = load_qualities(quality, device=device, weights=reward_weights)
     everything = [prompt for lines in sets.values() for prompt in lines]
-    own = "auto" if "steps.bias" in after.sampler else after.steps
-    learned = set(step_counts(after, make_policy(after, everything), own).tolist())
+    own = "auto" if has_step_policy(after) else after.steps
+    learned = set(step_counts(after, make_policy(after, everything).prompts.pooled, own).tolist())
     counts = [own, *(n for n in COMPARED_STEPS if {n} != learned and n <= after.grid[0] * after.grid[1])]
     cells: list[tuple[str, Generator, int | str]] = [(BEFORE, before, before.steps)]
     cells += [(name, model, n) for n in counts for name, model in ((SEARCHED, searched), (AFTER, after))]
@@ -71,7 +83,7 @@ def report(
     for which, lines in sets.items():
         found: list[dict[str, Any]] = []
         for name, model, steps in track(cells, f"comparing, {which} prompts", console=console, transient=True):
-            row = {"model": name, "prompts": which, "steps": steps} | {key: getattr(model, key) for key in SAMPLER}
+            row = {"model": name, "prompts": which, "steps": steps} | model.sampler.settings()
             row |= one_cell(model, judge, scores, lines, which=which, steps=steps, count=count, seeds=seeds, warm=False)
             found.append(row)
         rows += sorted(found, key=lambda row: row["network_evaluations"])
@@ -94,12 +106,7 @@ def before_after(
     sheet, labels = [], []
     for name, model, steps in cells:
         tokens, taken = draw(model, prompts, steps=steps, seed=seed)
-        nfe = nfe_of({"network_evaluations": evaluations(1, model.guidance) * taken.double().mean().item()})
+        nfe = nfe_of({"network_evaluations": model.sampler.evaluations(1) * taken.double().mean().item()})
         sheet.append(decode(model, tokens).cpu())
         labels.append(f"{name}: {nfe} network evaluation{'s' * (float(nfe) > 1)}")
     return contact_sheet(sheet, labels=labels, titles=prompts, scale=math.ceil(128 / min(sheet[0].shape[-2:])))
-
-
-def with_sampler_of(one: Generator, other: Generator) -> Generator:
-    """`other`, sampled as `one` is: by its searched scalars, step policy, guidance and so on."""
-    return other._replace(**{name: getattr(one, name) for name in ("sampler", "steps", *SAMPLER)})

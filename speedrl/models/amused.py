@@ -5,6 +5,7 @@ It is diffusers' own UVit2DModel, with its weights and names; only what surround
 
 import itertools
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from speedrl.models.generator import Transformer
 from speedrl.system.platform import can_compile, fused_attention_is_slow
 
 
@@ -45,12 +47,13 @@ def as_it_is(features: Tensor) -> Tensor:
     return features
 
 
-class AmusedTransformer(UVit2DModel):
+class AmusedTransformer(Transformer, UVit2DModel):  # type: ignore[misc]  # diffusers' own bases disagree
     """Keyword arguments are those of its config.json. It takes the same inputs as `MeissonicTransformer`; the timestep
     plays no part."""
 
     def __init__(self, **config):
         super().__init__(**config)
+        self.codes, self.vocabulary = self.config.codebook_size, self.config.vocab_size
         for layer in self.transformer_layers:
             layer.__class__ = Block
         for module in self.modules():
@@ -67,10 +70,10 @@ class AmusedTransformer(UVit2DModel):
         for layer in getattr(self, "transformer_layers", ()):
             layer.checkpointed = on
 
-    @property
-    def codes(self) -> int:
-        """How many codes the logits are over."""
-        return self.mlm_layer.conv2.out_channels
+    @classmethod
+    def defaults(cls, config: dict) -> dict[str, Any]:
+        """As diffusers' pipeline samples."""
+        return {"num_inference_steps": 12, "guidance_scale": 10.0}
 
     def compile_blocks(self, *, backend: str = "inductor") -> None:
         """Compiles each kind of block once for all layers, for any batch size. Nothing where `can_compile` says that it
@@ -92,7 +95,3 @@ class AmusedTransformer(UVit2DModel):
         first, last = self.mlm_layer.conv1, self.mlm_layer.conv2
         hidden = self.mlm_layer.layer_norm(F.linear(features, first.weight.flatten(1), first.bias))
         return F.linear(hidden, last.weight.flatten(1), last.bias)
-
-    def forward(self, tokens: Tensor, timestep: Tensor, text: Tensor, pooled: Tensor, micro_conds: Tensor) -> Tensor:
-        """As `features`, then the head at every position: logits [B, H * W, codes]."""
-        return self.head(self.features(tokens, timestep, text, pooled, micro_conds))

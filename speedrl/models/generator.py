@@ -1,24 +1,60 @@
 """A text-to-image generator: its parts, its prompts as the transformer takes them, and images of its tokens."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from speedrl.method.sampler import Sampler
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModelWithProjection
 
-    from speedrl.models.amused import AmusedTransformer
-    from speedrl.models.meissonic import MeissonicTransformer
+
+class Transformer(nn.Module):
+    """What a generator's transformer must have. A class and not a Protocol, as all else is taken from `nn.Module`.
+
+    A subclass sets `codes` and `vocabulary`, and has `features` and `head`.
+    """
+
+    codes: int  # logits are over tokens 0 .. codes - 1
+    vocabulary: int  # tokens 0 .. vocabulary - 1 are read: the codes, the mask and any others
+    gradient_checkpointing: bool = False  # whether the blocks are computed again in the backward pass; may be ignored
+
+    def features(self, tokens: Tensor, timestep: Tensor, text: Tensor, pooled: Tensor, micro_conds: Tensor) -> Tensor:
+        """What the head reads: tokens int64 [B, H, W], timestep [B] (the steps that are left), and `Prompts` of B
+        -> [B, H * W, width]."""
+        raise NotImplementedError(f"{type(self).__name__} has no features")
+
+    def head(self, features: Tensor) -> Tensor:
+        """features [..., width] -> logits [..., codes]. Pointwise: gather the positions that are needed first."""
+        raise NotImplementedError(f"{type(self).__name__} has no head")
+
+    def forward(self, tokens: Tensor, timestep: Tensor, text: Tensor, pooled: Tensor, micro_conds: Tensor) -> Tensor:
+        """As `features`, then the head at every position: logits [B, H * W, codes]."""
+        return self.head(self.features(tokens, timestep, text, pooled, micro_conds))
+
+    def compile_blocks(self, *, backend: str = "inductor") -> None:
+        """Compiles what is worth it, in place; here nothing."""
+
+    @classmethod
+    def of_config(cls, config: dict) -> Self:
+        """The transformer that a config.json describes: its keys are the keyword arguments, but for those that start
+        with _ and are notes."""
+        return cls(**{key: value for key, value in config.items() if not key.startswith("_")})
+
+    @classmethod
+    def defaults(cls, config: dict) -> dict[str, Any]:
+        """What a published model's files may leave out: keys of its scheduler_config.json, and `sample_size` of
+        config.json, the side of its grid in tokens."""
+        return {}
 
 
 class Generator(NamedTuple):
     """A text-to-image generator, and how it wants to be sampled."""
 
-    transformer: "MeissonicTransformer | AmusedTransformer"
+    transformer: Transformer
     vqvae: Any  # diffusers.VQModel, float32 and frozen
     text_encoder: "CLIPTextModelWithProjection"  # frozen
     tokenizer: Any  # transformers.CLIPTokenizer
@@ -105,7 +141,7 @@ def fitting_batch(generator: Generator) -> int:
     return max(1, 64 * 256 // (generator.grid[0] * generator.grid[1]))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def decode(generator: Generator, tokens: Tensor, *, batch: int | None = None, bf16: bool | None = None) -> Tensor:
     """Images of finished tokens int64 [B, L]: float32 [B, 3, H, W] in [0, 1], `batch` of them at a time.
 

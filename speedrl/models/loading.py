@@ -6,12 +6,13 @@ their numbers only. What training adds to the sampler is in scheduler/: numbers 
 sampler.safetensors.
 """
 
+import importlib
 import inspect
-import json
 import math
+import re
 import shutil
-import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,26 +21,22 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from speedrl.method.sampler import Sampler
-from speedrl.models.generator import Generator
+from speedrl.models.generator import Generator, Transformer
 from speedrl.models.lora import load_lora, merge_lora
-from speedrl.models.meissonic import MeissonicTransformer
-from speedrl.models.sources import SAMPLER, WEIGHTS, base_of, find, find_text_encoder, is_adapter
+from speedrl.models.sources import SAMPLER, WEIGHTS, base_of, find, find_text_encoder, is_adapter, read_json
 from speedrl.system.errors import one_line
-from speedrl.system.files import write_atomically, write_json
-from speedrl.system.platform import check_device, frugal_allocator, import_vq_model
+from speedrl.system.files import replace_folder, write_atomically, write_json
+from speedrl.system.platform import check_device, frugal_allocator, import_torchvision
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModelWithProjection
 
-    from speedrl.models.amused import AmusedTransformer
-
 Network = TypeVar("Network", bound=nn.Module)
 
-# what the released Meissonic scripts lead away from
-NEGATIVE = (
-    "worst quality, low quality, low res, blurry, distortion, watermark, logo, signature, text, jpeg artifacts, "
-    "signature, sketch, duplicate, ugly, identifying mark"
-)
+ARCHITECTURES = {  # `_class_name` of a transformer's config.json, and the module and class that it is
+    "Transformer2DModel": ("speedrl.models.meissonic", "MeissonicTransformer"),
+    "UVit2DModel": ("speedrl.models.amused", "AmusedTransformer"),
+}
 
 
 def load_generator(
@@ -52,16 +49,17 @@ def load_generator(
     negative: str | None = None,
     micro_conds: str | Sequence[float] | None = None,
     base: str | Path | None = None,
+    transformer: type[Transformer] | None = None,
 ) -> Generator:
     """Loads a generator in eval mode from "embedded", a folder, a run's folder or a hub id `owner/name[@revision]`.
 
     `dtype` is that of the transformer and the text encoder, whatever the files hold; the VQ decoder is always float32,
     as half precision gives NaN. All but the transformer is frozen. Every key and shape must match.
-    `text_encoder` is a CLIP's folder or hub id in place of the generator's own, `size` height and width in pixels, like
-    "512x768", `negative` the negative prompt, `micro_conds` as Generator's; None takes what the files say, else what
-    the released scripts take: for Meissonic NEGATIVE, and the size with a crop of 0, 0 and an aesthetic score of 6.
-    An adapter is merged into its base, which is `base` in place of the one that it records. FileNotFoundError where
-    something is missing, ValueError where something is wrong, each in one line.
+    `text_encoder` is a CLIP's folder or hub id in place of the generator's own, `size` height and width in pixels,
+    like "512x768", `negative` the negative prompt, `micro_conds` as Generator's; None takes what the files say, else
+    the transformer's `defaults`, and the size with a crop of 0, 0 and an aesthetic score of 6. `transformer` is the
+    class of one of your own. An adapter is merged into its base, which is `base` in place of the one that it records.
+    FileNotFoundError where something is missing, ValueError where something is wrong, each in one line.
     """
     if isinstance(source, Generator):
         if any(option is not None for option in (text_encoder, size, negative, micro_conds, base)):
@@ -71,85 +69,66 @@ def load_generator(
     adapted = is_adapter(found)
     if base is not None and not adapted:
         raise ValueError(f"`base` is for an adapter, but {source} is a whole model")
-    beside = found if adapted else found / "scheduler"
-    scheduler = read_json(beside / "scheduler_config.json")
-    if adapted and text_encoder is None:
-        text_encoder = scheduler.pop("text_encoder", None)  # a merged model holds it itself
     folder = base_of(found, base) if adapted else found
+    # an adapter of another program has no scheduler: its base's is taken
+    beside = found if adapted and (found / "scheduler_config.json").exists() else folder / "scheduler"
+    scheduler = read_json(beside / "scheduler_config.json")
+    encoder = scheduler.pop("text_encoder", None) if adapted else None  # a merged model holds it itself
+    encoder = encoder if text_encoder is None else text_encoder
     check_device(device)
-    for place in {folder, beside}:
-        if (place / "pace").is_dir():
-            earlier = "was trained with --steps auto by an earlier version, which this one does not read"
-            raise ValueError(f"{place} {earlier}: train it anew with --steps 1-16")
     config = read_json(folder / "transformer/config.json")
     index = folder / "model_index.json"
-
-    VQModel = import_vq_model()
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
-
-    amused = config.get("_class_name") == "UVit2DModel"
-    transformer = load_module(
-        lambda: new_transformer(config, amused=amused), folder / "transformer", dtype=dtype, device=device
-    )
+    kind = transformer or transformer_class(config, folder)
     vq_config = read_json(folder / "vqvae/config.json")
-    vqvae = load_module(lambda: VQModel.from_config(vq_config), folder / "vqvae", dtype=torch.float32, device=device)
-    if text_encoder is None:
-        text_config = read_json(folder / "text_encoder/config.json")
-        text_model = load_module(
-            lambda: CLIPTextModelWithProjection(CLIPTextConfig.from_dict(text_config)),
-            folder / "text_encoder",
-            dtype=dtype,
-            device=device,
-        )
-    else:
-        text_model = load_text_encoder(text_encoder, dtype=dtype, device=device)
-    tokenizer = load_tokenizer(folder / "tokenizer")
+    import_torchvision()
+    from diffusers import VQModel
 
+    network = load_module(lambda: kind.of_config(config), folder / "transformer", dtype=dtype, device=device,
+                          meta=transformer is None)
+    vqvae = load_module(lambda: VQModel.from_config(vq_config), folder / "vqvae", dtype=torch.float32, device=device)
+    text_folder = folder / "text_encoder" if encoder is None else find_text_encoder(encoder)
+    text_model = load_text_encoder(text_folder, dtype=dtype, device=device)
     vqvae.to(memory_format=torch.channels_last).requires_grad_(False)
     for module in vqvae.modules():
         if isinstance(module, nn.SiLU):
             module.inplace = True  # it follows a norm of its own: one copy less of a large image's largest tensor
     text_model.requires_grad_(False)
-    given = text_model.config.hidden_size
-    wanted = config.get("encoder_hidden_size" if amused else "joint_attention_dim", given)
-    if wanted != given:
-        raise ValueError(f"the text encoder has hidden size {given}, but the transformer takes {wanted}")
+
+    scheduler = kind.defaults(config) | scheduler | ({"size": list(size)} if size else {})
+    side = config.get("sample_size", scheduler.pop("sample_size", None))
     scale = 2 ** (len(vqvae.config.block_out_channels) - 1)  # pixels to a token
-    rows, columns = grid_of(config, size or scheduler.get("size"), scale=scale)
+    rows, columns = grid_of(side, scheduler.get("size"), scale=scale)
     height, width = rows * scale, columns * scale
-    if isinstance(config.get("sample_size"), list):  # of an earlier version: no pipeline reads it
-        size, config["sample_size"] = (height, width), max(config["sample_size"])
-    scheduler = scheduler | ({"size": [height, width]} if size else {})
     learned = load_sampler(beside, device=device)
+    mask_id = scheduler.get("mask_token_id", network.vocabulary - 1)
+    check_parts(network, vqvae, text_model, config, mask_id=mask_id)
     if height * width > 512 * 512:
         frugal_allocator()
     if adapted:
-        load_lora(transformer, found)
-        merge_lora(transformer)
-    vocabulary = transformer.embed.embeddings.num_embeddings
+        load_lora(network, found)
+        merge_lora(network)
     return Generator(
-        transformer=transformer,
+        transformer=network,
         vqvae=vqvae,
         text_encoder=text_model,
-        tokenizer=tokenizer,
+        tokenizer=load_tokenizer(folder / "tokenizer"),
         config=config,
         scheduler=scheduler,
         grid=(rows, columns),
         size=(height, width),
-        mask_id=scheduler.get("mask_token_id", vocabulary - 1),
-        codes=transformer.mlm_layer.conv2.out_channels,
-        # where the files do not say: what the pipelines of the two take
-        steps=scheduler.get("num_inference_steps", 12 if amused else 64 if rows >= 64 else 48),
+        mask_id=mask_id,
+        codes=network.codes,
+        steps=scheduler.get("num_inference_steps", 16),
         sampler=Sampler(
             # below 1 the pipelines of both draw without guidance
-            guidance=max(1.0, scheduler.get("guidance_scale", 10.0 if amused else 9.0)),
+            guidance=max(1.0, scheduler.get("guidance_scale", 1.0)),
             schedule=scheduler.get("masking_schedule", "cosine"),
             order=scheduler.get("reveal_order", "confidence"),
             temperature=scheduler.get("temperature", 2.0),
             remask=scheduler.get("remask_share", 0.0),
             scalars=learned.pop("search", None),
         ),
-        negative=scheduler.get("negative_prompt", "" if amused else NEGATIVE) if negative is None else negative,
+        negative=scheduler.get("negative_prompt", "") if negative is None else negative,
         micro_conds=tuple(micro_conds or scheduler.get("micro_conds", (width, height, 0.0, 0.0, 6.0))),
         model_index=read_json(index) if index.exists() else None,
         step_policy={name.removeprefix("steps."): value for name, value in learned.items()},
@@ -160,29 +139,31 @@ def save_generator(generator: Generator, out: Path, *, dtype: torch.dtype = torc
     """Saves a generator to the folder `out` in the layout that it was loaded from, weights rounded to `dtype`.
 
     Written to `out.partial` and renamed, so that `out` is never half a checkpoint; one that stands there is replaced.
+    ValueError for another folder, and for a transformer of your own that `Generator.config` does not describe.
     """
-    out = Path(out)
+    out, config, scheduler = Path(out), generator.config, scheduler_of(generator)
     if out.exists() and any(out.iterdir()) and not (out / "transformer").exists():
         raise ValueError(f"{out} is not a model's folder, and nothing in it will be overwritten: give another --out")
-    partial, old = out.with_name(out.name + ".partial"), out.with_name(out.name + ".old")
+    kind = type(generator.transformer)
+    if (kind.__module__, kind.__name__) not in ARCHITECTURES.values():
+        config = own_config(kind, config)
+    if "sample_size" not in config:
+        scheduler["size"] = list(generator.size)
+    partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     text_config = generator.text_encoder.config.to_dict() | {"dtype": str(dtype).removeprefix("torch.")}
-    save_module(generator.transformer, generator.config, partial / "transformer", dtype=dtype)
+    save_module(generator.transformer, config, partial / "transformer", dtype=dtype)
     private = ("_use_default_values", "_name_or_path")
     vq_config = {"_class_name": "VQModel"} | {k: v for k, v in generator.vqvae.config.items() if k not in private}
     save_module(generator.vqvae, vq_config, partial / "vqvae", dtype=dtype)
     save_module(generator.text_encoder, text_config, partial / "text_encoder", dtype=dtype)
-    write_json(partial / "scheduler/scheduler_config.json", scheduler_of(generator))
+    write_json(partial / "scheduler/scheduler_config.json", scheduler)
     if generator.model_index is not None:
         write_json(partial / "model_index.json", generator.model_index)
     save_sampler(generator, partial / "scheduler")
     generator.tokenizer.save_pretrained(partial / "tokenizer")
     generator.tokenizer.backend_tokenizer.model.save(str(partial / "tokenizer"))  # vocab.json, merges.txt, as released
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    partial.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
+    replace_folder(partial, out)
 
 
 def parse_size(size: str | tuple[int, int] | None) -> tuple[int, int] | None:
@@ -207,23 +188,50 @@ def parse_micro_conds(given: str | Sequence[float] | None) -> Sequence[float] | 
     return found
 
 
-def new_transformer(config: dict, *, amused: bool) -> "MeissonicTransformer | AmusedTransformer":
-    """The transformer that a config.json describes; keys that are not of its class are left out."""
-    if amused:
-        from speedrl.models.amused import AmusedTransformer
+def transformer_class(config: dict, folder: Path) -> type[Transformer]:
+    """The class of the transformer in a model's folder. ValueError where it is none of ARCHITECTURES."""
+    name = config.get("_class_name", "Transformer2DModel")
+    if name not in ARCHITECTURES:
+        raise ValueError(f"{folder} has a transformer of the class {name}: load_generator(..., transformer={name})")
+    module, name = ARCHITECTURES[name]
+    return getattr(importlib.import_module(module), name)
 
-        return AmusedTransformer(**{key: value for key, value in config.items() if not key.startswith("_")})
-    known = inspect.signature(MeissonicTransformer).parameters
-    return MeissonicTransformer(**{key: value for key, value in config.items() if key in known})
+
+def own_config(kind: type[Transformer], config: dict) -> dict:
+    """The config.json of a transformer of the reader's own class. ValueError where it cannot be built by it."""
+    config = {key: value for key, value in config.items() if not key.startswith("_")}
+    try:
+        inspect.signature(kind).bind(**config)
+    except TypeError as error:
+        how = f"give generator._replace(config={{...}}) with the keyword arguments of {kind.__name__}"
+        raise ValueError(f"the generator's config does not describe its transformer ({error}): {how}") from error
+    return {"_class_name": kind.__name__} | config
 
 
-def grid_of(config: dict, size: tuple[int, int] | None, *, scale: int) -> tuple[int, int]:
-    """Rows and columns of tokens for a size in pixels, or of the configuration. ValueError for what does not fit."""
+def check_parts(
+    transformer: Transformer, vqvae: Any, text_model: "CLIPTextModelWithProjection", config: dict, *, mask_id: int
+) -> None:
+    """ValueError where the parts of a generator do not fit together."""
+    given = text_model.config.hidden_size
+    wanted = config.get("joint_attention_dim", config.get("encoder_hidden_size", given))
+    if wanted != given:
+        raise ValueError(f"the text encoder has hidden size {given}, but the transformer takes {wanted}")
+    if vqvae.config.num_vq_embeddings < transformer.codes:
+        many = f"{vqvae.config.num_vq_embeddings} codes, but the transformer draws from {transformer.codes}"
+        raise ValueError(f"the VQ model has {many}: it is another model's")
+    if not transformer.codes <= mask_id < transformer.vocabulary:
+        span = f"{transformer.codes} to {transformer.vocabulary - 1}"
+        raise ValueError(f"mask_token_id must be a token beside the codes, {span}, got {mask_id}")
+
+
+def grid_of(side: Any, size: tuple[int, int] | None, *, scale: int) -> tuple[int, int]:
+    """Rows and columns of tokens for a size in pixels, or of `side` tokens. ValueError for what does not fit."""
     if size is None:
-        side = config.get("sample_size", 64)  # in tokens; released configurations leave it out
-        return tuple(side) if isinstance(side, list) else (side, side)
+        if not isinstance(side, int):
+            raise ValueError("the model's files do not say its size: give `size`")
+        return side, side
     unit = 2 * scale  # two tokens to a cell inside
-    if any(side < unit or side % unit for side in size):
+    if any(length < unit or length % unit for length in size):
         raise ValueError(f"`size`: height and width must be multiples of {unit} pixels, got {size[0]} and {size[1]}")
     return size[0] // scale, size[1] // scale
 
@@ -240,39 +248,24 @@ def load_tokenizer(folder: Path) -> Any:
         raise ValueError(f"{folder} cannot be read: {one_line(error)}") from error
 
 
-def load_text_encoder(
-    source: str | Path, *, dtype: torch.dtype, device: torch.device | str
-) -> "CLIPTextModelWithProjection":
-    """The text half of a CLIP, a folder or a hub id. ValueError where weights are missing, naming the first."""
-    from transformers import CLIPTextModelWithProjection
+def load_text_encoder(folder: Path, **options: Any) -> "CLIPTextModelWithProjection":
+    """The text half of a CLIP in a folder, which may hold the whole. `options` as of `load_module`."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-    what, instead = f"the text encoder {source}", "give --text-encoder a folder or a hub id of a CLIP"
-    folder = find_text_encoder(source)
-    try:
-        # transformers' own way, as a whole CLIP's file names its text half otherwise
-        loaded: Any = CLIPTextModelWithProjection.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, variant=variant_in(folder, "model")
-        )
-    except Exception as error:  # transformers has many
-        raise ValueError(f"{what} cannot be read: {one_line(error)}") from error
-    model, info = loaded
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"{what} lacks {len(missing)} weights ({', '.join(missing[:3])}): {instead}")
-    return model.to(device).eval()
+    about = read_json(folder / "config.json")
 
+    def build() -> CLIPTextModelWithProjection:
+        own = about.get("text_config", about) | {"projection_dim": about.get("projection_dim", 512)}
+        return CLIPTextModelWithProjection(CLIPTextConfig.from_dict(own))
 
-def variant_in(folder: Path, name: str) -> str | None:
-    """The variant of the weights `name` that a folder has: None for the plain ones, which are preferred, or "fp16"."""
-    plain = any((folder / f"{name}.safetensors{index}").exists() for index in ("", ".index.json"))
-    half = any((folder / f"{name}{file}").exists() for file in (".fp16.safetensors", ".safetensors.index.fp16.json"))
-    return "fp16" if half and not plain else None
+    return load_module(build, folder, name="model", others="text_config" in about, **options)
 
 
 def scheduler_of(generator: Generator) -> dict[str, Any]:
     """How a generator is sampled, as scheduler_config.json says it."""
     sampler = generator.sampler
     return generator.scheduler | {
-        "num_inference_steps": generator.steps, "guidance_scale": sampler.guidance,
+        "mask_token_id": generator.mask_id, "num_inference_steps": generator.steps, "guidance_scale": sampler.guidance,
         "temperature": sampler.temperature, "masking_schedule": sampler.schedule, "reveal_order": sampler.order,
         "remask_share": sampler.remask, "negative_prompt": generator.negative, "micro_conds": generator.micro_conds,
     }
@@ -309,33 +302,42 @@ class NoInitialisation(TorchFunctionMode):
 
 
 def load_module(
-    build: Callable[[], Network], folder: Path, *, dtype: torch.dtype, device: torch.device | str
+    build: Callable[[], Network],
+    folder: Path,
+    *,
+    name: str = "diffusion_pytorch_model",
+    dtype: torch.dtype,
+    device: torch.device | str,
+    meta: bool = True,
+    others: bool = False,
 ) -> Network:
-    """A module with the weights in a folder of WEIGHTS, whole, in shards or fp16, as `dtype`, in eval mode.
+    """A module with a folder's weights `name`, whole or in shards, fp16 files where there are no others, as `dtype`, in
+    eval mode.
 
-    Shapes and keys must match. The weights are copies: the file may be replaced later.
+    Shapes and keys must match; with `others` the files may hold more. The weights are copies: a file may be replaced
+    later. Built on the `meta` device, it costs no time and memory for random parameters, but loses its own buffers.
     """
-    path, files = weight_files(folder, WEIGHTS[folder.name])
     try:
-        # the parameters come from the file: no time and memory for random ones
-        with torch.device("meta"), NoInitialisation(), warnings.catch_warnings(action="ignore"):
+        with torch.device("meta") if meta else nullcontext(), NoInitialisation() if meta else nullcontext():
             module = build()
     except Exception as error:  # each library has its own for numbers that make no model
         raise ValueError(f"{folder / 'config.json'} describes no such model: {one_line(error)}") from error
-    own, state = module.state_dict(), {key: value for file in files for key, value in read_weights(file).items()}
-    state = {key: value for key, value in state.items() if key in own or not key.endswith("position_ids")}
-    wrong = {key for key in own.keys() & state.keys() if own[key].shape != state[key].shape}
-    for what, keys in (
-        ("lacks", own.keys() - state.keys()),
-        ("has unknown", state.keys() - own.keys()),
-        ("has another shape for", wrong),
-    ):
-        if keys:
-            first = ", ".join(sorted(keys)[:3]) + (", ..." if len(keys) > 3 else "")
-            raise ValueError(f"{path} {what} {len(keys)} of {len(own)} weights ({first}): it is another model's")
-    module.load_state_dict({key: value.to(dtype, copy=True) for key, value in state.items()}, assign=True)
-    count_positions(module)
-    return module.to(device).eval()
+    state = {key: value for file in weight_files(folder, name) for key, value in read_weights(file).items()}
+    own = module.state_dict()
+    state = {key: value for key, value in state.items() if key in own or not (others or key.endswith("position_ids"))}
+    fill(module, state, folder, dtype=dtype)
+    if meta:
+        count_positions(module)
+    return module.to(device)
+
+
+def fill(module: Network, state: dict[str, Tensor], where: Path, *, dtype: torch.dtype = torch.float32) -> Network:
+    """Puts copies of a state dict's tensors, as `dtype`, into a module. ValueError where a key or a shape differs."""
+    try:
+        module.load_state_dict({key: value.to(dtype, copy=True) for key, value in state.items()}, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{where} is another model's, or not whole: {one_line(error)}") from error
+    return module.eval()
 
 
 def save_module(module: nn.Module, config: dict, folder: Path, *, dtype: torch.dtype) -> None:
@@ -347,25 +349,13 @@ def save_module(module: nn.Module, config: dict, folder: Path, *, dtype: torch.d
     save_file(state, folder / f"{WEIGHTS[folder.name]}.safetensors", metadata={"format": "pt"})
 
 
-def weight_files(folder: Path, name: str) -> tuple[Path, list[Path]]:
-    """The file that says what weights a part has, the plain one or the index of its shards, and the files with them."""
-    plain = [folder / f"{name}.safetensors", folder / f"{name}.fp16.safetensors"]
-    indices = [folder / f"{name}.safetensors.index.json", folder / f"{name}.safetensors.index.fp16.json"]
-    candidates = (plain[0], indices[0], plain[1], indices[1])
-    path = next((path for path in candidates if path.exists()), None)
-    if path is None:
-        pickled = next((p.name for p in sorted(folder.glob("*")) if p.suffix in (".bin", ".pt", ".ckpt")), None)
-        why = f"and {pickled}, a pickle, is not read: convert it" if pickled else "it is not a whole model"
-        raise FileNotFoundError(f"{folder} has no {name}.safetensors: {why}")
-    if path in plain:
-        return path, [path]
-    names = read_json(path).get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
-        raise ValueError(f"{path} is not an index of files in its own folder")
-    files = [folder / file for file in sorted(set(names.values()))]
-    if lacking := [file.name for file in files if not file.exists()]:
-        raise FileNotFoundError(f"{folder} lacks {len(lacking)} of {len(files)} shards of its weights ({lacking[0]})")
-    return path, files
+def weight_files(folder: Path, name: str) -> list[Path]:
+    """The files with a part's weights, plain ones if there are any, else fp16. FileNotFoundError for none."""
+    named = re.compile(rf"{name}(\.fp16)?(-\d+-of-\d+)?(\.fp16)?\.safetensors")
+    files = [path for path in sorted(folder.glob("*")) if named.fullmatch(path.name)]
+    if not files:
+        raise FileNotFoundError(f"{folder} has no {name}.safetensors, and pickles (.bin, .pt, .ckpt) are not read")
+    return [path for path in files if ".fp16" not in path.name] or files
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -384,15 +374,3 @@ def count_positions(module: nn.Module) -> None:
         for key, buffer in parent.named_buffers(recurse=False):
             if buffer.is_meta:
                 setattr(parent, key, torch.arange(buffer.shape[-1]).expand(buffer.shape))
-
-
-def read_json(path: Path) -> dict:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}: it is not a whole model")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # bad json and bad UTF-8 both
-        raise ValueError(f"{path} is not json: {one_line(error)}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is not a json object")
-    return values

@@ -1,6 +1,6 @@
 """Low-rank adapters (arXiv 2106.09685) through peft: few weights to train, and the reference policy comes for free."""
 
-import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,18 +38,21 @@ def add_lora(
         layers = sorted({name for names in of.values() for name in names})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        inject(transformer, {"r": rank, "lora_alpha": alpha or rank, "target_modules": layers})
+        package = peft()
+        config = package.LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=layers)
+        package.inject_adapter_in_model(config, transformer)
 
 
-def inject(transformer: nn.Module, config: dict) -> None:
+def peft() -> Any:
+    """The package peft. ValueError without it."""
     from speedrl.system.platform import import_torchvision
 
     import_torchvision()  # peft imports transformers
     try:
-        from peft import LoraConfig, inject_adapter_in_model
+        import peft
     except ImportError as error:
         raise ValueError('--lora and adapters need the package peft: pip install -e ".[lora]" in a clone') from error
-    inject_adapter_in_model(LoraConfig(**config), transformer)
+    return peft
 
 
 def adapters(transformer: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -110,34 +113,27 @@ def save_lora(transformer: nn.Module, out: Path, *, base: str, scheduler: dict) 
     write_atomically(out / NAME, lambda partial: save_file(weights, partial, metadata={"format": "pt"}))
 
 
-def read_config(folder: Path) -> dict:
-    """adapter_config.json of a folder that `save_lora` wrote. ValueError where it is none."""
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        return {key: config[key] for key in ("base_model_name_or_path", "r", "lora_alpha", "target_modules")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{folder} is not an adapter of speedrl ({type(error).__name__}: {one_line(error)})"
-        ) from error
-
-
 def load_lora(transformer: nn.Module, folder: Path) -> None:
-    """Puts the adapter in `folder` beside a transformer's layers. ValueError where keys or shapes do not match."""
-    from safetensors import SafetensorError
+    """Puts the adapter in `folder` beside a transformer's layers, by peft's own reading of its adapter_config.json:
+    ranks and scales may differ from layer to layer. ValueError where it is no LoRA, and where keys or shapes differ."""
     from safetensors.torch import load_file
 
-    config = read_config(folder)
-    del config["base_model_name_or_path"]
+    package = peft()
     try:
-        inject(transformer, config)
+        with warnings.catch_warnings(action="ignore"):
+            config = package.LoraConfig.from_pretrained(folder)
+            if not isinstance(config, package.LoraConfig):
+                raise TypeError(f"its kind is {type(config).__name__}, and only LoRA is read")
+            package.inject_adapter_in_model(config, transformer)
         state = load_file(folder / NAME)
         for name, layer in adapters(transformer):
             for part in ("lora_A", "lora_B"):
-                getattr(layer, part)["default"].weight.data.copy_(state.pop(f"base_model.model.{name}.{part}.weight"))
-    except (SafetensorError, OSError, KeyError, RuntimeError) as error:
+                weight = state.pop(f"base_model.model.{name}.{part}.weight")
+                getattr(layer, part)["default"].load_state_dict({"weight": weight})
+    except Exception as error:  # peft, safetensors and torch have many
         raise ValueError(f"{folder / NAME} is damaged or another model's adapter ({one_line(error)})") from error
     if state:
-        raise ValueError(f"{folder / NAME} has {len(state)} unknown weights: it is another model's adapter")
+        raise ValueError(f"{folder / NAME} has {len(state)} weights that are not read ({min(state)})")
 
 
 def merge_lora(transformer: nn.Module) -> None:

@@ -5,7 +5,9 @@ down and a 2x up block (Meissonic, arXiv 2410.08261). The released 1B model has 
 parameters; the embedded one is the same class at a small configuration.
 """
 
+import inspect
 import math
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +15,14 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from speedrl.models.generator import Transformer
 from speedrl.system.platform import can_compile, fused_attention_is_slow
 
+# what the released scripts lead away from
+NEGATIVE = (
+    "worst quality, low quality, low res, blurry, distortion, watermark, logo, signature, text, jpeg artifacts, "
+    "signature, sketch, duplicate, ugly, identifying mark"
+)
 MICRO = 256  # width of each micro-condition's and of the timestep's sinusoidal embedding
 
 
@@ -267,7 +275,7 @@ class Up(nn.Module):
         return rearrange(blocks, "b h w (p q o) -> b (h p) (w q) o", p=2, q=2)
 
 
-class MeissonicTransformer(nn.Module):
+class MeissonicTransformer(Transformer):
     """Logits over codes for every token of a masked grid. Keyword arguments are those of its config.json.
 
     ValueError where the head's width does not match the rotary axes, or the pooled text the transformer.
@@ -295,7 +303,7 @@ class MeissonicTransformer(nn.Module):
         if pooled_projection_dim != width:
             raise ValueError(f"pooled_projection_dim {pooled_projection_dim} must be the transformer's width, {width}")
         self.axes = tuple(axes_dims_rope)
-        self.gradient_checkpointing = False
+        self.codes, self.vocabulary = codebook_size, vocab_size
         self.compiled = False
         self.ropes: dict[tuple, Tensor] = {}
         self.time_text_embed = TimeTextEmbed(width, pooled_projection_dim)
@@ -313,10 +321,17 @@ class MeissonicTransformer(nn.Module):
         self.up_block = nn.ModuleDict({"upsample": Up(width)} if upsample else {})
         self.mlm_layer = Head(width, codebook_size)
 
-    @property
-    def codes(self) -> int:
-        """How many codes the logits are over."""
-        return self.mlm_layer.conv2.out_channels
+    @classmethod
+    def of_config(cls, config: dict) -> Self:
+        """What a config.json leaves out is as in the original code; its keys for other classes are passed over."""
+        known = inspect.signature(cls).parameters
+        return cls(**{"downsample": False, "upsample": False} | {k: v for k, v in config.items() if k in known})
+
+    @classmethod
+    def defaults(cls, config: dict) -> dict[str, Any]:
+        """As the released scripts sample: Meissonic at 1024 pixels, and Monetico, without sampling down, at 512."""
+        side, steps = (64, 64) if config.get("downsample") else (32, 48)
+        return {"sample_size": side, "num_inference_steps": steps, "guidance_scale": 9.0, "negative_prompt": NEGATIVE}
 
     def rope(self, height: int, width: int, text: int, device: torch.device) -> Tensor:
         """`rope_table` of this model, computed once for each grid."""
@@ -394,7 +409,3 @@ class MeissonicTransformer(nn.Module):
     def head(self, features: Tensor) -> Tensor:
         """features [..., width] -> logits [..., codes]. Pointwise: gather the positions that are needed first."""
         return self.mlm_layer(features)
-
-    def forward(self, tokens: Tensor, timestep: Tensor, text: Tensor, pooled: Tensor, micro_conds: Tensor) -> Tensor:
-        """As `features`, then the head at every position: logits [B, H * W, codebook_size]."""
-        return self.head(self.features(tokens, timestep, text, pooled, micro_conds))

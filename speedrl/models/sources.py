@@ -1,9 +1,9 @@
 """Where a generator's files are: folders, runs, adapters and hub ids."""
 
+import json
 import re
 from pathlib import Path
 
-from speedrl.models.lora import read_config
 from speedrl.system.errors import one_line
 from speedrl.system.hub import from_hub
 
@@ -21,55 +21,38 @@ def find(source: str | Path) -> Path:
 
     Of a run's folder it is model/, or adapter/ where no model is.
     """
-    if str(source) == "embedded":
-        folder = Path(__file__).parent / "embedded"
-        if not (folder / "transformer").exists():
-            raise FileNotFoundError("the embedded model is not in this installation: rebuild it, see experiments/")
-        return folder
-    folder = Path(source)
+    folder = Path(__file__).parent / "embedded" if str(source) == "embedded" else Path(source)
     if folder.is_file():
         raise ValueError(f"{source} is a file, but a model is a folder with transformer/, vqvae/ and text_encoder/")
-    if folder.is_dir():
-        if (folder / "model/transformer").exists():
-            return folder / "model"
-        if adapter := next((path for path in (folder, folder / "adapter") if is_adapter(path)), None):
-            return adapter
-        if not (folder / "transformer/config.json").exists():
-            unfinished = (folder / "checkpoints").is_dir()
-            advice = ": finish the run with --resume, or make a model of a checkpoint with export" if unfinished else ""
-            raise FileNotFoundError(
-                f"{source} has no transformer/config.json: it is not a model or a finished run{advice}"
-            )
-        return folder
-    if not (named := HUB_ID.fullmatch(str(source))):
-        raise FileNotFoundError(f"there is no model at {source}: {INSTEAD}")
-    others = ["model_index.json", "*/config.json", "scheduler/*", "tokenizer/*", "adapter_config.json",
-              "adapter_model.safetensors", "scheduler_config.json", SAMPLER]
-    folder = fetch(named, WEIGHTS, others, f"{source} is no folder here, and as a hub id it", instead=INSTEAD)
-    if not is_adapter(folder) and not (folder / "transformer/config.json").exists():
-        raise FileNotFoundError(f"{source} has no transformer/config.json: it is not a model of speedrl")
-    return folder
+    if not folder.is_dir():
+        if not (named := HUB_ID.fullmatch(str(source))):
+            raise FileNotFoundError(f"there is no model at {source}: {INSTEAD}")
+        files = ["model_index.json", "*/config.json", "scheduler*", "tokenizer/*", "adapter_config.json",
+                 "adapter_model.safetensors", SAMPLER, *(f"{p}/{name}*.safetensors" for p, name in WEIGHTS.items())]
+        folder = fetch(named, files, f"{source} is no folder here, and as a hub id it", instead=INSTEAD)
+    for place in (folder / "model", folder, folder / "adapter"):
+        if is_adapter(place) or (place / "transformer/config.json").exists():
+            return place
+    if str(source) == "embedded":
+        raise FileNotFoundError("the embedded model is not in this installation: rebuild it, see experiments/")
+    advice = ": finish the run with --resume, or make a model of a checkpoint with export"
+    advice = advice if (folder / "checkpoints").is_dir() else ""
+    raise FileNotFoundError(f"{source} has no transformer/config.json: it is not a model or a finished run{advice}")
 
 
-def fetch(named: re.Match, weights: dict[str, str], others: list[str], what: str, *, instead: str) -> Path:
-    """The folder of a hub repository in the cache, with the weights by part; fp16 files where it has no others."""
+def fetch(named: re.Match, files: list[str], what: str, *, instead: str) -> Path:
+    """The folder of a hub repository's files in the cache; fp16 ones too where a folder has no others."""
     from huggingface_hub import snapshot_download
 
-    def files(parts: dict[str, str], *names: str) -> list[str]:
-        return [f"{part}/{name}{of}".lstrip("/") for part, name in parts.items() for of in names]
+    def get(ignored: str | None) -> Path:
+        return from_hub(
+            lambda: snapshot_download(named[1], revision=named[2], allow_patterns=files, ignore_patterns=ignored),
+            what, instead=instead,
+        )
 
-    def get(wanted: list[str]) -> Path:
-        return from_hub(lambda: snapshot_download(named[1], revision=named[2], allow_patterns=wanted), what,
-                        instead=instead)
-
-    plain = (".safetensors", ".safetensors.index.json", "-?????-of-?????.safetensors")
-    half = (".fp16.safetensors", ".safetensors.index.fp16.json", "-?????-of-?????.fp16.safetensors",
-            ".fp16-?????-of-?????.safetensors")
-    folder = get([*others, *files(weights, *plain)])
-    lacking = {part: name for part, name in weights.items() if not list((folder / part).glob(f"{name}*.safetensors"))}
-    if lacking and not is_adapter(folder):
-        folder = get([*others, *files(lacking, *half)])
-    return folder
+    folder = get("*.fp16*")
+    lacking = [path for path in folder.rglob("config.json") if not any(path.parent.glob("*.safetensors"))]
+    return get(None) if lacking else folder
 
 
 def find_text_encoder(source: str | Path) -> Path:
@@ -79,7 +62,8 @@ def find_text_encoder(source: str | Path) -> Path:
     what = f"the text encoder {source}"
     if not (named := HUB_ID.fullmatch(str(source))):
         raise FileNotFoundError(f"{what} is not there: give --text-encoder a folder or a hub id of a CLIP")
-    return fetch(named, {"": "model"}, ["config.json"], what, instead="give --text-encoder a folder or a hub id")
+    files = ["config.json", "model.safetensors", "model-*.safetensors", "model.fp16*.safetensors"]
+    return fetch(named, files, what, instead="give --text-encoder a folder or a hub id")
 
 
 def is_adapter(folder: Path) -> bool:
@@ -88,9 +72,9 @@ def is_adapter(folder: Path) -> bool:
 
 def base_of(adapter: Path, base: str | Path | None = None) -> Path:
     """The folder of an adapter's base: `base`, or the one that it records. FileNotFoundError where that is gone."""
-    recorded = read_config(adapter)["base_model_name_or_path"]
+    recorded = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
     try:
-        folder = find(recorded if base is None else base)
+        folder = find(str(recorded) if base is None else base)
     except FileNotFoundError as error:
         if base is not None:
             raise
@@ -131,15 +115,21 @@ def resolved(source: str | Path, folder: Path) -> str:
 
 
 def recorded_source(recorded: str, *, where: str, option: str = "--model") -> str:
-    """A source that a run has recorded, for `load_generator`. FileNotFoundError, with nothing fetched, where its folder
-    is gone, naming it, the record `where` and the option that gives another.
-
-    An earlier version recorded it as typed: such a name may be a folder elsewhere or a hub id. It is taken for a folder
-    where there is one, and never for a hub id; only owner/name@commit is.
-    """
-    named = HUB_ID.fullmatch(recorded)
-    if recorded == "embedded" or Path(recorded).is_dir() or (named and named[2]):
+    """A source as `resolve_source` gave it, for `load_generator`. FileNotFoundError where its folder is gone, naming
+    it, the record `where` and the option that gives another."""
+    if recorded == "embedded" or Path(recorded).is_dir() or HUB_ID.fullmatch(recorded):
         return recorded
     lost = f"{where} was trained from {recorded}, and there is no such folder here"
-    hint = f"; if it is a hub id, give {option} {recorded}" if named else ""
-    raise FileNotFoundError(f"{lost}: say by {option} where it is now{hint}")
+    raise FileNotFoundError(f"{lost}: say by {option} where it is now")
+
+
+def read_json(path: Path) -> dict:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}: it is not a whole model")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # bad json and bad UTF-8 both
+        raise ValueError(f"{path} is not json: {one_line(error)}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is not a json object")
+    return values

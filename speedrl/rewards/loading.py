@@ -9,10 +9,12 @@ import os
 import sys
 import sysconfig
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -142,12 +144,12 @@ def loader(name: str, *, device: torch.device | str, weights: str | None, bf16: 
     clip = functools.partial(clip_score, device=device, bf16=bf16)
     if name in PUBLISHED:
         architecture, published = PUBLISHED[name]
-        return functools.partial(clip, architecture, weights=weights or published)
+        return functools.partial(clip, architecture, weights=weights, published=published)
     if name.startswith("clip:") and name != "clip:":
         architecture, _, published = name.removeprefix("clip:").partition(":")
         if not (weights or published):
             raise ValueError(f"reward {name}: say which weights, clip:ARCHITECTURE:WEIGHTS, or give --reward-weights")
-        return functools.partial(clip, architecture, weights=weights or published)
+        return functools.partial(clip, architecture, weights=weights, published=published or None)
     if weights is not None:
         raise ValueError(f"reward {name}: --reward-weights are for hpsv2, imagereward and clip only")
     folder = EMBEDDED if name == "embedded" else Path(name)
@@ -163,13 +165,57 @@ def loader(name: str, *, device: torch.device | str, weights: str | None, bf16: 
     )
 
 
-def with_image_gradient(score: Score) -> Score:
-    """The same score, with a gradient where the images have one: no other is ever asked for."""
+def working_directory() -> str | None:
+    """The working directory, None where it was removed."""
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return None
+
+
+STATES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {  # of the process: how each is read and set
+    "torch's gradient mode": (torch.is_grad_enabled, torch.set_grad_enabled),
+    "torch's default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    # None where it was the processor: to set that too makes every call slower
+    "torch's default device": (torch.get_default_device,
+                               lambda device: torch.set_default_device(None if device.type == "cpu" else device)),
+    "torch's number of threads": (torch.get_num_threads, torch.set_num_threads),
+    "torch's deterministic algorithms": (torch.are_deterministic_algorithms_enabled,
+                                         torch.use_deterministic_algorithms),
+    "torch's float32 matmul precision": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    "the working directory": (working_directory, os.chdir),
+}
+
+
+@contextmanager
+def unchanged(name: str, said: set[str]) -> Iterator[None]:
+    """Within, the code of the reward `name` runs: STATES that it changes are set back at the end, and those that were
+    not `said` before are warned of."""
+    before = {what: read() for what, (read, _) in STATES.items()}
+    try:
+        yield
+    finally:
+        for what, (read, write) in STATES.items():
+            if (now := read()) != before[what] and before[what] is not None:
+                write(before[what])
+                if what not in said:
+                    said.add(what)
+                    change = f"{what} from {before[what]} to {now}"
+                    warnings.warn(f"reward {name}: its code changed {change}, which is set back", stacklevel=4)
+
+
+def alike(name: str, score: Score, said: set[str], *, foreign: bool) -> Score:
+    """The same score, called alike wherever it is: outside autocast and inference mode, with a gradient where the
+    images have one, as no other is ever asked for, and STATES stay. One that is `foreign` gets images of its own, and
+    may change them; what it returns is no tensor that it keeps."""
 
     @functools.wraps(score)
-    def scored(images: Tensor, prompts: list[str]) -> Tensor:
-        with torch.set_grad_enabled(images.requires_grad and torch.is_grad_enabled()):
-            return score(images, prompts)
+    def scored(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        slope = images.requires_grad and torch.is_grad_enabled()
+        plain = torch.autocast(images.device.type, enabled=False)
+        with torch.inference_mode(False), torch.set_grad_enabled(slope), plain, unchanged(name, said):
+            found = score(images.clone() if foreign else images, list(prompts))
+            return found.clone() if isinstance(found, Tensor) else found
 
     return scored
 
@@ -206,9 +252,13 @@ def load_quality(
     float32.
     """
     name = name or (next(iter(parse_quality(quality))) if callable(quality) else quality)
+    load: Callable[[], Score]
+    said: set[str] = set()
     load = (lambda: quality) if callable(quality) else loader(quality, device=device, weights=weights, bf16=bf16)
+    foreign = callable(quality) or getattr(load, "func", None) is import_function
     try:
-        score = with_image_gradient(load())
+        with unchanged(name, said):
+            score = alike(name, load(), said, foreign=foreign)
     except Exception as error:  # open_clip, safetensors and the user's module raise many kinds
         raise ValueError(f"reward {name}: cannot be loaded: {described(error)}") from error
     tried = rate(name, score, *samples(prompts, size, device), cast=False)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speedrl.models.loading import NoInitialisation, count_positions
+from speedrl.models.loading import NoInitialisation, count_positions, fill
 from speedrl.system.errors import one_line
 from speedrl.system.hub import hub_file
 from speedrl.system.platform import bf16_autocast, import_torchvision
@@ -85,15 +85,6 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} cannot be read as weights: {one_line(error)}") from error
 
 
-def fill(module: nn.Module, state: dict[str, Tensor], path: Path) -> nn.Module:
-    """Loads a state dict, every key and shape of which must match, in float32, eval mode, frozen."""
-    try:
-        module.load_state_dict({key: value.float() for key, value in state.items()}, strict=True, assign=True)
-    except RuntimeError as error:
-        raise ValueError(f"{path} is another model's: {one_line(error)}") from error
-    return module.eval().requires_grad_(False)
-
-
 def sequence_first(model: Any) -> Any:
     """Has an open_clip model's transformers work on [words, pictures, width], which gives the same features.
 
@@ -140,15 +131,22 @@ def clip_features(
 
 
 def clip_encoders(
-    name: str, *, device: torch.device | str = "cpu", weights: str | None = None, bf16: bool | None = None
+    name: str, *, device: torch.device | str = "cpu", weights: str | None = None, published: str | None = None,
+    bf16: bool | None = None,
 ) -> tuple[Callable[[Tensor], Tensor], Callable[[list[str]], Tensor]]:
     """`clip_features` of open_clip's model `name`: "local-dir:FOLDER", or an architecture with `weights`, which are a
-    file or the name of published ones. Raises what open_clip raises, RuntimeError where no weights are found."""
+    file or the name of published ones; `published` is the name of those that a file holds. Weights that were trained
+    with QuickGELU get it, which open_clip only warns of. Raises what open_clip raises, RuntimeError where no weights
+    are found."""
     import_torchvision()
     import open_clip
 
-    model = open_clip.create_model(name, pretrained=weights, device=device, require_pretrained=True)
-    about = model.visual.preprocess_cfg
+    asked = open_clip.get_pretrained_cfg(name.replace("/", "-"), published or weights or "")
+    model = open_clip.create_model(
+        name, pretrained=weights or published, device=device, require_pretrained=True,
+        force_quick_gelu=asked.get("quick_gelu", False),
+    )
+    about = model.visual.preprocess_cfg | {key: asked[key] for key in ("mean", "std") if key in asked}
     size = (about["size"],) * 2 if isinstance(about["size"], int) else tuple(about["size"])
 
     def preprocess(pictures: Tensor) -> Tensor:
@@ -160,10 +158,11 @@ def clip_encoders(
 
 
 def clip_score(
-    name: str, *, device: torch.device | str = "cpu", weights: str | None = None, bf16: bool | None = None
+    name: str, *, device: torch.device | str = "cpu", weights: str | None = None, published: str | None = None,
+    bf16: bool | None = None,
 ) -> Score:
     """The cosine of a picture's and its prompt's features, from -1 to 1, of an open_clip model: see `clip_encoders`."""
-    images, texts = clip_encoders(name, device=device, weights=weights, bf16=bf16)
+    images, texts = clip_encoders(name, device=device, weights=weights, published=published, bf16=bf16)
     return lambda pictures, prompts: (images(pictures) * texts(prompts)).sum(-1)
 
 
@@ -185,7 +184,7 @@ def hpsv2_score(
         model = open_clip.create_model(architecture, device="meta")
     words = model.context_length
     model.attn_mask = torch.full((words, words), -torch.inf).triu(1)  # each word sees those before it; no file holds it
-    fill(model, state, path).to(device)
+    fill(model, state, path).requires_grad_(False).to(device)
     side = model.visual.image_size
     side = side if isinstance(side, int) else side[0]
     images, texts = clip_features(
@@ -277,7 +276,7 @@ def imagereward_score(
     with torch.device("meta"), NoInitialisation():
         model = ImageRewardModel(vision=vision, text=text)
     count_positions(model)
-    fill(model, state, path).to(device)
+    fill(model, state, path).requires_grad_(False).to(device)
     size = (vision["image_size"],) * 2
 
     @functools.lru_cache(maxsize=REMEMBERED)

@@ -5,6 +5,7 @@ or a shard of each rank by torch.distributed.checkpoint), the random states, and
 """
 
 import errno
+import functools
 import json
 import math
 import os
@@ -12,7 +13,7 @@ import re
 import shutil
 import subprocess
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from speedrl.run.distributed import all_gather_object, barrier, on_all_ranks, ra
 from speedrl.system.errors import one_line
 from speedrl.system.files import append_lines, damage, replace_folder, seal, write_atomically, write_json
 
+LOADING = ("text_encoder", "size", "negative_prompt", "micro_conds", "base")  # of `load_generator`
+SHAPING = ("model", "steps", "lora", "lora_targets", "size", "text_encoder")  # settings that tensors' shapes depend on
 RANDOM = "random.st"  # not *.safetensors, which are all of the tensors' files
 
 
@@ -167,8 +170,11 @@ def restore(
     average: Mapping[str, Tensor],
     prompts: torch.Generator,
     device: torch.device | str,
+    *,
+    settings: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Loads a checkpoint into place and returns its record. ValueError where it is another model's.
+    """Loads a checkpoint into place and returns its record. ValueError where it is another model's: it names those of
+    the run's `settings` that have changed since.
 
     Shards of any number of ranks are read by any other. Each rank's own random states come back where the number of
     ranks is the same.
@@ -189,7 +195,9 @@ def restore(
         held = {name: value for name, value in held.items() if average or not name.startswith("average.")}
         wrong = wanted.keys() ^ held.keys() or {name for name in wanted if wanted[name].shape != held[name].size}
         if wrong:
-            raise ValueError(f"{len(wrong)} tensors do not fit, such as {min(wrong)}")
+            now = changed(record.get("settings", {}), settings, only=SHAPING)
+            why = f"it was trained with {'; '.join(now)}: give what it was, or another --out" if now else ""
+            raise ValueError(why or f"{len(wrong)} tensors do not fit, such as {min(wrong)}")
         read_tensors(folder, wanted)
         if not averaged:  # it begins here
             for name, value in average.items():
@@ -206,24 +214,37 @@ def restore(
     return record
 
 
-def start(out: Path, *, resume: bool) -> tuple[Path | None, list[str]]:
-    """Makes the run's folder; the checkpoint to go on from, if any, and lines about damaged ones that are newer.
-
-    ValueError where the folder holds a run that is not resumed, or nothing but damaged checkpoints; OSError where it
-    cannot be written.
-    """
-    if not resume and (all_checkpoints(out) or (out / "metrics.jsonl").exists()):
-        finished = [name for name in ("model", "adapter") if (out / name).is_dir()]
-        if finished:
-            use, further = f"`speedrl sample PROMPT --model {out}`", "--resume and more --iterations"
-            raise ValueError(f"{out} holds a finished run: use it by {use}, go on by {further}, or give another --out")
-        raise ValueError(f"{out} holds a run that has not finished: go on with --resume, or give another --out")
+def make_folder(out: Path) -> None:
+    """Makes a run's folder. OSError, one line, where it cannot be written: now, not after an iteration."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if not os.access(out, os.W_OK):  # now, not after an iteration
+        if not os.access(out, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(out))
     except OSError as error:
         raise OSError(f"{out} cannot be written ({one_line(error)}): choose another --out") from error
+
+
+def holds_run(out: Path) -> bool:
+    """Whether a folder is that of a run, however far it came."""
+    return bool(all_checkpoints(out)) or (out / "metrics.jsonl").exists()
+
+
+def holds_model(out: Path) -> bool:
+    """Whether a folder holds what `train` or `export` saved."""
+    return any((out / name).is_dir() for name in ("model", "adapter"))
+
+
+def start(out: Path, *, resume: bool) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from in a run's folder, if any, and lines about damaged ones that are newer.
+
+    ValueError where the folder holds a model or a run that is not resumed, or nothing but damaged checkpoints.
+    """
+    if not resume and holds_model(out):
+        what, use = "a finished run" if holds_run(out) else "a model", f"`speedrl sample PROMPT --model {out}`"
+        further = ", go on by --resume and more --iterations" if all_checkpoints(out) else ""
+        raise ValueError(f"{out} holds {what}: use it by {use}{further}, or give another --out")
+    if not resume and holds_run(out):
+        raise ValueError(f"{out} holds a run that has not finished: go on with --resume, or give another --out")
     folder, complaints = newest(out) if resume else (None, [])
     if folder is None and complaints:
         raise ValueError(f"{'; '.join(complaints)}; none is whole: start the run anew in another folder")
@@ -259,18 +280,30 @@ def append_row(out: Path, row: Mapping[str, Any], unwritten: list[str]) -> str |
 
 
 def to_jsonable(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as JSON holds them; a function by its name, so that a resumed run has the same."""
+    """Settings as JSON holds them; a function, or an object that is called, by its name, so that a resumed run has the
+    same."""
 
     def text(value: Any) -> str:
+        if isinstance(value, functools.partial):
+            return text(value.func)
+        if callable(value) and not hasattr(value, "__qualname__"):
+            value = type(value)
         name = getattr(value, "__qualname__", None)
-        return f"{value.__module__}:{name}" if name else str(value)
+        return f"{value.__module__}:{name}" if callable(value) and name else str(value)
 
     return json.loads(json.dumps(settings, default=text))
 
 
-def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The settings that make a difference to what is learned, and differ: "lr 3e-05, now 0.0001"."""
+def changed(before: Mapping[str, Any], now: Mapping[str, Any], *, only: Collection[str] = ()) -> list[str]:
+    """The settings that make a difference to what is learned, and differ: "--lr 3e-05, now 0.0001". What `loading`
+    holds has names of its own; `only` are some."""
     free = ("out", "resume", "iterations", "save_every", "keep_checkpoints", "device", "compile", "micro_batch",
             "checkpointing", "parallel", "offload", "trackers", "max_skipped")
-    names = [name for name in now if name not in free and name in before and before[name] != now[name]]
-    return [f"--{name.replace('_', '-')} {before[name]}, now {now[name]}" for name in names]
+    before, now = ({**dict.fromkeys(LOADING), **given, **(given.get("loading") or {})} for given in (before, now))
+    names = [name for name in now if name not in (*free, "loading") and name in before and before[name] != now[name]]
+
+    def told(value: Any) -> str:
+        return "not given" if value is None else str(value)
+
+    return [f"--{name.replace('_', '-')} {told(before[name])}, now {told(now[name])}" for name in names
+            if not only or name in only]

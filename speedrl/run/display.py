@@ -1,13 +1,19 @@
 """What the terminal shows while a model trains."""
 
+import sys
+import threading
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+from speedrl.system.output import Output
 
 # the columns that matter first; others follow in the order of the row, as many as fit
 FIRST = ("iteration", "reward", "quality", "steps", "kl", "clip_fraction", "images_per_second", "grad_norm")
@@ -18,7 +24,9 @@ WIDTH = 9  # characters of a column and its gap
 
 
 def number(value: object) -> str:
-    """A value in at most seven characters."""
+    """A value in at most seven characters; "–" for None, what is not known."""
+    if value is None:
+        return "–"
     if not isinstance(value, float):
         return str(value)
     return f"{value:.3f}" if 1e-3 <= abs(value) < 1000 or value == 0 else f"{value:.0e}"
@@ -46,11 +54,21 @@ def sparkline(values: Sequence[float], *, width: int, bars: str = BARS) -> str:
     return "".join(bars[min(len(bars) - 1, int((value - low) / (high - low) * len(bars)))] for value in means)
 
 
-class Display:
-    """Trends, a live table of the last iterations and a progress bar; plain lines where the output is no terminal."""
+def time_left(seconds: float) -> str:
+    """A time to wait in words."""
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
-    def __init__(self, *, total: int, rows: int = 8, console: Console | None = None):
-        self.console = console or Console(markup=False, highlight=False)
+
+class Display:
+    """Trends, a live table of the last iterations and a progress bar; plain lines where the output is no terminal.
+
+    Of a stage that takes long there is a bar, or a line every `every` seconds. An output that goes away, as a closed
+    pipe or terminal, raises nothing.
+    """
+
+    def __init__(self, *, total: int, rows: int = 8, quiet: bool = False, every: float = 20):
+        stream: Any = Output(sys.stdout) if sys.stdout else None
+        self.console = Console(file=stream, quiet=quiet, markup=False, highlight=False)
         self.recent: deque[Mapping[str, object]] = deque(maxlen=rows)
         self.history: dict[str, list[float]] = {name: [] for name in TRENDS}
         self.said: set[str] = set()
@@ -61,13 +79,18 @@ class Display:
         self.task = self.progress.add_task("training", total=total)
         terminal = self.console.is_terminal and not self.console.is_dumb_terminal
         self.live = Live(self.render(), console=self.console, refresh_per_second=2) if terminal else None
+        self.every, self.ended = every, threading.Event()
+        self.text, self.began, self.told, self.done, self.parts = "", 0.0, 0.0, 0, 0  # of the stage, "" for none
 
     def __enter__(self) -> "Display":
         if self.live:
             self.live.start()
+        else:
+            threading.Thread(target=self.tell_progress, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.ended.set()
         if self.live:
             self.live.update(self.render())
             self.live.stop()
@@ -76,13 +99,36 @@ class Display:
         """Sets how many iterations were done before."""
         self.progress.update(self.task, completed=first)
 
-    def stage(self, text: str) -> None:
-        """Says what happens before the next iteration is done."""
-        self.progress.update(self.task, description=text if self.live else "training")
+    def stage(self, text: str, total: int = 0) -> None:
+        """Says what happens before the next iteration is done, in `total` parts, or 0 where they are not known."""
+        self.text, self.done, self.parts = text, 0, total
+        self.began = self.told = time.monotonic()
+        for task in self.progress.task_ids[1:]:
+            self.progress.remove_task(task)
+        self.progress.update(self.task, description="training" if total else text)
+        if total:
+            self.progress.add_task(text, total=total)
         if self.live:
             self.live.update(self.render())
         else:
             self.console.print(text, soft_wrap=True)
+
+    def advance(self) -> None:
+        """A part of the stage is done."""
+        self.done += 1
+        for task in self.progress.task_ids[1:]:
+            self.progress.advance(task)
+
+    def tell_progress(self) -> None:
+        """Prints a line on the stage every so often, until the end."""
+        while not self.ended.wait(self.every / 20):
+            text, now, done, parts = self.text, time.monotonic(), self.done, self.parts
+            if text and now - self.told >= self.every:
+                self.told, taken = now, now - self.began
+                how = f"{time_left(taken)} so far"
+                if 0 < done <= parts:
+                    how = f"{done} of {parts}, about {time_left(taken / done * (parts - done))} left"
+                self.console.print(f"{text}: {how}", soft_wrap=True)
 
     def render(self) -> Group:
         """The trends, the table and the bar."""
@@ -117,6 +163,9 @@ class Display:
         for name, values in self.history.items():
             if isinstance(value := row.get(name), float):
                 values.append(value)
+        self.text = ""
+        for task in self.progress.task_ids[1:]:
+            self.progress.remove_task(task)
         self.progress.update(self.task, advance=1, description="training")
         if self.live:
             self.live.update(self.render())

@@ -13,7 +13,7 @@ from speedrl.models.generator import Generator
 from speedrl.models.loading import load_generator, save_generator, save_sampler, scheduler_of
 from speedrl.models.lora import add_lora, save_lora
 from speedrl.models.sources import recorded_source
-from speedrl.run.checkpoints import newest, read_record, read_tensors, stored
+from speedrl.run.checkpoints import holds_model, holds_run, newest, read_record, read_tensors, stored
 from speedrl.system.errors import one_line
 from speedrl.system.files import damage
 
@@ -62,11 +62,15 @@ def export(
     It takes the weights' moving average where there is one, or with `raw` the weights. `checkpoint` is its folder, or a
     run's, for its newest that is whole; `model` the base that it was trained from, by default the one that it records.
     With `merge` an adapter is merged into the base, and OUT/model is a whole model. Returns the folder
-    of the model or adapter. ValueError for a damaged one, FileNotFoundError where the base is gone.
+    of the model or adapter. ValueError for a damaged one, and where OUT holds a model or another run; FileNotFoundError
+    where the base is gone.
     """
     folder = Path(checkpoint)
     if (folder / "checkpoints").is_dir():
         folder = newest(folder)[0] or folder
+    others = holds_run(Path(out)) and not folder.resolve().is_relative_to(Path(out).resolve())
+    if holds_model(Path(out)) or others:
+        raise ValueError(f"{out} holds {'another run' if others else 'a model'}, which stays: give another `out`")
     if not (folder / "state.json").is_file():
         raise FileNotFoundError(f"{checkpoint} is not a checkpoint: give one, like RUN/checkpoints/000010")
     if wrong := damage(folder):

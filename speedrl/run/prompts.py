@@ -70,7 +70,15 @@ class Lines(Sequence):
         return self.prompt(self.file.readline(), int(index) + 1)
 
 
-def open_prompts(source: str | Path | Sequence[str]) -> Sequence[str]:
+Prompts = str | Path | Iterable[str]  # a file, the name of a set, or texts
+
+
+def as_list(source: Prompts | None) -> Any:
+    """Prompts that can be read again: a list of what is neither a file nor the name of a set, such as a generator."""
+    return source if source is None or isinstance(source, str | Path) else list(source)
+
+
+def open_prompts(source: Prompts) -> Sequence[str]:
     """As `read_prompts`, but the lines of a text or JSONL file stay in the file."""
     if not isinstance(source, str | Path):
         return all_prompts(source, "the list of prompts")
@@ -92,8 +100,8 @@ def read_once(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def read_prompts(source: str | Path | Sequence[str]) -> list[str]:
-    """The prompts of a file, of a named set, or of a list.
+def read_prompts(source: Prompts) -> list[str]:
+    """The prompts of a file, of a named set, or of any series of texts.
 
     A text file has one prompt a line; a JSON file a list of strings or of objects with "prompt"; a JSONL file one of
     these a line; a CSV or TSV file a header with a column prompt, caption or text. What a file is says its suffix, else

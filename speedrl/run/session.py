@@ -1,20 +1,31 @@
 """What surrounds a training loop: the run's folder, checkpoints, signals, trackers and the display."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from speedrl.run import distributed
-from speedrl.run.checkpoints import append_row, changed, drop_metrics, random_states, restore, save, start, tensors
+from speedrl.run.checkpoints import (
+    append_row,
+    changed,
+    drop_metrics,
+    make_folder,
+    random_states,
+    restore,
+    save,
+    start,
+    tensors,
+)
 from speedrl.run.display import Display
 from speedrl.run.trackers import open_trackers
 from speedrl.system.errors import Stopped, interruptible, one_line
+from speedrl.system.files import locked
 
+LOCK = ".lock"  # in the run's folder, held while it trains
 FLAT = 5  # iterations without any spread of the reward that end a training
 
 
@@ -42,7 +53,9 @@ class Run:
         """Loads the newest whole checkpoint into place, if the run has one; its record, {} for a new run."""
         self.held = (learned, optimizer, average)
         self.random, self.device = random, device
-        record = restore(self.checkpoint, learned, optimizer, average, random, device) if self.checkpoint else {}
+        record: dict[str, Any] = {}
+        if self.checkpoint:
+            record = restore(self.checkpoint, learned, optimizer, average, random, device, settings=self.settings)
         self.first = self.saved = record.get("iteration", 0)
         self.skipped, self.skipped_total, self.flat = (
             record.get(name, 0) for name in ("skipped", "skipped_total", "flat")
@@ -58,13 +71,15 @@ class Run:
         """The iterations that are left."""
         self.inside = True
         yield from range(self.first, self.settings["iterations"])
+        self.inside = False
 
-    def stage(self, text: str) -> None:
-        """Says what takes time before the next iteration is done."""
-        self.display.stage(text)
+    def stage(self, text: str, total: int = 0) -> None:
+        """Says what takes time before the next iteration is done. `advance` counts its `total` parts, 0 if unknown."""
+        self.display.stage(text, total)
 
-    def stop_if_asked(self) -> None:
-        """`Stopped` after SIGINT or SIGTERM, where there is nothing to save: before the first iteration."""
+    def advance(self) -> None:
+        """A part of a stage before the first iteration is done. `Stopped` after a signal: there is nothing to save."""
+        self.display.advance()
         if number := self.stopped():
             raise Stopped("stopped before the first iteration; start again with the same command", number)
 
@@ -105,7 +120,7 @@ class Run:
     def save(self, done: int, record: dict[str, Any]) -> None:
         """Writes a checkpoint where one is due: every `save_every` iterations, at the end, and after a signal.
 
-        `record` is what the checkpoint holds beside tensors. `Stopped` after SIGINT or SIGTERM.
+        `record` is what the checkpoint holds beside tensors. `Stopped` after a signal of `interruptible`.
         """
         stop = int(distributed.total(torch.tensor(self.stopped()), largest=True))
         if done % self.settings["save_every"] == 0 or done == self.settings["iterations"] or stop:
@@ -127,14 +142,20 @@ def open_run(out: Path, settings: Mapping[str, Any], *, trackers: Sequence[str] 
     """A run's folder and all that surrounds its loop.
 
     `settings` as of `to_jsonable`; of these it reads resume, iterations, save_every, keep_checkpoints, max_skipped and
-    parallel. ValueError where the folder holds a run that is not resumed; OSError where it cannot be written. An error
-    inside the loop that a user can mend says what is saved.
+    parallel. ValueError where the folder holds a run that is not resumed; OSError where it cannot be written or another
+    process trains in it. An error inside the loop that a user can mend says what is saved.
     """
-    checkpoint, complaints = start(out, resume=settings["resume"])
     main = distributed.is_main()
-    track = open_trackers(trackers if main else (), out, settings, resume=settings["resume"])
-    console = Console(quiet=not main, markup=False, highlight=False)
-    with Display(total=settings["iterations"], console=console) as display, interruptible() as stopped:
+    make_folder(out)
+    with ExitStack() as stack:
+        # the ranks of a run share its lock
+        unlocked = distributed.on_all_ranks(lambda: stack.enter_context(locked(out / LOCK)) if main else None)
+        checkpoint, complaints = start(out, resume=settings["resume"])
+        if unlocked:
+            complaints.append(f"nothing keeps another training out of {out}: {unlocked}")
+        track = open_trackers(trackers if main else (), out, settings, resume=settings["resume"])
+        display = stack.enter_context(Display(total=settings["iterations"], quiet=not main))
+        stopped = stack.enter_context(interruptible())
         run = Run(out, settings, checkpoint=checkpoint, display=display, track=track, stopped=stopped)
         for line in complaints:
             run.warn(line)

@@ -1,16 +1,16 @@
 """Ablations: train variants that differ in one thing, evaluate each, and put them into one report."""
 
+import ast
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from rich.console import Console
 
 from speedrl.evaluation.measuring import (
     METRICS,
-    columns_of,
     evaluate,
     grid,
     markdown,
@@ -19,16 +19,17 @@ from speedrl.evaluation.measuring import (
     prompt_sets,
     table,
 )
-from speedrl.evaluation.pages import Section, write_page
+from speedrl.run.settings import PROMPTS, QUALITY, Model
 from speedrl.studies.intervals import caution, interval, paired
 from speedrl.studies.plots import plot_curves
 from speedrl.studies.runs import DEFAULTS, commands_of, metrics_file, refuse_other, run_all, run_folder
 from speedrl.system.files import write_atomically, write_json
+from speedrl.system.options import Opt, check_options, listed
 
 AGAIN = "the baseline again"  # with other seeds: what two arms differ by that are the same
 OFFSET = 1000  # of its seeds
 TITLES = METRICS | {"network_evaluations": "NFE"}
-COMPARED = ("reward", "judge_r1", "judge_margin", "diversity", "network_evaluations")
+COMPARED = ("reward", "judge_r1", "judge_margin", "diversity", "ground", "network_evaluations")
 CURVES = {"quality": "quality of the rollouts", "steps": "steps of the rollouts", "kl": "divergence, nats a token"}
 
 
@@ -53,8 +54,9 @@ def all_ablations() -> dict[str, dict[str, dict]]:
     found: dict[str, dict[str, dict]] = {
         "speed-reward": each("steps_reward", 4.0, 0.5, 0.08, 0.0),
         "likelihood": {"token": token, "exact": fast | {"likelihood": "exact"}}
-        | {"token, random order": token | {"order": "random"}, "sequence": fast | {"likelihood": "sequence"}},
-        "kl": weights | kinds | {"none": {"kl": "none"}},
+        | {"token, random order": token | {"order": "random"}, "token, 4 updates": token | {"updates": 4}}
+        | {"sequence, 4 updates": fast | {"likelihood": "sequence", "updates": 4}},
+        "kl": weights | kinds | {"none": {"kl_weight": 0.0}},
         "percentile": each("percentile", 10.0, 0.0, 25.0, 50.0, 75.0),
         "low-quality": each("min_quality", -2.0, float("-inf"), -1.0, 0.0),
         "advantage-std": each("advantage_std", "group", "batch", "none"),
@@ -68,7 +70,7 @@ def all_ablations() -> dict[str, dict[str, dict]]:
         "search": {f"{n} rounds of search": {"search": n} for n in (64, 0, 16)},
         "lr": each("lr", 1e-4, 2e-5, 5e-5, 2e-4),
         "method": {"GRPO": fast, "no reward": {"quality": "none"}}
-        | {"exact likelihood": fast | {"likelihood": "exact"}, "reward gradient": fast | {"reward_gradient": 0.3}},
+        | {"exact likelihood": fast | {"likelihood": "exact"}, "hindsight": fast | {"hindsight": 1.0}},
         "order": {"the model's order": {"order": None}, "random": {"order": "random"}, "halton": {"order": "halton"}},
     }
     return {name: with_pair(variants_of) for name, variants_of in found.items()}
@@ -81,25 +83,38 @@ def with_pair(variants_of: dict[str, dict]) -> dict[str, dict]:
 
 
 def ablate(
-    name: str = "all",
+    name: Annotated[str, Opt(
+        "speed-reward, likelihood, kl, percentile, low-quality, advantage-std, group-size, train-steps, updates, "
+        "guidance, remask, search, lr, order, method or all.", positional=True)] = "all",
     *,
-    out: str | Path = "runs/ablate",
-    seeds: Sequence[int] = (0, 1, 2),
-    model: str = "embedded",
-    beside: Sequence[str] = (),
-    device: str = "cpu",
-    jobs: int = 1,
-    quick: bool = False,
-    eval_steps: Sequence[int] = (4, 8, 16),
-    eval_count: int = 4,
-    eval_seeds: int = 1,
+    out: Annotated[str | Path, Opt("Folder of the runs and the report; finished runs are kept.",
+                                   cli=Path)] = "runs/ablate",
+    seeds: Annotated[str | Sequence[int], Opt("Seeds to train from, like 0,1,2.", cli=str)] = (0, 1, 2),
+    model: Model = "embedded",
+    beside: Annotated[Sequence[str], Opt("A model to measure beside the variants; may be repeated.",
+                                         cli=list[str])] = (),
+    device: Annotated[str, Opt("auto, cpu, cuda, or several for the jobs to share out, like cuda:0,cuda:1.")] = "cpu",
+    jobs: Annotated[int, Opt("Runs at a time, each in a process of its own.", least=1)] = 1,
+    quick: Annotated[bool, Opt("Only show that everything runs: one iteration of four images.")] = False,
+    iterations: Annotated[int | None, Opt("Iterations of each training. [default: as train]")] = None,
+    groups: Annotated[int | None, Opt("Prompts of an iteration. [default: as train]")] = None,
+    group_size: Annotated[int | None, Opt("Images of each prompt. [default: as train]")] = None,
+    lr: Annotated[float | None, Opt("Learning rate. [default: as train]")] = None,
+    prompts: Annotated[Any, Opt(PROMPTS, cli=str | None)] = None,
+    quality: Annotated[Any, Opt(f"{QUALITY}. [default: as train]", cli=str | None)] = None,
+    set: Annotated[Sequence[str], Opt("OPTION=VALUE: any other option of train, like lora=16; may be repeated.",
+                                      cli=list[str])] = (),
+    eval_steps: Annotated[str | Sequence[int], Opt("Step counts to measure.", cli=str)] = (4, 8, 16),
+    eval_count: Annotated[int, Opt("Images of each prompt and seed.", least=1)] = 4,
+    eval_seeds: Annotated[int, Opt("Repetitions of each measurement.", least=1)] = 1,
+    eval_prompts: Annotated[Any, Opt("Prompts to measure. [default: the embedded model's]", cli=str | None)] = None,
     evaluation: Mapping[str, Any] | None = None,
-    **options,
+    **options: Any,
 ) -> list[dict]:
     """Trains every variant of an ablation, or of all, from every seed and evaluates it: a row for variant and setting.
 
-    `options` go to `train` for all variants; an ablation's own go before them, but what it is about is refused
-    (ValueError).
+    `options`, and those of train that are given by name or in `set`, go to `train` for all variants; an ablation's own
+    go before them, but what it is about is refused (ValueError).
     `evaluation` are further options of `evaluate`. The model they start from is evaluated too, as "start", and the
     models `beside`; trained ones with a step policy also at "auto" steps. All remask alike, by `remask` of the options
     or 0.5. `jobs` runs go at a time, each in a process of its own that writes to log.txt in its folder; `device` may be
@@ -108,23 +123,25 @@ def ablate(
 
     A run lies in OUT/runs/OPTIONS/seed-N, so that ablations share what they have in common: a finished one is kept, an
     interrupted one goes on, one of other options is refused (ValueError). One that fails is reported, and the others go
-    on. OUT/report, or OUT/report-NAME of one alone, has index.html, and for each ablation NAME.json, NAME.md, and
-    NAME.png and .svg, the curves over iterations.
+    on. OUT/report, or OUT/report-NAME of one alone, has for each ablation NAME.json, NAME.md, and NAME.png and .svg,
+    the curves over iterations; OUT/report also report.md, which lists them.
 
     A row is as in `evaluate`, with the variant as its model, each metric's mean over training seeds, METRIC_spread,
     their standard deviation (n - 1; None for one seed), not that over sampling seeds, and METRIC_interval, half the
     width of the 95 % interval of the mean. ValueError where no variant ran.
     """
+    named = {"iterations": iterations, "groups": groups, "group_size": group_size, "lr": lr, "prompts": prompts,
+             "quality": quality}
+    check_options(ablate, locals())
     out, console = Path(out), Console(markup=False, highlight=False)
-    if not seeds:
-        raise ValueError("there is no seed to train from: give at least one by --seeds")
-    if jobs < 1:
-        raise ValueError(f"--jobs must be at least 1, got {jobs}")
+    seeds, eval_steps = (listed(x, int, name=n) or () for x, n in ((seeds, "seeds"), (eval_steps, "eval_steps")))
+    options = {k: v for k, v in named.items() if v is not None} | assignments(set) | options
+    evaluation = ({} if eval_prompts is None else {"prompts": eval_prompts}) | dict(evaluation or {})
     known = all_ablations()
     if name != "all" and name not in known:
         raise ValueError(f"unknown ablation {name!r}: choose {', '.join(known)} or all")
     chosen = known if name == "all" else {name: known[name]}
-    set_here = set(next(iter(chosen.get(name, {}).values()), {}))  # by the baseline: what the ablation is about
+    set_here = {*next(iter(chosen.get(name, {}).values()), {})}  # by the baseline: what the ablation is about
     if clash := sorted(set_here & options.keys()):
         flags = ", ".join(f"--{option.replace('_', '-')}" for option in clash)
         raise ValueError(f"the ablation {name} sets {flags} itself: leave it out")
@@ -154,22 +171,23 @@ def ablate(
     began = time.time()
     beginning = evaluate([model, *beside], out=out / "start", device=device.split(",")[0], **evaluation)
     outcome = run_all(runs, evaluation=evaluation, devices=device.split(","), jobs=jobs, console=console)
-    every, sections = [], []
+    every = []
     report = out / ("report" if name == "all" else f"report-{name}")
     for which, own_of in chosen.items():
         of = {v: {seed: plan[which, v, seed][0] for seed in seeds} for v in own_of}
-        rows, part = conclude(which, of, outcome, beginning, report=report, evaluation=evaluation, runs=runs)
+        rows = conclude(which, of, outcome, beginning, report=report, evaluation=evaluation, runs=runs)
         console.print(table(rows, width=console.width))
         every += rows
-        sections.append(part)
-    minutes = (time.time() - began) / 60
-    about = f"Seeds {', '.join(map(str, seeds))}. This call took {minutes:.0f} minutes; finished runs were kept."
-    write_page(report / "index.html", f"Ablations of {model}", [Section("What this is", [about]), *sections])
-    console.print(f"wrote {report / 'index.html'}", soft_wrap=True)
+    page = report / f"{name}.md"
+    if name == "all":
+        page, lines = report / "report.md", "".join(f"- [{which}]({which}.md)\n" for which in chosen)
+        index = f"# Ablations of {model}\n\nSeeds {', '.join(map(str, seeds))}.\n\n{lines}"
+        write_atomically(page, lambda partial: partial.write_text(index, encoding="utf-8"))
+    console.print(f"wrote {page} in {(time.time() - began) / 60:.0f} minutes", soft_wrap=True)
     if failed := {folder: why for folder, why in outcome.items() if isinstance(why, str)}:
         console.print(f"{len(failed)} of {len(runs)} runs failed")
         if len(failed) == len(runs):
-            raise ValueError(f"no variant of {name} ran: {'; '.join(sorted(set(failed.values())))}")
+            raise ValueError(f"no variant of {name} ran: {'; '.join(sorted({*failed.values()}))}")
     return every
 
 
@@ -188,8 +206,8 @@ def conclude(
     report: Path,
     evaluation: dict,
     runs: Mapping[Path, dict],
-) -> tuple[list[dict], Section]:
-    """One ablation's rows and its part of the page; writes its files to `report`. `folders` by variant and seed."""
+) -> list[dict]:
+    """One ablation's rows; writes its files to `report`. `folders` by variant and seed."""
     measured: dict[str, dict[int, list[dict]]] = {variant: {} for variant in folders}
     failed, commands = {}, []
     for variant, by_seed in folders.items():
@@ -218,30 +236,22 @@ def conclude(
     paragraphs = "".join(f"\n{line}\n" for line in (*words, *complaints))
     code = "".join(f"    {line}\n" for line in commands)
     apart = grid(header, lines, left=2) if lines else ""
-    text = (f"# {name}\n\n{markdown(rows, error='interval')}\n± is the 95 % interval over seeds.\n{paragraphs}\n{apart}"
-            f"\n{code}")
+    figure = f"![Means over seeds, and differences paired by seed, with 95 % intervals]({name}.png)\n\n" * bool(curves)
+    measures = f"{markdown(rows, error='interval')}\n± is the 95 % interval over seeds."
+    text = f"# {name}\n\n{figure}{measures}\n{paragraphs}\n{apart}\n{code}"
     write_atomically(report / f"{name}.md", lambda partial: partial.write_text(text, encoding="utf-8"))
     if curves:
         plot_curves(curves, report / name, metrics=CURVES, title=name)
-    caption = f"{name}: means over seeds, and the paired differences by seed, with 95 % intervals"
-    section = Section(
-        title=name,
-        words=[*words, *complaints],
-        images=[(f"{name}.png", caption)] if curves else [],
-        tables=[columns_of(rows, error="interval"), *([(header, lines)] if lines else [])],
-        commands=commands,
-        files=[f"{name}.json", f"{name}.md", *([f"{name}.svg"] if curves else [])],
-    )
-    return [row | {"ablation": name} for row in rows], section
+    return [row | {"ablation": name} for row in rows]
 
 
 def over_runs(variant: str, runs: list[list[dict]]) -> list[dict]:
     """The rows of several trainings of one variant as one list: means, spreads and intervals over the trainings."""
     rows = []
     for same in zip(*runs, strict=True):
-        row = {key: value for key, value in same[0].items() if key not in ("weights", "settings")} | {"model": variant}
-        metrics = metrics_of(list(same))
-        row |= over_seeds([{name: one.get(name) for name in metrics} for one in same])
+        row, metrics = same[0] | {"model": variant}, metrics_of(list(same))
+        within = [name for name in row if name.endswith("_within")]
+        row |= over_seeds([{name: one.get(name) for name in (*metrics, *within)} for one in same])
         for metric in metrics:
             known = [one[metric] for one in same if one.get(metric) is not None]
             row[f"{metric}_interval"] = interval(known)[1] if known else None
@@ -304,3 +314,18 @@ def differences_of(differences: Sequence[dict]) -> tuple[list[str], list[list[st
 
     lines = [[*line, *(number(of.get(metric)) for metric in metrics)] for line, of in by_line.items()]
     return ["variant", "prompts", "steps", *(TITLES[metric] for metric in metrics)], lines
+
+
+def assignments(texts: Sequence[str]) -> dict[str, Any]:
+    """Reads "lora=16" as an option of `train`. ValueError for what is none of its options."""
+    found = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        name, value = name.strip().replace("-", "_"), value.strip()
+        if not equals or name not in DEFAULTS:
+            raise ValueError(f"`set` takes OPTION=VALUE with an option of train, not {text!r}")
+        try:
+            found[name] = ast.literal_eval(value.capitalize() if value in ("true", "false") else value)
+        except (ValueError, SyntaxError):
+            found[name] = value  # a word
+    return found

@@ -1,5 +1,6 @@
-"""Means over few seeds, how far to trust them, and in words which differences are more than noise."""
+"""Means over few seeds, and how far to trust them and their differences."""
 
+import math
 import statistics
 from collections.abc import Sequence
 
@@ -7,24 +8,32 @@ from collections.abc import Sequence
 def interval(values: Sequence[float], *, level: float = 0.95) -> tuple[float, float | None]:
     """Mean and half the width of its confidence interval; None for one value, of whose spread nothing is known.
 
-    Values must be independent: of seeds, not of pictures of one model. ValueError for no value.
+    By Student's t. Values must be independent: of seeds, not of pictures of one model. ValueError for no value.
     """
     if not values:
         raise ValueError("there is no value to take the mean of")
-    spread = statistics.stdev(values) if len(values) > 1 else None
-    return statistics.fmean(values), half_width(spread, len(values), level=level)
+    mean, count = statistics.fmean(values), len(values)
+    if count < 2:
+        return mean, None
+    return mean, t_quantile(level, count - 1) * statistics.stdev(values) / count**0.5
 
 
-def half_width(spread: float | None, count: int, *, level: float = 0.95) -> float | None:
-    """Half the width of the interval of the mean of `count` values with this standard deviation (n - 1).
+def t_quantile(level: float, freedom: int) -> float:
+    """The t that |Student's t| of so many degrees of freedom stays below with probability `level`, by bisection."""
 
-    By Student's t with n - 1 degrees of freedom; None for one value.
-    """
-    if spread is None or count < 2:
-        return None
-    from scipy.stats import t  # a second to import, and few need it
+    def inside(angle: float) -> float:  # P(|T| < sqrt(freedom) tan(angle)), a finite sum for whole degrees
+        odd, total, square = freedom % 2, 0.0, math.cos(angle) ** 2
+        term = math.cos(angle) if odd else 1.0
+        for k in range(2 + odd, freedom + 1, 2):
+            total += term
+            term *= square * (k - 1) / k
+        return (angle + math.sin(angle) * total) * 2 / math.pi if odd else math.sin(angle) * total
 
-    return float(t.ppf((1 + level) / 2, count - 1)) * spread / count**0.5
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if inside(middle) < level else (low, middle)
+    return freedom**0.5 * math.tan(low)
 
 
 def paired(values: dict[int, float], baseline: dict[int, float], *, level: float = 0.95) -> dict:
@@ -40,19 +49,7 @@ def paired(values: dict[int, float], baseline: dict[int, float], *, level: float
     return {"difference": mean, "interval": width, "seeds": len(both), "outside": outside}
 
 
-def say(name: str, found: dict, *, digits: int = 3) -> str:
-    """A difference of `paired` in words: "R@1 is 0.021 ± 0.015 lower, outside the noise"."""
-    difference, width = found["difference"], found["interval"]
-    direction = "higher" if difference >= 0 else "lower"
-    if width is None:
-        return f"{name} is {abs(difference):.{digits}f} {direction}, from one seed, which says nothing of noise"
-    if difference == width == 0:
-        return f"{name} is the same in every seed"
-    size = f"{abs(difference):.{digits}f} ± {width:.{digits}f} {direction}"
-    return f"{name} is {size}, {'outside' if found['outside'] else 'within'} the noise"
-
-
-def caution(differences: Sequence[dict], *, level: float = 0.95, kind: str = "Paired t-intervals") -> str:
+def caution(differences: Sequence[dict], *, level: float = 0.95) -> str:
     """What to keep in mind where many differences are looked at: how many would be outside by chance."""
     known = [found for found in differences if found["outside"] is not None]
     seeds = sorted({found["seeds"] for found in known})
@@ -61,6 +58,6 @@ def caution(differences: Sequence[dict], *, level: float = 0.95, kind: str = "Pa
     outside = sum(found["outside"] for found in known)
     return (
         f"{outside} of {len(known)} differences are outside the noise; {len(known) * (1 - level):.1f} would be by "
-        f"chance alone if there were none. {kind} at {level:.0%} over {' or '.join(map(str, seeds))} "
+        f"chance alone if there were none. Paired t-intervals at {level:.0%} over {' or '.join(map(str, seeds))} "
         "seeds, not corrected for their number."
     )

@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from speedrl.evaluation.measuring import evaluate
-from speedrl.method.schedules import parse_steps
-from speedrl.run.checkpoints import all_checkpoints, to_jsonable
+from speedrl.method.steps import step_choices
+from speedrl.run.checkpoints import to_jsonable
 from speedrl.system.errors import one_line
 from speedrl.system.files import write_atomically, write_json
 from speedrl.training import train
@@ -48,26 +48,33 @@ def refuse_other(folder: Path, options: dict) -> None:
 def trained_once(folder: Path, options: dict, *, device: str) -> Path:
     """The model that `train` made in this folder of these options; trained now, or to the end, if it is not there."""
     if not (folder / "done").exists():
+        (folder / "evaluated.json").unlink(missing_ok=True)
         write_json(folder / "variant.json", to_jsonable(options))
-        begun = bool(all_checkpoints(folder / "run"))
-        if not begun:
-            (folder / "run" / "metrics.jsonl").unlink(missing_ok=True)  # of a run stopped before its first checkpoint
-        model = train(out=folder / "run", resume=begun, device=device, **options)
+        model = train(out=folder / "run", resume=True, device=device, **options)
         write_atomically(folder / "done", lambda partial: partial.write_text(model.name, encoding="utf-8"))
     return folder / "run" / (folder / "done").read_text(encoding="utf-8")
 
 
 def one_run(folder: Path, options: dict, evaluation: dict, *, device: str) -> list[dict]:
-    """Trains and evaluates what a folder is for: the rows of `evaluate`, with a step policy at "auto" steps too."""
+    """Trains and evaluates what a folder is for: the rows of `evaluate`, with a step policy at "auto" steps too.
+
+    The rows of a finished run stay in evaluated.json, with the options of the evaluation that they are of.
+    """
     torch.compiler.reset()  # after the networks of a few runs the compiler would give up, and run this one eagerly
-    model = trained_once(folder, options, device=device)
-    return evaluate([str(model)], out=folder / "eval", device=device, **with_auto(evaluation, options))
+    model, how = trained_once(folder, options, device=device), with_auto(evaluation, options)
+    path, asked = folder / "evaluated.json", to_jsonable(how)
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if kept.get("evaluation") != asked:
+        rows = evaluate([str(model)], out=folder / "eval", device=device, **how)
+        kept = {"evaluation": asked, "rows": rows}
+        write_json(path, kept)
+    return kept["rows"]
 
 
 def with_auto(evaluation: dict, options: dict) -> dict:
     """The options of `evaluate` for a run of `train`: where it learned its number of steps, at "auto" steps too."""
-    least, most = parse_steps(options.get("steps", DEFAULTS["steps"]))
-    return evaluation | {"steps": (*evaluation["steps"], *["auto"] * (least < most))}
+    counts = step_choices(options.get("steps", DEFAULTS["steps"]))
+    return evaluation | {"steps": (*evaluation["steps"], *["auto"] * (len(counts) > 1))}
 
 
 def run_all(

@@ -33,10 +33,10 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], int]]:
-    """Turns SIGINT (Ctrl-C) and SIGTERM into a request, so that an iteration ends whole.
+    """Turns SIGINT (Ctrl-C), SIGTERM and SIGHUP (a closed terminal) into a request, so that an iteration ends whole.
 
     Yields a function that gives the signal's number, 0 before. A second Ctrl-C stops at once; not one within a second,
-    as a terminal and torchrun both pass on the same key.
+    as a terminal and torchrun both pass on the same key. A SIGHUP that is ignored, as under nohup, stays so.
     """
     asked: list[float] = []
 
@@ -46,8 +46,11 @@ def interruptible() -> Iterator[Callable[[], int]]:
         elif number == signal.SIGINT and time.monotonic() - asked[1] > 1:
             raise KeyboardInterrupt("stopped at once; what was saved before stands")
 
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
     try:
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, ask) for number in numbers}
     except ValueError:  # not in the main thread, where signals do not arrive
         yield lambda: 0
         return

@@ -4,10 +4,60 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from speedrl.system.errors import one_line
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None  # type: ignore[assignment]
+
 MANIFEST = "manifest.json"
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[str | None]:
+    """Within, this process alone holds the lock of a file, which is made and in the end removed.
+
+    The system frees the lock of a process that dies, however it dies, and processes that it forked do not hold it.
+    Yields None, or in a few words why there is no lock, where the file system has none. BlockingIOError, one line with
+    who holds it, where another process does; OSError where the file cannot be made.
+    """
+    handle, missing = open_locked(path)
+    try:
+        with suppress(OSError):  # a full disk has no place for a name
+            os.ftruncate(handle, 0)
+            os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        yield missing
+    finally:
+        with suppress(OSError):
+            path.unlink()
+        os.close(handle)
+
+
+def open_locked(path: Path) -> tuple[int, str | None]:
+    """The open file of `locked`, and what it yields."""
+    while True:
+        handle, missing = os.open(path, os.O_RDWR | os.O_CREAT, 0o666), None
+        try:
+            if fcntl is None:
+                raise OSError("not a POSIX system")
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # as systems have it
+            holder = os.read(handle, 300).decode("utf-8", "replace") or "another process"
+            os.close(handle)
+            advice = "wait until it ends, or give another --out"
+            raise BlockingIOError(f"{path.parent} is in use by {holder}: {advice}") from None
+        except OSError as error:
+            missing = one_line(error)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), path.stat()):
+                return handle, missing
+        os.close(handle)  # of a file that its holder has removed by now
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

@@ -65,7 +65,23 @@ def flag_of(name: str, opt: Opt | None = None) -> str:
 
 def as_flags(message: str, options: Mapping[str, tuple[Any, Opt]]) -> str:
     """A function's message with its parameters, in backticks there, as options of the command line."""
+
     def named(match: re.Match) -> str:
-        return flag_of(match[1], options.get(match[1], (None, None))[1])
+        return flag_of(match[1], options[match[1]][1] if match[1] in options else None)
 
     return re.sub(r"`([a-z]\w*)`", named, message)
+
+
+def listed(value: Any, kind: Callable[[str], Any], *, name: str) -> tuple | None:
+    """The values of "1,2,4", or of a sequence or one value, as `kind`; None stays None. ValueError otherwise."""
+    if value is None:
+        return None
+    alone = isinstance(value, int | float)
+    parts: Any = value.split(",") if isinstance(value, str) else [value] if alone else value
+    try:
+        found = tuple(kind(part.strip() if isinstance(part, str) else part) for part in parts)
+    except (ValueError, OverflowError):
+        found = ()
+    if not found or any(isinstance(x, float) and not math.isfinite(x) for x in found):
+        raise ValueError(f"`{name}` takes values with commas between them, like 1,2,4, not {value!r}")
+    return found

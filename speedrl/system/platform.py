@@ -1,21 +1,20 @@
 """What the machine needs before the heavy packages are imported, in one place."""
 
 import ctypes
-import importlib
 import importlib.util
 import os
 import platform
 import shutil
 import sys
-import types
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from speedrl.system.errors import one_line
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def quiet_allocator() -> None:
@@ -65,32 +64,6 @@ def import_torchvision() -> None:
         torchvision._speedrl_library = library  # the declarations live as long as the module
 
 
-def import_vq_model() -> type[Any]:
-    """diffusers' `VQModel`, without all the networks beside it, whose imports take a second and a half.
-
-    Its file needs none of what the packages on the way to it import in their `__init__`, so these are passed over
-    while it is imported, and whole again for who imports them later. Where that fails, it is imported as usual.
-    """
-    import_torchvision()
-    names = [f"diffusers.models.{name}" for name in ("autoencoders", "unets", "transformers")]
-    if not any(name in sys.modules for name in names):
-        import diffusers.models
-
-        try:
-            for name in names:
-                sys.modules[name] = package = types.ModuleType(name)
-                package.__path__ = [str(Path(diffusers.models.__file__).parent / name.rpartition(".")[2])]
-            return importlib.import_module("diffusers.models.autoencoders.vq_model").VQModel
-        except ImportError:
-            pass
-        finally:
-            for name in names:
-                sys.modules.pop(name, None)
-    from diffusers import VQModel
-
-    return VQModel
-
-
 def bf16_autocast(device: torch.device | str, *, enabled: bool | None = None) -> torch.autocast:
     """bf16 autocast, by default where `bf16_is_fast`."""
     enabled = bf16_is_fast(device) if enabled is None else enabled
@@ -98,13 +71,17 @@ def bf16_autocast(device: torch.device | str, *, enabled: bool | None = None) ->
 
 
 def bf16_is_fast(device: torch.device | str) -> bool:
-    """Whether bf16 products are faster than fp32 ones: on GPUs, on processors with AMX, and on AMD's with AVX-512 bf16.
+    """Whether bf16 products are faster than fp32 ones: on GPUs of compute capability 8.0 and later, on processors with
+    AMX, and on AMD's with AVX-512 bf16. Older GPUs (V100, T4) emulate it.
 
     Intel's AVX-512 bf16 alone (a virtual machine may hide AMX) reached half of fp32's rate when measured; where a
     processor has none of them, oneDNN emulates bf16, many times slower than fp32. By what the processor says and not by
     a measurement, so that every rank and a resumed run decide alike.
     """
-    if torch.device(device).type != "cpu":
+    kind = torch.device(device).type
+    if kind == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if kind != "cpu":
         return True
     amx, avx512 = (
         getattr(torch.cpu, name, lambda: False)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
@@ -160,3 +137,9 @@ def can_compile(device: torch.device | str) -> bool:
         return True
     warnings.warn(f"nothing is compiled, as there is no C++ compiler {compiler}: it will be slower", stacklevel=3)
     return False
+
+
+def compile_seconds() -> float:
+    """How long this process has spent in torch.compile."""
+    found = torch._dynamo.utils.calculate_time_spent() if "torch._dynamo" in sys.modules else {}
+    return sum(found.get(name, 0.0) for name in ("entire_frame_compile", "entire_backward_compile"))
