@@ -132,10 +132,12 @@ def test_the_options_of_a_command_are_those_that_its_function_declares_with_its_
     assert declared and found.keys() == declared.keys() | more
     for name, (_, opt) in declared.items():
         default, here = signature[name].default, found[name].default
-        if isinstance(default, Path) or default == () or opt.positional:
-            continue
-        default = ",".join(map(str, default)) if isinstance(default, tuple) else default
-        assert here == default or str(here) == str(default), name
+        if isinstance(default, tuple):
+            default = list(default) if found[name].multiple else ",".join(map(str, default))
+        if not opt.positional:
+            assert found[name].required == (default is inspect.Parameter.empty), name
+            # a path or a number may be text there; nothing may be an empty list
+            assert found[name].required or (here or None) == (default or None) or str(here) == str(default), name
         flags = {part for flag in opt.flags for part in flag.split("/")}
         assert flags <= {*found[name].opts, *found[name].secondary_opts}, name
 
@@ -149,6 +151,22 @@ def test_every_parameter_of_train_is_an_option_but_what_nobody_turns_on_the_comm
 
     assert set(inspect.signature(train).parameters) - set(options_of(train)) == HIDDEN
     assert all(opt.help.endswith((".", "]", "]'")) for _, opt in options_of(train).values()), "help is sentences"
+
+
+def test_a_checkpoint_is_exported_by_the_command(monkeypatch, tmp_path):
+    seen = []
+    from speedrl.run.exporting import export
+
+    def exported(checkpoint, **how):
+        seen.append((checkpoint, how))
+        return how["out"] / "model"
+
+    exported.__signature__, exported.__annotations__ = inspect.signature(export), export.__annotations__
+    monkeypatch.setattr("speedrl.run.exporting.export", exported)
+    result = run("export", "runs/x", "--out", tmp_path, "--merge")
+    assert result.exit_code == 0 and result.stdout == f"wrote {tmp_path / 'model'}\n"
+    assert seen == [("runs/x", {"out": tmp_path, "raw": False, "merge": True, "model": None})]
+    assert run("export", "runs/x").exit_code == run("export", "--out", tmp_path).exit_code == 2
 
 
 def test_a_training_gets_what_is_given_and_is_compared_with_its_base(monkeypatch, tmp_path):

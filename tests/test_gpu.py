@@ -7,10 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from speedrl.updates import gradients, trained_steps, with_oom_backoff
 
 from speedrl.generation import make_policy
-<<<<<<< HEAD
 from speedrl.method.divergences import ce_kl
 from speedrl.method.ratios import token_events
 from speedrl.method.sampler import Sampler
@@ -19,14 +17,6 @@ from speedrl.method.scoring import visited_steps
 from speedrl.models.loading import load_generator
 from speedrl.system.memory import MicroBatches
 from speedrl.training import grpo_loss, train
-=======
-from speedrl.method.losses import reward_slopes
-from speedrl.method.sampling import draw_noise, rollout
-from speedrl.models.generator import codebook, decode_embeddings
-from speedrl.models.loading import load_generator
-from speedrl.system.platform import bf16_autocast
-from speedrl.training import train
->>>>>>> merge
 from tests.ranks import finish, free_port, one
 from tests.test_distributed import OPTIONS, close, keep_gradient, rows, trained
 

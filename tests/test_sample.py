@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from speedrl.policies import from_random, make_policy
 
 from speedrl.evaluation.figures import contact_sheet
 from speedrl.generation import draw, make_policy, sample, search_sampler

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from speedrl.models.sources import recorded_source
 from speedrl.run.checkpoints import holds_model, holds_run, newest, read_record, read_tensors, stored
 from speedrl.system.errors import one_line
 from speedrl.system.files import damage
+from speedrl.system.options import Opt
 
 
 def save_trained(
@@ -55,7 +56,14 @@ def whole_generator(load: Callable[[], Generator], settings: Mapping[str, Any]) 
 
 
 def export(
-    checkpoint: str | Path, *, out: str | Path, raw: bool = False, merge: bool = False, model: str | None = None
+    checkpoint: Annotated[str | Path, Opt("A checkpoint's folder, or a run's for its newest.", cli=str,
+                                          positional=True)],
+    *,
+    out: Annotated[str | Path, Opt("Folder that gets model/ or adapter/, as a finished run's has.", cli=Path)],
+    raw: Annotated[bool, Opt("The weights themselves where their moving average was kept.")] = False,
+    merge: Annotated[bool, Opt("Of an adapter: the model with the adapter merged.")] = False,
+    model: Annotated[str | None, Opt(
+        "The model that was trained, if it is no longer where the checkpoint says.")] = None,
 ) -> Path:
     """Makes a model of a checkpoint, sharded or not: saves what `train` would have saved had it ended there, to OUT.
 
