@@ -15,7 +15,7 @@ from typer import Option
 from speedrl.cli import in_one_line
 from speedrl.evaluation.figures import save_image
 from speedrl.evaluation.measuring import has_step_policy, prompt_sets
-from speedrl.evaluation.reports import AFTER, BEFORE, SEARCHED, before_after, with_sampler_of
+from speedrl.evaluation.reports import AFTER, BEFORE, SEARCHED, before_after
 from speedrl.models.loading import load_generator
 
 
@@ -35,7 +35,8 @@ def main(
     shown = random.Random(seed).sample(every, min(count, len(every)))
     before, after = load_generator(base, device=device), load_generator(model, device=device)
     few = steps or ("auto" if has_step_policy(model) else after.steps)
-    cells = [(BEFORE, before, before.steps), (SEARCHED, with_sampler_of(after, before), few), (AFTER, after, few)]
+    searched = before._replace(sampler=after.sampler, step_policy=after.step_policy)
+    cells = [(BEFORE, before, before.steps), (SEARCHED, searched, few), (AFTER, after, few)]
     save_image(before_after(cells, shown, seed=seed), out)
     print(f"wrote {out}: {len(shown)} of {len(every)} prompts, drawn at random with seed {seed}")
 

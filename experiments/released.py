@@ -21,6 +21,7 @@ from rich.console import Console
 from typer import Option
 
 from speedrl.cli import in_one_line
+from speedrl.method.sampler import Sampler
 from speedrl.models.generator import Generator
 from speedrl.models.loading import save_generator
 from speedrl.models.meissonic import MeissonicTransformer
@@ -53,7 +54,8 @@ def build(out: Path, *, double: int, single: int, seed: int = 0) -> None:
     words = CLIPTokenizer.from_pretrained(find("embedded") / "tokenizer", model_max_length=77)
     generator = Generator(
         transformer, VQModel(**VQ), CLIPTextModelWithProjection(CLIPTextConfig(**TEXT)), words, config,
-        {"_class_name": "Scheduler", "mask_token_id": 8255}, (64, 64), (1024, 1024), 8255, 8192, 64, 9.0, 2.0, "", (),
+        {"_class_name": "Scheduler", "mask_token_id": 8255}, (64, 64), (1024, 1024), 8255, 8192, 64,
+        Sampler(guidance=9.0), "", (1024.0, 1024.0, 0.0, 0.0, 6.0),
     )
     save_generator(generator, out, dtype=torch.float16)
 

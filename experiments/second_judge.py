@@ -21,7 +21,7 @@ from torch import Tensor
 from typer import Option
 
 from experiments.embedded import build_judge, compose, data
-from speedrl.cli import in_one_line, numbers
+from speedrl.cli import in_one_line
 from speedrl.evaluation.attributes import SMALL
 from speedrl.evaluation.judging import concepts_in, load_judge, nearest_hits
 from speedrl.evaluation.measuring import evaluate, markdown
@@ -108,8 +108,8 @@ def main(
     known = {*read_prompts(data.EMBEDDED / "prompts/train.txt"), *read_prompts(data.EMBEDDED / "prompts/eval.txt")}
     things = [name for name in names if name not in judge.held_out]
     full = [prompt for prompt in compositions(things, names, rng, count=prompts) if prompt not in known]
-    how = {"steps": numbers(steps, int, option="steps"), "guidance": numbers(guidance, float, option="guidance"),
-           "quality": {"embedded": 1.0, NAME: (second, 0.0)}, "count": count, "seeds": seeds, "device": device}
+    how = {"steps": steps, "guidance": guidance, "quality": {"embedded": 1.0, NAME: (second, 0.0)}, "count": count,
+           "seeds": seeds, "device": device}
     rows = evaluate(model, out=out / "prompts", **how)
     others = evaluate(model, out=out / "compositions", prompts=full, **how)
     rows += [row | {"prompts": "compositions"} for row in others]

@@ -96,7 +96,7 @@ def test_fine_tuning_learns_its_best_images_and_saves_a_model_of_few_steps(optio
     losses = [row["loss"] for row in rows(tmp_path / "a")]
     assert len(losses) == 12 and sum(losses[-4:]) < sum(losses[:4])
     found = load_generator(model)
-    assert (found.steps, found.guidance) == (3, 1.0)
+    assert (found.steps, found.sampler.guidance) == (3, 1.0)
     budget = json.loads((tmp_path / "a/budget.json").read_text(encoding="utf-8"))
     assert budget["images"] == 96 and budget["network_evaluations"] == 96 * 12 + 48
     with pytest.raises(ValueError, match="--n must divide --images, got 3 and 8"):
@@ -110,7 +110,7 @@ def test_the_command_that_a_report_prints_trains_and_tells_errors_in_one_line(tr
     given = options | {"out": tmp_path / "a", "iterations": 1}
     _, _, *flags = shlex.split(command(train.__name__, given))
     assert CliRunner().invoke(app, flags).exit_code == 0
-    assert load_generator(tmp_path / "a/model").guidance == 1.0
+    assert load_generator(tmp_path / "a/model").sampler.guidance == 1.0
     wrong = CliRunner().invoke(app, [*flags, "--prompts", "nowhere.txt"])
     assert wrong.exit_code == 2 and wrong.stderr.startswith("error: nowhere.txt") and wrong.stderr.count("\n") == 1
 
@@ -118,7 +118,7 @@ def test_the_command_that_a_report_prints_trains_and_tells_errors_in_one_line(tr
 def test_distillation_saves_a_model_of_one_step_that_follows_its_teacher(options, tmp_path):
     model = distil(out=tmp_path / "a", iterations=15, **options)
     found = load_generator(model)
-    assert (found.steps, found.guidance) == (1, 1.0)
+    assert (found.steps, found.sampler.guidance) == (1, 1.0)
     assert all(torch.isfinite(torch.tensor(list(row.values()))).all() for row in rows(tmp_path / "a"))
     assert json.loads((tmp_path / "a/budget.json").read_text(encoding="utf-8"))["images"] == 120
 

@@ -13,13 +13,21 @@ from typing import Annotated
 import torch
 import typer
 from rich.progress import track
-from speedrl.updates import optimizer_step
 from torch import Tensor
 from typer import Option
 
-from experiments.alternatives.shared import Student, compiled, log, logits_of, mask_again, optimiser, save, start
+from experiments.alternatives.shared import (
+    Student,
+    compiled,
+    log,
+    logits_of,
+    mask_again,
+    optimiser,
+    save,
+    start,
+    update,
+)
 from speedrl.cli import in_one_line
-from speedrl.evaluation.measuring import evaluations
 from speedrl.method.likelihoods import sample_tokens
 from speedrl.method.sampling import draw_noise
 from speedrl.models.generator import Prompts, index_prompts
@@ -89,7 +97,7 @@ def distil(
     if compile:
         compiled(teacher.transformer, student.transformer, auxiliary)
     optimizer, own = optimiser(student.transformer, lr=lr), optimiser(auxiliary, lr=lr)
-    guidance = teacher.guidance if guidance is None else guidance
+    sampler = teacher.sampler.replace(guidance=guidance)
     random = torch.Generator().manual_seed(seed)
     autocast = bf16_autocast(device)
     (out / "metrics.jsonl").unlink(missing_ok=True)
@@ -106,7 +114,7 @@ def distil(
             # the student follows the teacher away from what the auxiliary model knows of it
             state, masked, timestep = mask_again(tokens, teacher.steps, random, mask_id=teacher.mask_id)
             with torch.no_grad(), autocast:
-                guided = student.policy(part, of=teacher.transformer, guidance=guidance)
+                guided = student.policy(part, of=teacher.transformer, guidance=sampler.guidance)
                 wanted = logits_of(guided, state, timestep)
                 known = logits_of(student.policy(part, of=auxiliary), state, timestep)
             away = divergence_gradient(wanted, known, beta=beta)
@@ -120,12 +128,12 @@ def distil(
             loss = auxiliary_loss(found, logits, masked) * share
             loss.backward()
             totals["auxiliary_loss"] += loss.item()
-        norm = optimizer_step(optimizer, clip_grad=clip_grad).item()
-        optimizer_step(own, clip_grad=clip_grad)
+        norm = update(optimizer, clip_grad=clip_grad)
+        update(own, clip_grad=clip_grad)
         log(out, {"iteration": iteration + 1, "grad_norm": norm} | totals)
     seen = iterations * images
-    budget = {"images": seen, "network_evaluations": seen * (3 + evaluations(1, guidance))}
-    return save(student, out, settings=settings, budget=budget, num_inference_steps=1)
+    budget = {"images": seen, "network_evaluations": seen * (3 + sampler.evaluations(1))}
+    return save(student, out, settings=settings, budget=budget, steps=1)
 
 
 if __name__ == "__main__":  # python -m experiments.alternatives.distil --out FOLDER

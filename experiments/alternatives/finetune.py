@@ -10,16 +10,14 @@ from typing import Annotated
 import torch
 import typer
 from rich.progress import track
-from speedrl.updates import optimizer_step
 from torch import Tensor
 from typer import Option
 
-from experiments.alternatives.shared import compiled, log, logits_of, mask_again, optimiser, save, start
+from experiments.alternatives.shared import compiled, log, logits_of, mask_again, optimiser, save, start, update
 from speedrl.cli import in_one_line
-from speedrl.evaluation.measuring import evaluations
 from speedrl.generation import draw
 from speedrl.method.likelihoods import log_probs
-from speedrl.method.schedules import parse_steps
+from speedrl.method.steps import step_choices
 from speedrl.models.generator import decode, index_prompts
 from speedrl.rewards.loading import load_quality
 from speedrl.system.platform import bf16_autocast
@@ -60,7 +58,8 @@ def finetune(
     the images already have. Products are in bf16 where that is fast, as in `speedrl.training`. ValueError where n does
     not divide `images`.
     """
-    settings, out, (least, most) = dict(locals()), Path(out), parse_steps(steps)
+    settings, out, choices = dict(locals()), Path(out), step_choices(steps).tolist()
+    least, most = choices[0], choices[-1]
     if n < 1 or images % n:
         raise ValueError(f"--n must divide --images, got {n} and {images}")
     student, score = start(model, prompts, device=device), load_quality(quality, device=device)
@@ -86,11 +85,11 @@ def finetune(
                 part = finetune_loss(logits, targets[index], masked[index]) * (len(index) / count)
             part.backward()
             loss += part.item()
-        norm = optimizer_step(optimizer, clip_grad=clip_grad).item()
+        norm = update(optimizer, clip_grad=clip_grad)
         log(out, {"iteration": iteration + 1, "loss": loss, "reward": rewards.mean().item(), "grad_norm": norm})
     budget = {"images": iterations * images, "network_evaluations": iterations * (
-        images * evaluations(teacher.steps, teacher.guidance) + count)}
-    return save(student, out, settings=settings, budget=budget, num_inference_steps=most)
+        images * teacher.sampler.evaluations(teacher.steps) + count)}
+    return save(student, out, settings=settings, budget=budget, steps=most)
 
 
 if __name__ == "__main__":  # python -m experiments.alternatives.finetune --out FOLDER

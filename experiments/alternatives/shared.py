@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from speedrl.policies import Policy
 from torch import Tensor, nn
 
+from speedrl.generation import Policy
 from speedrl.learner import draw_prompts, training_prompts
 from speedrl.models.generator import Generator, Prompts, encode_prompts, index_prompts
 from speedrl.models.loading import load_generator, save_generator
@@ -39,7 +39,8 @@ class Student(NamedTuple):
 
     def policy(self, prompts: Prompts, *, of: nn.Module | None = None, guidance: float = 1.0) -> Policy:
         """The policy of the student's transformer, or of another network, for encoded prompts."""
-        return Policy(self.transformer if of is None else of, prompts, self.empty, guidance, self.teacher.grid)
+        return Policy(self.transformer if of is None else of, prompts, self.empty, guidance, self.teacher.grid,
+                      self.teacher.mask_id)
 
 
 def logits_of(policy: Callable[..., Tensor], tokens: Tensor, timestep: Tensor) -> Tensor:
@@ -89,15 +90,25 @@ def optimiser(transformer: nn.Module, *, lr: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(transformer.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
 
 
+def update(optimizer: torch.optim.Optimizer, *, clip_grad: float) -> float:
+    """One step along the clipped gradient; returns its norm before clipping."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, clip_grad, error_if_nonfinite=True)
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm.item()
+
+
 def log(out: Path, row: dict) -> None:
     """Appends a line to OUT/metrics.jsonl."""
     out.mkdir(parents=True, exist_ok=True)
     append_lines(out / "metrics.jsonl", [json.dumps(row) + "\n"])
 
 
-def save(student: Student, out: Path, *, settings: dict, budget: dict, **how: float | int) -> Path:
-    """Writes OUT/model, sampled without guidance and as `how` says, and OUT/budget.json: what it was trained with."""
-    scheduler = student.teacher.scheduler | {"guidance_scale": 1.0} | how
+def save(student: Student, out: Path, *, settings: dict, budget: dict, steps: int) -> Path:
+    """Writes OUT/model, sampled without guidance in `steps` steps, and OUT/budget.json: what it was trained with."""
     write_json(out / "budget.json", to_jsonable(settings) | budget)
-    save_generator(student.teacher._replace(transformer=student.transformer, scheduler=scheduler), out / "model")
+    sampler = student.teacher.sampler.replace(guidance=1.0)
+    save_generator(student.teacher._replace(transformer=student.transformer, steps=steps, sampler=sampler),
+                   out / "model")
     return out / "model"

@@ -12,8 +12,6 @@ from typing import Annotated, NamedTuple
 
 import torch
 import typer
-from speedrl.policies import Policy, score_logits
-from speedrl.updates import gradients, trained_steps
 from torch import Tensor, nn
 from typer import Option
 
@@ -21,11 +19,17 @@ from experiments.bench.measure import peak_gb, seconds_of
 from experiments.bench.plain import plain_rollout, plain_update
 from experiments.bench.scaling import picture_flops
 from speedrl.cli import in_one_line
+from speedrl.generation import Policy
+from speedrl.method.divergences import DIVERGENCES
+from speedrl.method.ratios import LIKELIHOODS
+from speedrl.method.sampler import Sampler
 from speedrl.method.sampling import Step, Trajectory, compiled_step, draw_noise, rollout, step
+from speedrl.method.scoring import Scores, compiled_score, score_logits, trained_steps
 from speedrl.models.generator import Prompts, index_prompts, repeat_prompts
 from speedrl.models.loading import load_generator
 from speedrl.models.meissonic import MeissonicTransformer
 from speedrl.system.platform import bf16_autocast, bf16_is_fast, quiet_allocator
+from speedrl.training import grpo_loss
 
 KINDS = ("ours", "plain", "plain-each-step")
 
@@ -42,9 +46,8 @@ class Sizes(NamedTuple):
     train_steps: int | None
     likelihood: str
     kl_weight: float
-    mask_id: int
     step: Callable[..., Step]
-    score: Callable[..., tuple[Tensor, Tensor]]
+    score: Callable[..., Scores]
 
 
 def build(*, width: int, head: int, double: int, single: int, codes: int, device: str) -> MeissonicTransformer:
@@ -69,7 +72,7 @@ def sample(policy: Policy, sizes: Sizes) -> Trajectory:
     device, length = policy.empty.text.device, sizes.grid[0] * sizes.grid[1]
     counts = torch.full((sizes.batch,), sizes.steps, device=device)
     noise = draw_noise(sizes.batch, sizes.steps, length, seed=0, device=device)
-    return rollout(policy, counts, noise, grid=sizes.grid, mask_id=sizes.mask_id, step=sizes.step)
+    return rollout(policy, counts, noise, Sampler(guidance=sizes.guidance), step=sizes.step)
 
 
 def update(
@@ -80,11 +83,14 @@ def update(
     trained = trained_steps(batch.steps, sizes.train_steps, torch.Generator().manual_seed(0))
     keep = torch.ones_like(advantages)
     before = None if reference is None else dataclasses.replace(policy, transformer=reference)
-    gradients(
-        policy, before, batch, trained, advantages, keep,
-        keep.sum() * batch.tokens.shape[1], sizes.micro_batch, autocast=autocast, mask_id=sizes.mask_id,
-        likelihood=sizes.likelihood, kl_weight=sizes.kl_weight, score=sizes.score,
-    )
+    for index in torch.arange(len(batch), device=advantages.device).split(sizes.micro_batch):
+        with autocast:
+            loss, _ = grpo_loss(
+                policy[index], None if before is None else before[index], batch[index], advantages[index], keep[index],
+                trained[index], likelihood=LIKELIHOODS[sizes.likelihood], kl=DIVERGENCES["ce"],
+                kl_weight=sizes.kl_weight, score_logits=sizes.score,
+            )
+        (loss / batch.tokens.numel()).backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -137,9 +143,9 @@ def main(
         text = generator.tokenizer.model_max_length
     decide, score = step, score_logits
     if compile:
-        decide, score = compiled_step(), torch.compile(score_logits, dynamic=True)
+        decide, score = compiled_step(), compiled_score()
     sizes = Sizes(batch, steps, side, text, guidance, micro_batch or batch, train_steps or None, likelihood, kl_weight,
-                  mask_id, decide, score)
+                  decide, score)
     reference = copy.deepcopy(transformer).requires_grad_(False) if kl_weight else None
     transformer.gradient_checkpointing = checkpointing
     prompts = random_prompts(batch, transformer, text=text, device=device)
@@ -153,7 +159,7 @@ def main(
         if compile:
             for network in filter(None, (transformer, reference)):
                 network.compile_blocks()
-        policy = Policy(transformer, prompts, empty, guidance, side)
+        policy = Policy(transformer, prompts, empty, guidance, side, mask_id)
 
         def sampling() -> None:
             with autocast:

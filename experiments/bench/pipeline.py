@@ -78,7 +78,8 @@ def against_pipeline(ceilings: dict[str, float], *, device: str, small: bool, ou
             ways[f"theirs{how}"] = partial(
                 pipeline, num_inference_steps=steps, guidance_scale=10.0, output_type="pt", height=side, width=side
             )
-            ways[f"ours{how}"] = partial(sample, generator, steps=steps, guidance=10.0)
+            ways[f"ours{how}"] = partial(sample, generator, steps=steps,
+                                         sampler=generator.sampler.replace(guidance=10.0))
     rows = []
     for batch in (2, 1) if small else (8, 1):
         prompts = [f"an owl, number {i}" for i in range(batch)]

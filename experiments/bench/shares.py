@@ -32,7 +32,7 @@ def main(
     generator = load_generator(model, device=device)
     load = time.perf_counter() - began
     prompts = [f"an owl, number {i}" for i in range(count)]
-    sampler = {"steps": steps, "batch": count, "guidance": guidance}
+    sampler = {"steps": steps, "batch": count, "sampler": generator.sampler.replace(guidance=guidance)}
     tokens, _ = draw(generator, prompts, **sampler)
     how = {"device": device, "repeats": repeats}
     with torch.inference_mode():

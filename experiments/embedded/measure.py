@@ -24,7 +24,7 @@ from experiments.embedded.train_vq import images_of, load_tokens, load_vqmodel, 
 from speedrl.cli import in_one_line
 from speedrl.evaluation import judging as judge
 from speedrl.evaluation.figures import contact_sheet, save_image
-from speedrl.evaluation.measuring import one_cell, plot, sampler_of
+from speedrl.evaluation.measuring import one_cell, plot
 from speedrl.generation import sample
 from speedrl.models.generator import Generator
 from speedrl.models.loading import load_generator
@@ -78,13 +78,13 @@ class Cells:
 
     def row(self, which: str, steps: int, **sampler: float) -> dict[str, Any]:
         """What the set of prompts `which` reaches in `steps` steps."""
-        how = sampler_of(self.generator) | sampler
+        how = self.generator.sampler.settings() | sampler
         size = len(self.prompts[which]), self.counts[which]
         key = json.dumps([self.weights, which, *size, steps, how])
         if key not in self.rows:
             found = one_cell(
                 self.generator, self.judge, self.scores, self.prompts[which], which=which, steps=steps,
-                count=self.counts[which], seeds=1, warm=False, **how,
+                count=self.counts[which], seeds=1, warm=False, sampler=self.generator.sampler.replace(**sampler),
             )
             self.rows[key] = {"model": "base", "prompts": which, "steps": steps} | how | found
             write_json(self.kept, self.rows)
@@ -180,11 +180,12 @@ def targets(parts: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def sheet(cells: Cells, path: Path, *, count: int, columns: int = 10, **options) -> list[str]:
+def sheet(cells: Cells, path: Path, *, count: int, steps: int, columns: int = 10, **sampler: float) -> list[str]:
     """Writes a sheet of one sample each of `count` random prompts, half of held-out concepts; returns the prompts."""
     rng, lists = np.random.default_rng(SHEET_SEED), (cells.prompts["training"], cells.prompts["held-out"])
     prompts = [str(line) for lines in lists for line in rng.permutation(lines)[: count // 2]]
-    images = sample(cells.generator, prompts, seed=SHEET_SEED, **options).split(columns)
+    how = cells.generator.sampler.replace(**sampler)
+    images = sample(cells.generator, prompts, seed=SHEET_SEED, steps=steps, sampler=how).split(columns)
     strips = [
         contact_sheet([row], titles=prompts[i * columns : (i + 1) * columns], scale=2) for i, row in enumerate(images)
     ]

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from experiments.embedded import compose
 from experiments.embedded.train_vq import CODES, GRID, load_tokens, load_vqmodel, tokens_of
+from speedrl.method.sampler import Sampler
 from speedrl.models.generator import Generator
 from speedrl.models.loading import save_generator
 from speedrl.models.meissonic import MeissonicTransformer
@@ -407,10 +408,12 @@ def export(base: Path, vq: Path, out: Path) -> None:
     config = {"_class_name": "Transformer2DModel", "guidance_embeds": False, "in_channels": WIDTH, "patch_size": 1,
               "sample_size": GRID} | TRANSFORMER
     scheduler = {"_class_name": "Scheduler", "mask_token_id": MASK, "masking_schedule": "cosine"} | SAMPLING
+    sampler = Sampler(guidance=SAMPLING["guidance_scale"], temperature=SAMPLING["temperature"],
+                      remask=SAMPLING["remask_share"])
     generator = Generator(
         model["transformer"], load_vqmodel(vq), model["text"], words, config, scheduler, (GRID, GRID),
-        (compose.SIDE,) * 2, MASK, CODES, steps=SAMPLING["num_inference_steps"], guidance=SAMPLING["guidance_scale"],
-        temperature=SAMPLING["temperature"], negative="", micro_conds=(),
+        (compose.SIDE,) * 2, MASK, CODES, SAMPLING["num_inference_steps"], sampler, negative="",
+        micro_conds=(compose.SIDE, compose.SIDE, 0.0, 0.0, 6.0),
     )
     fresh = base / "generator"
     save_generator(generator, fresh, dtype=torch.float16)
