@@ -138,9 +138,11 @@ def draw(
     whole = make_policy(generator, prompts, guidance=sampler.guidance)
     counts, names = step_counts(generator, whole.prompts.pooled, steps), names or sample_names(prompts)
     length, device, tokens = generator.grid[0] * generator.grid[1], counts.device, []
+    codes = generator.codes if sampler.shared_noise else 0
     for index in torch.arange(len(prompts), device=device).split(batch):
         named = [names[i] for i in index.tolist()]
-        noise = draw_noise(len(index), int(counts[index].max()), length, seed=seed, device=device, names=named)
+        noise = draw_noise(len(index), int(counts[index].max()), length, seed=seed, device=device, names=named,
+                           codes=codes)
         own = None if scalars is None else Scalars(*(part.to(device)[index] for part in scalars))
         tokens.append(rollout(whole[index], counts[index], noise, sampler, scalars=own).tokens)
     return torch.cat(tokens), counts

@@ -170,6 +170,10 @@ def train(
     remask: Annotated[float | None, Opt(
         "Share of the tokens that the last quarter of 6 steps or more draws again. [default: 0.5]", SAMPLER, least=0,
         most=1)] = None,
+    shared_noise: Annotated[bool | None, Opt(
+        "All positions of a step draw their tokens by the same noise, so that few steps agree. [default: on, but with "
+        "--likelihood exact, which is that of independent draws]", SAMPLER,
+        ("--shared-noise/--no-shared-noise",))] = None,
     search: Annotated[int, Opt("Rounds of search for the sampler's scalars before training; 0: none.", SAMPLER,
                                least=0)] = 64,
     quality_gate: Annotated[float | None, Opt("Quality under which speed earns nothing. [default: none]",
@@ -234,7 +238,8 @@ def train(
                    micro_conds=micro_conds)
     texts, generator = training_prompts(model, prompts), load(device=device)
     sampler = training_sampler(generator.sampler, most=most, guidance=guidance, order=order, schedule=schedule,
-                               temperature=temperature, remask=remask)
+                               temperature=temperature, remask=remask,
+                               shared_noise=settings["shared_noise"])
     reference_guidance = generator.sampler.guidance if reference_guidance is None else reference_guidance
     settings = check_sampler(settings, generator, sampler, reference_guidance, most=most) | {"bf16": bf16}
     reward = open_reward(quality, generator, reward_weights, clip=quality_clip, bf16=bf16, device=device, prompts=texts)
@@ -273,7 +278,7 @@ def train(
             policy = Policy(learner.transformer, prompt, empty, sampler.guidance, generator.grid, generator.mask_id)
             policy, reference = policy[local], learner.reference_for(policy[local], reference_guidance)
             noise = draw_noise(len(asked), most, length, seed=seed, first=iteration * samples + local.start,
-                               device=device)
+                               codes=generator.codes if sampler.shared_noise else 0, device=device)
             with autocast, distributed.gathered_weights(learner.transformer, sharded=sharded):
                 trajectory = rollout(policy, counts[local], noise, sampler, step=decide)
 

@@ -19,7 +19,7 @@ SCALARS = Scalars(*(torch.tensor(x) for x in ([1.0, 1.5, 0.8, 1.2], [1.0, 0.5, 2
                                               [1.0, 1.5, 2.0, 0.9])))
 
 
-PARTS = [field.name for field in dataclasses.fields(Trajectory) if field.name not in ("order", "mask_id")]
+PARTS = [field.name for field in dataclasses.fields(Trajectory) if field.name not in ("order", "mask_id", "codes")]
 
 
 def sample(steps: list[int] = MIXED, **how):
@@ -219,3 +219,29 @@ def test_replacing_nothing_leaves_a_sampler_as_it_is_and_evaluations_count_guida
     assert same == sampler and same.scalars is sampler.scalars
     assert sampler.replace(order="random").order == "random" and sampler.order == "halton"
     assert sampler.evaluations(8) == 16 and Sampler().evaluations(8) == 8
+
+
+def test_shared_noise_leaves_each_tokens_distribution_and_lets_alike_positions_agree():
+    count, every = 4000, torch.arange(LENGTH)[None]
+    result = sample([1] * count, shared_noise=True)
+    expected = TOY(torch.full((1, LENGTH), CODES), torch.tensor([0]), torch.tensor([0]), every).softmax(-1)[0]
+    frequency = torch.nn.functional.one_hot(result.tokens, CODES).float().mean(0)
+    torch.testing.assert_close(frequency, expected, atol=4 * 0.5 / count**0.5, rtol=0)
+    # of the same logits everywhere, all positions of a sample draw one token; samples differ
+    codes, none = draw_noise(8, 1, LENGTH, seed=0, codes=CODES).codes[:, 0], torch.zeros(8, LENGTH)
+    logits, masked = torch.randn(CODES).expand(8, LENGTH, CODES), torch.full((8, LENGTH), CODES)
+    left = torch.zeros(8, dtype=torch.int64)
+    done = step(logits, masked, left, torch.zeros(8), none, none, mask_id=CODES, codes=codes)
+    assert (done.tokens == done.tokens[:, :1]).all() and len(done.tokens[:, 0].unique()) > 1
+    alone = sample([1] * count)
+    agree = [(x.tokens[:, :1] == x.tokens[:, 1:]).float().mean() for x in (result, alone)]
+    assert agree[0] > agree[1] + 0.03
+
+
+def test_shared_noise_is_that_of_the_sample_and_of_its_step():
+    long, short = draw_noise(2, 5, 3, seed=0, codes=4), draw_noise(1, 2, 3, seed=0, first=1, codes=4)
+    assert torch.equal(long.codes[1, :2], short.codes[0]) and not torch.equal(long.codes[0], long.codes[1])
+    assert not torch.equal(long.codes[0, 0], long.codes[0, 1])
+    assert torch.equal(long.uniform, draw_noise(2, 5, 3, seed=0).uniform), "the other noise stays"
+    with pytest.raises(ValueError, match="`shared_noise`"):
+        rollout(TOY, torch.tensor([2]), draw_noise(1, 2, LENGTH, seed=0), Sampler(shared_noise=True))

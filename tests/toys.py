@@ -51,7 +51,7 @@ class Toy:
 def sampled(policy: Toy, steps: list[int], *, seed: int = 0, first: int = 0, scalars=None, step=None, **how):
     """A rollout of a toy, of one sample for each step count; `how` are settings of the sampler."""
     counts = torch.tensor(steps)
-    noise = draw_noise(len(steps), max(steps), policy.length, seed=seed, first=first)
+    noise = draw_noise(len(steps), max(steps), policy.length, seed=seed, first=first, codes=policy.codes)
     return rollout(policy, counts, noise, Sampler(**how), scalars=scalars, **({} if step is None else {"step": step}))
 
 

@@ -54,6 +54,9 @@ def sample_to_file(
     remask: Annotated[float | None, Opt(
         "Share of the tokens that the last quarter of 6 steps or more draws again. [default: the model's]",
         SAMPLER)] = None,
+    shared_noise: Annotated[bool | None, Opt(
+        "All positions of a step draw their tokens by the same noise, so that few steps agree. [default: the model's]",
+        SAMPLER, ("--shared-noise/--no-shared-noise",))] = None,
     text_encoder: TextEncoder = None,
     size: Size = None,
     negative_prompt: NegativePrompt = None,
@@ -71,7 +74,7 @@ def sample_to_file(
     generator = load_generator(model, device=pick_device(device), dtype=DTYPES[precision], text_encoder=text_encoder,
                                size=size, negative=negative_prompt, micro_conds=micro_conds, base=base)
     sampler = generator.sampler.replace(guidance=guidance, temperature=temperature, schedule=schedule, order=order,
-                                        remask=remask)
+                                        remask=remask, shared_noise=shared_noise)
     wanted = [prompt for prompt in prompts for _ in range(count)]
     warn_of_sampling(wanted, generator, guidance=sampler.guidance, negative=negative_prompt)
     images = sample(generator, wanted, steps=steps, seed=seed, sampler=sampler)

@@ -56,7 +56,8 @@ METRICS = {
     "frechet": "Fréchet", "pixel_diversity": "pixel diversity", "ground": "ground", "size": "size", "place": "place",
 }
 UNPLOTTED = ("judge_r5", "size", "place")
-SAMPLER = ("guidance", "temperature", "schedule", "order", "remask")  # what rows of one model and count differ in
+# what rows of one model and count differ in; rows that were measured before there was shared noise lack it
+SAMPLER = ("guidance", "temperature", "schedule", "order", "remask", "shared_noise")
 # columns of a table that give way first where it is too wide
 LESS_IMPORTANT = ("pixel diversity", "place", "size", "order", "schedule", "temperature", "Fréchet", "R@5", "s/image",
                   "remask", "ground", "diversity", "guidance", "margin", "prompts")
@@ -81,6 +82,9 @@ def evaluate(
                                                      SAMPLING, cli=str | None)] = None,
     remask: Annotated[str | Sequence[float] | None, Opt(
         "Shares of tokens to remask, like 0,0.5. [default: the model's]", SAMPLING, cli=str | None)] = None,
+    shared_noise: Annotated[str | Sequence[bool] | None, Opt(
+        "Whether positions share the noise of their tokens: 0, 1 or 0,1. [default: the model's]", SAMPLING,
+        cli=str | None)] = None,
     prompts: Annotated[str | Path | Sequence[str] | None, Opt(PROMPTS, cli=str | None)] = None,
     held_out: Annotated[str | Path | Sequence[str] | None, Opt("Another, of prompts that no training saw.",
                                                                cli=str | None)] = None,
@@ -128,8 +132,8 @@ def evaluate(
     if any(s != "auto" and s < 1 for s in counts):
         raise ValueError(f"`steps` must be numbers from 1 on, or auto, got {steps!r}")
     kinds: dict[str, Callable] = {"guidance": float, "temperature": float, "schedule": str, "order": str,
-                                  "remask": float}
-    asked = zip(kinds, (guidance, temperature, schedule, order, remask), strict=True)
+                                  "remask": float, "shared_noise": lambda text: bool(int(text))}
+    asked = zip(kinds, (guidance, temperature, schedule, order, remask, shared_noise), strict=True)
     varied = {name: listed(value, kinds[name], name=name) for name, value in asked}
     for name, values in varied.items():
         for value in values or ():
@@ -210,7 +214,7 @@ def by_name(
     # a Generator is a tuple too
     every: list = [models] if isinstance(models, str | Path | Generator) else list(models)
     if not every:
-        raise ValueError("there is no model to evaluate: give at least one by --model")
+        raise ValueError("there is no model to evaluate: give at least one by `models`")
     generators = itertools.count(1)
     return {
         f"generator {next(generators)}" if isinstance(model, Generator) else str(model):
@@ -351,7 +355,7 @@ def separations(rows: Iterable[dict], *, qualities: Sequence[str] = ("reward",))
     curves: dict[tuple, list[dict]] = {}
     for row in rows:
         if row["steps"] != "auto":
-            curves.setdefault(tuple(row[name] for name in ("model", "prompts", *SAMPLER)), []).append(row)
+            curves.setdefault(tuple(row.get(name, False) for name in ("model", "prompts", *SAMPLER)), []).append(row)
     for quality, own in itertools.product(qualities, curves.values()):
         own = sorted(own, key=lambda row: row["steps"])
         pairs = [*itertools.pairwise(own), *([(own[0], own[-1])] if len(own) > 2 else [])]
@@ -398,7 +402,8 @@ def judge_if_there(device: str, console: Console) -> Judge | None:
 
 def sampler_words(how: Mapping[str, Any]) -> str:
     """What a label says of a sampler's settings."""
-    return f"{how['schedule']}, {how['order']}" + f", remasks {how['remask']:g}" * bool(how["remask"])
+    words = f"{how['schedule']}, {how['order']}" + f", remasks {how['remask']:g}" * bool(how["remask"])
+    return words + ", shared noise" * how.get("shared_noise", False)
 
 
 def shorten(model: str, *, width: int = 28) -> str:
@@ -436,11 +441,12 @@ def columns_of(rows: list[dict], *, spreads: bool = True, error: str = "spread")
         text = "–" if value is None else f"{value:.{digits}f}"
         return text if spread is None or not spreads else f"{text} ±{spread:.{digits}f}"
 
-    told = [name for name in SAMPLER if name not in ("schedule", "order") or len({row[name] for row in rows}) > 1]
+    told = [name for name in SAMPLER if name in ("guidance", "temperature", "remask")
+            or len({row.get(name, False) for row in rows}) > 1]
     header = ["model", "prompts", "steps", "NFE", *told, *shown.values(), "s/image"]
     lines = [
         [shorten(row["model"]), row["prompts"], steps_of(row), nfe_of(row),
-         *(row[name] if isinstance(row[name], str) else f"{row[name]:g}" for name in told),
+         *(row[name] if isinstance(row.get(name), str) else f"{row.get(name, False):g}" for name in told),
          *(number(row, name) for name in shown), f"{row['seconds_per_image']:.3f}"]
         for row in rows
     ]
@@ -496,10 +502,10 @@ def plot(rows: list[dict], path: Path, *, real: dict | None = None) -> bool:
     metrics = [metric for metric in titles if metric not in UNPLOTTED]
     if not metrics:
         return False
-    varied = [name for name in SAMPLER if len({row[name] for row in rows}) > 1]
+    varied = [name for name in SAMPLER if len({row.get(name, False) for row in rows}) > 1]
 
     def curve(row: dict) -> tuple:
-        return row["model"], row["steps"] == "auto", *(row[name] for name in varied)
+        return row["model"], row["steps"] == "auto", *(row.get(name, False) for name in varied)
 
     curves = list(dict.fromkeys(map(curve, rows)))
     figure = Figure(figsize=(3.4 * len(metrics), 2.9 * len(sets) + 0.3 * len(curves)), layout="constrained", dpi=130)

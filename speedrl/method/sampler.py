@@ -21,6 +21,8 @@ class Sampler:
     order: "confidence" reveals the likeliest tokens first, "random" any, "halton" those of `halton_order`.
     temperature: that of the reveal order at the first step; it falls linearly to 0 at the last.
     remask: share of the tokens that the last quarter of 6 steps or more draws again (`remasking_steps`).
+    shared_noise: whether all positions of a step draw their tokens by the same noise over the codes. Each token keeps
+        its distribution; positions of alike distributions draw alike tokens, so few steps agree on what is left open.
     scalars: float32 [7, 4], the table of a sampler search (`scalars_at`), or None.
     """
 
@@ -29,6 +31,7 @@ class Sampler:
     order: str = "confidence"
     temperature: float = 2.0
     remask: float = 0.0
+    shared_noise: bool = False
     scalars: Tensor | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from speedrl.method.likelihoods import sample_tokens
+from speedrl.method.likelihoods import log_probs, sample_tokens
 from speedrl.method.sampler import Sampler
 from speedrl.method.schedules import (
     checkerboard,
@@ -61,6 +61,7 @@ class Trajectory:
     logit_scale: Tensor  # float32 [B, S], factor on the logits
     order: str  # of the reveal, as of `Sampler`
     mask_id: int
+    codes: Tensor | None = None  # float32 [B, S, V], the noise over the codes that all positions shared
 
     @property
     def masked(self) -> Tensor:
@@ -81,6 +82,7 @@ class Noise(NamedTuple):
 
     uniform: Tensor  # float32 [B, S, L] in [0, 1): which token is drawn
     gumbel: Tensor  # float32 [B, S, L]: which positions are revealed or remasked
+    codes: Tensor | None = None  # float32 [B, S, V], Gumbel: which token is drawn, alike at all positions
 
 
 class Step(NamedTuple):
@@ -113,18 +115,28 @@ def draw_noise(
     seed: int,
     first: int = 0,
     names: Sequence[str] | None = None,
+    codes: int = 0,
     device: torch.device | str = "cpu",
 ) -> Noise:
     """Noise for samples first .. first + batch - 1 of a seed, or for those of `names`, each [steps, length], float32.
 
+    With `codes`, the size of the codebook, there is noise over the codes too, for samplers with `shared_noise`.
     A sample's noise depends on `seed` and its index, or its name, alone, not on the batch or on the number of steps
     drawn, and is the same on every device: it is drawn on the CPU, by a generator of its own.
     """
-    uniform = torch.empty(batch, steps, 2, length)
+    uniform, over_codes = torch.empty(batch, steps, 2, length), torch.empty(batch, steps, codes)
     for i in range(batch):
-        torch.rand(steps, 2, length, generator=seeded(f"{seed},{names[i] if names else first + i}"), out=uniform[i])
-    gumbel = -(-uniform[:, :, 1].clamp(min=2**-25).log()).log()  # rand is a multiple of 2**-24, 0 included
-    return Noise(uniform[:, :, 0].to(device), gumbel.to(device))
+        key = f"{seed},{names[i] if names else first + i}"
+        torch.rand(steps, 2, length, generator=seeded(key), out=uniform[i])
+        if codes:
+            torch.rand(steps, codes, generator=seeded(f"{key},codes"), out=over_codes[i])
+    shared = gumbel_of(over_codes).to(device) if codes else None
+    return Noise(uniform[:, :, 0].to(device), gumbel_of(uniform[:, :, 1]).to(device), shared)
+
+
+def gumbel_of(uniform: Tensor) -> Tensor:
+    """Standard Gumbel noise of uniform noise in [0, 1), a multiple of 2**-24 as torch.rand gives it."""
+    return -(-uniform.clamp(min=2**-25).log()).log()
 
 
 def step(
@@ -138,17 +150,23 @@ def step(
     mask_id: int,
     order: str = "confidence",
     turns: Tensor | None = None,
+    codes: Tensor | None = None,
 ) -> Step:
     """One step of parallel decoding: draw a token at every masked position, keep some, forget the others.
 
     logits [B, K, V] (guided, over the codes only), tokens int64 [B, K] with mask_id where masked, masked_after int64
     [B], temperature float32 [B], uniform and gumbel float32 [B, K]. All but masked_after positions are kept: those with
     the highest log p(drawn) + T gumbel, or the highest gumbel with order "random", or those whose turn comes first in a
-    fixed order, with `turns` int64 [K] or [B, K]. Static shapes, no host synchronisation, float32: fit for
+    fixed order, with `turns` int64 [K] or [B, K]. With `codes` float32 [B, V], Gumbel noise that all positions share,
+    the token drawn is argmax(logits + codes), whose distribution is that of the logits. Static shapes, no host synchronisation, float32: fit for
     torch.compile. (MaskGIT, arXiv 2202.04200, section 3.2.)
     """
     masked = tokens == mask_id
-    drawn, log_p = sample_tokens(logits, uniform)
+    if codes is None:
+        drawn, log_p = sample_tokens(logits, uniform)
+    else:
+        drawn = (logits.float() + codes[:, None]).argmax(-1)
+        log_p = log_probs(logits, drawn)
     if turns is not None:
         score = -turns.float().expand_as(gumbel)
     else:
@@ -255,6 +273,9 @@ def rollout(
     most = plan.timestep.shape[1]
     if noise.uniform.shape[0] != batch or noise.uniform.shape[1] < most or noise.uniform.shape[2] != length:
         raise ValueError(f"noise of shape {tuple(noise.uniform.shape)} for a rollout of {(batch, most, length)}")
+    if sampler.shared_noise and noise.codes is None:
+        raise ValueError("`shared_noise` needs noise over the codes: draw_noise(..., codes=V)")
+    shared = noise.codes if sampler.shared_noise else None
     asked = [unfinished(plan, s) for s in range(most)]
     remasking = plan.remasked.sum(0).tolist()
     on = Plan(*(part.to(device) for part in plan))
@@ -285,6 +306,7 @@ def rollout(
             mask_id=mask_id,
             order=sampler.order,
             turns=None if turns is None else turns[positions],
+            codes=None if shared is None else shared[samples, s],
         )
         masked = seen.gather(1, positions) == mask_id
         seen_at.append(tokens)
@@ -300,7 +322,7 @@ def rollout(
         tokens.view(-1)[flat] = done.tokens
         latest.view(-1)[flat] = torch.where(done.kept, done.log_probs, latest.view(-1)[flat])
     recorded: list[Any] = [torch.stack(x, 1) for x in (seen_at, drawn, kept, log_probs, rank)]
-    recorded += [on.timestep, on.temperature, on.logit_scale, sampler.order, mask_id]
+    recorded += [on.timestep, on.temperature, on.logit_scale, sampler.order, mask_id, shared]
     return Trajectory(tokens, steps, *recorded)
 
 

@@ -126,6 +126,7 @@ def load_generator(
             order=scheduler.get("reveal_order", "confidence"),
             temperature=scheduler.get("temperature", 2.0),
             remask=scheduler.get("remask_share", 0.0),
+            shared_noise=scheduler.get("shared_noise", False),
             scalars=learned.pop("search", None),
         ),
         negative=scheduler.get("negative_prompt", "") if negative is None else negative,
@@ -143,7 +144,7 @@ def save_generator(generator: Generator, out: Path, *, dtype: torch.dtype = torc
     """
     out, config, scheduler = Path(out), generator.config, scheduler_of(generator)
     if out.exists() and any(out.iterdir()) and not (out / "transformer").exists():
-        raise ValueError(f"{out} is not a model's folder, and nothing in it will be overwritten: give another --out")
+        raise ValueError(f"{out} is not a model's folder, and nothing in it will be overwritten: give another `out`")
     kind = type(generator.transformer)
     if (kind.__module__, kind.__name__) not in ARCHITECTURES.values():
         config = own_config(kind, config)
@@ -267,7 +268,7 @@ def scheduler_of(generator: Generator) -> dict[str, Any]:
     return generator.scheduler | {
         "mask_token_id": generator.mask_id, "num_inference_steps": generator.steps, "guidance_scale": sampler.guidance,
         "temperature": sampler.temperature, "masking_schedule": sampler.schedule, "reveal_order": sampler.order,
-        "remask_share": sampler.remask, "negative_prompt": generator.negative, "micro_conds": generator.micro_conds,
+        "remask_share": sampler.remask, "shared_noise": sampler.shared_noise, "negative_prompt": generator.negative, "micro_conds": generator.micro_conds,
     }
 
 

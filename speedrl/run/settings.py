@@ -46,6 +46,8 @@ def check_settings(function: Callable, settings: Mapping[str, Any]) -> dict[str,
     choices = step_choices(settings["steps"])
     if settings["steps_reward"] is None:
         settings["steps_reward"] = 0.0 if len(choices) == 1 or settings["quality"] == "none" else 0.5
+    if settings["shared_noise"] is None:
+        settings["shared_noise"] = settings["likelihood"] != "exact"
     if (size := settings["groups"] * settings["group_size"]) >= 2**31:
         raise ValueError(f"`groups` times `group_size` is too many images: {size}")
     Sampler().replace(schedule=settings["schedule"])
@@ -53,7 +55,7 @@ def check_settings(function: Callable, settings: Mapping[str, Any]) -> dict[str,
         if isinstance(settings["model"], Generator):
             raise ValueError("`lora` records its base by name: give `model` a folder or a hub id")
         if is_adapter(find(settings["model"])):
-            raise ValueError(f"{settings['model']} is an adapter already: export it with --merge, and train that model")
+            raise ValueError(f"{settings['model']} is an adapter already: export it with `merge`, and train that model")
     given = {name: value for name, value in settings.items()
              if value != inspect.signature(function).parameters[name].default}
     for wrong, why in idle(settings, given, len(choices), int(choices.max())):
@@ -125,6 +127,8 @@ def check_sampler(
             "`likelihood` exact does not exist at `temperature` 0, where the reveal order is deterministic: give a "
             "`temperature` above 0, `order` random, or `likelihood` token"
         )
+    if settings["likelihood"] == "exact" and sampler.shared_noise:
+        raise ValueError("`likelihood` exact is that of independent draws: give `shared_noise` False with it")
     alone = settings["quality"] == "none" and not settings["hindsight"]
     if alone and sampler.guidance == reference_guidance:
         raise ValueError(
