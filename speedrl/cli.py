@@ -58,6 +58,11 @@ def function_of(command: str) -> Callable:
     return getattr(importlib.import_module(f"speedrl.{module}"), name)
 
 
+def functions_of(command: str) -> tuple[Callable, ...]:
+    """The functions whose signatures have the options of a command, the one that it calls first."""
+    return (function_of(command), compare_after) if command == "train" else (function_of(command),)
+
+
 def signature_of(functions: tuple[Callable, ...]) -> inspect.Signature:
     """The options of functions as typer reads them."""
     parameters = []
@@ -181,10 +186,9 @@ class Commands(TyperGroup):
         if self.listing:
             return TyperCommand(cmd_name, help=command.help)
         with uncollected():
-            function = function_of(cmd_name)
-        functions = (function, compare_after) if cmd_name == "train" else (function,)
+            functions = functions_of(cmd_name)
         options = {name: option for each in functions for name, option in options_of(each).items()}
-        run = in_one_line(functools.partial(run_command, cmd_name, function), options, command.memory)
+        run = in_one_line(functools.partial(run_command, cmd_name, functions[0]), options, command.memory)
         run.__signature__ = signature_of(functions)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in run.__signature__.parameters.values()}  # type: ignore[attr-defined]
         epilog = "Examples:\n\n" + "\n\n".join(command.examples) if command.examples else None

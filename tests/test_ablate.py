@@ -1,6 +1,5 @@
 """The machinery of ablations, with training and evaluation replaced by records of their calls, and once for real."""
 
-import ast
 import inspect
 import json
 import re
@@ -25,6 +24,7 @@ from speedrl.studies.ablations import (
     over_runs,
 )
 from speedrl.studies.runs import command, commands_of, run_folder, side_by_side
+from speedrl.system.options import options_of
 from speedrl.training import train
 
 SCORE = "def score(images, prompts):\n    return images.mean((1, 2, 3))\n"
@@ -64,26 +64,26 @@ def calls(monkeypatch):
 
 def test_one_report_of_all_variants(calls, tmp_path, capsys):
     rows = ablate("likelihood", out=tmp_path, seeds=(0, 1), iterations=3, eval_steps=(2,))
-    names = ["token", AGAIN, "exact", "token, random order", "sequence"]
+    names = ["token", AGAIN, "exact", "token, random order", "token, 4 updates", "sequence, 4 updates"]
     assert [(row["model"], row["steps"]) for row in rows] == [
         ("start", 2), *((name, steps) for name in names for steps in (2, "auto"))
     ]
-    assert [row["reward"] for row in rows[1::2]] == [5.5, 5.5, 5.5, 5.5, 8.5] and rows[0]["reward"] == -1
+    assert [row["reward"] for row in rows[1::2]] == [5.5, 5.5, 5.5, 5.5, 5.5, 8.5] and rows[0]["reward"] == -1
     assert rows[0]["reward_spread"] is None and rows[1]["reward_spread"] == pytest.approx(0.5**0.5)
     assert rows[1]["reward_interval"] == pytest.approx(12.706 * 0.5, rel=1e-4)  # t of one degree of freedom
-    assert len(calls) == 10 and all(options["iterations"] == 3 for _, _, options in calls)
+    assert len(calls) == 12 and all(options["iterations"] == 3 for _, _, options in calls)
     written = json.loads((tmp_path / "report-likelihood/likelihood.json").read_text(encoding="utf-8"))
     assert [row["model"] for row in written["rows"]] == [row["model"] for row in rows]
-    seeds = sorted(options["seed"] for _, _, options in calls if not {"likelihood", "order"} & options.keys())
+    seeds = sorted(options["seed"] for _, _, options in calls if not {"likelihood", "order", "updates"} & options.keys())
     assert seeds == [0, 1, OFFSET, OFFSET + 1], "the baseline's pair"
     found = {(d["variant"], d["steps"], d["metric"]): d for d in written["differences"]}
-    longer = found["sequence", 2, "reward"]
+    longer = found["sequence, 4 updates", 2, "reward"]
     assert longer["difference"] == 3 and longer["outside"] and found["exact", 2, "reward"]["difference"] == 0
-    assert found["sequence", "auto", "network_evaluations"]["difference"] == 3
-    assert ("sequence", 2, "network_evaluations") not in found
+    assert found["sequence, 4 updates", "auto", "network_evaluations"]["difference"] == 3
+    assert ("sequence, 4 updates", 2, "network_evaluations") not in found
     text = (tmp_path / "report-likelihood/likelihood.md").read_text(encoding="utf-8")
-    assert "| sequence | training | 2 | +3.000 ±0.000 * |" in text and "* is a result" in text
-    assert "| sequence |" in text and "speedrl train --out" in text and "--likelihood sequence" in text
+    assert "| sequence, 4 updates | training | 2 | +3.000 ±0.000 * |" in text and "* is a result" in text
+    assert "| sequence, 4 updates |" in text and "speedrl train --out" in text and "--likelihood sequence" in text
     assert "(likelihood.png)" in text
     for name in ("likelihood.png", "likelihood.svg"):
         assert (tmp_path / "report-likelihood" / name).stat().st_size > 1000
@@ -118,21 +118,17 @@ def test_every_variant_sets_options_that_train_has_and_the_first_is_the_default(
 
 
 def test_every_variant_is_a_setting_that_training_accepts():
-    from speedrl.method.schedules import parse_steps
-    from speedrl.run.settings import check
+    from speedrl.run.settings import check_settings
 
     for name, variants_of in all_ablations().items():
         for own in variants_of.values():
-            settings = train.__kwdefaults__ | own
-            check(settings, *parse_steps(settings["steps"]))
+            settings = check_settings(train, train.__kwdefaults__ | own)
             assert settings["groups"] * settings["group_size"] == 128, name
 
 
 def test_the_help_of_the_command_names_every_ablation():
-    source = (Path(speedrl.studies.ablations.__file__).parents[1] / "cli.py").read_text(encoding="utf-8")
-    (node,) = (n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == "ablate")
-    (words,) = (n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and "speed-reward" in str(n.value))
-    assert set(re.findall(r"[\w-]+", words)) - {"or"} == {*all_ablations(), "all"}
+    _, opt = options_of(ablate)["name"]
+    assert set(re.findall(r"[\w-]+", opt.help)) - {"or"} == {*all_ablations(), "all"}
 
 
 def test_models_beside_the_variants_are_measured_as_the_start_is(calls, tmp_path):
@@ -144,14 +140,14 @@ def test_models_beside_the_variants_are_measured_as_the_start_is(calls, tmp_path
 
 def test_finished_runs_are_kept_interrupted_ones_go_on_and_others_are_refused(calls, tmp_path):
     ablate("likelihood", out=tmp_path, seeds=(0,), iterations=3)
-    folder = tmp_path / "runs/likelihood-sequence_steps-reward-4.0/seed-0"
+    folder = tmp_path / "runs/likelihood-sequence_steps-reward-4.0_updates-4/seed-0"
     (folder / "done").unlink()
     (folder / "run/model/reward").unlink()
     (folder / "run/model").rmdir()
     (folder / "run/checkpoints/000002").mkdir(parents=True)
     ablate("likelihood", out=tmp_path, seeds=(0,), iterations=3)
-    assert [(out, resume) for out, resume, _ in calls[5:]] == [(folder / "run", True)]
-    with pytest.raises(ValueError, match=r"other options \(--iterations 3, now 4\)"):
+    assert [(out, resume) for out, resume, _ in calls[6:]] == [(folder / "run", True)]
+    with pytest.raises(ValueError, match=r"other options \(`iterations` 3, now 4\)"):
         ablate("likelihood", out=tmp_path, seeds=(0,), iterations=4)
 
 
@@ -164,35 +160,35 @@ def test_a_finished_run_is_measured_again_only_where_other_options_ask_for_it(ca
 
     monkeypatch.setattr(speedrl.studies.runs, "evaluate", counted)
     first = ablate("likelihood", out=tmp_path, seeds=(0,), eval_steps=(2,))
-    assert ablate("likelihood", out=tmp_path, seeds=(0,), eval_steps=(2,)) == first and len(measured) == 5
+    assert ablate("likelihood", out=tmp_path, seeds=(0,), eval_steps=(2,)) == first and len(measured) == 6
     ablate("likelihood", out=tmp_path, seeds=(0,), eval_steps=(4,))
-    assert measured[5:] == [(4, "auto")] * 5
-    folder = tmp_path / "runs/likelihood-sequence_steps-reward-4.0/seed-0"
+    assert measured[6:] == [(4, "auto")] * 6
+    folder = tmp_path / "runs/likelihood-sequence_steps-reward-4.0_updates-4/seed-0"
     (folder / "done").unlink()
     (folder / "run/model/reward").unlink()
     (folder / "run/model").rmdir()
     ablate("likelihood", out=tmp_path, seeds=(0,), eval_steps=(4,))
-    assert len(measured) == 11, "a model that was trained anew is measured anew"
+    assert len(measured) == 13, "a model that was trained anew is measured anew"
 
 
 def test_a_failing_variant_stops_no_other(calls, tmp_path, capsys):
     rows = ablate("likelihood", out=tmp_path, seeds=(0,), lr=0.5)
-    assert {row["model"] for row in rows} == {"start", "token", AGAIN, "exact", "token, random order"}
+    assert {row["model"] for row in rows} == {"start", "token", AGAIN, "exact", "token, random order", "token, 4 updates"}
     written = json.loads((tmp_path / "report-likelihood/likelihood.json").read_text(encoding="utf-8"))
-    assert written["failed"] == {"sequence, seed 0": "it fell over badly"}
+    assert written["failed"] == {"sequence, 4 updates, seed 0": "it fell over badly"}
     assert "it fell over badly" in capsys.readouterr().out
     page = (tmp_path / "report-likelihood/likelihood.md").read_text(encoding="utf-8")
-    assert "Failed: sequence, seed 0: it fell over badly" in page
+    assert "Failed: sequence, 4 updates, seed 0: it fell over badly" in page
 
 
 def test_bad_input(calls, tmp_path):
     with pytest.raises(ValueError, match="unknown ablation 'nothing': choose speed-reward"):
         ablate("nothing", out=tmp_path)
-    with pytest.raises(ValueError, match="sets --likelihood itself"):
+    with pytest.raises(ValueError, match="sets `likelihood` itself"):
         ablate("likelihood", out=tmp_path, likelihood="exact")
-    with pytest.raises(ValueError, match="no seed"):
+    with pytest.raises(ValueError, match="`seeds` takes values with commas"):
         ablate("kl", out=tmp_path, seeds=())
-    with pytest.raises(ValueError, match="--jobs"):
+    with pytest.raises(ValueError, match="`jobs` must be at least 1"):
         ablate("kl", out=tmp_path, jobs=0)
     assert not calls and not any(tmp_path.iterdir())
 
@@ -242,7 +238,7 @@ def test_the_command_of_a_run_is_one_that_the_command_line_takes():
 
     for line in lines:
         _, name, *flags = shlex.split(line)
-        get_command(app).commands[name].make_context(name, flags)
+        get_command(app).get_command(None, name).make_context(name, flags)
     assert (
         command("train", {"reward_weights": ["a=1", "b=2"]})
         == "speedrl train --reward-weights a=1 --reward-weights b=2"
@@ -270,7 +266,7 @@ def test_processes_side_by_side_do_their_runs_and_one_that_fails_stops_no_other(
     found = side_by_side(runs, evaluation=evaluation, devices=["cpu"], jobs=2, console=Console())
     (row,) = found[tmp_path / "good/seed-0"]
     assert row["steps"] == 1 and row["reward"] > 0
-    assert found[tmp_path / "bad/seed-0"] == "--lr must be above 0, got -1"
+    assert found[tmp_path / "bad/seed-0"] == "`lr` must be above 0, got -1"
     assert "Traceback" in (tmp_path / "bad/seed-0/log.txt").read_text(encoding="utf-8")
     assert (tmp_path / "good/seed-0/run/model/transformer").exists()
 

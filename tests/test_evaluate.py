@@ -180,8 +180,8 @@ def test_orders_and_schedules_are_rows_of_their_own(judge, tiny_generator_folder
         ({"order": ("best",)}, "'best'"),
         ({"schedule": ("cubic",)}, "'cubic'"),
         ({"remask": (2.0,)}, "2.0"),
-        ({"guidance": (0.5,)}, "--guidance"),
-        ({"temperature": (-1.0,)}, "--temperature"),
+        ({"guidance": (0.5,)}, "`guidance` must be at least 1"),
+        ({"temperature": (-1.0,)}, "`temperature` must be finite and not negative"),
     ):
         with pytest.raises(ValueError, match=says):
             evaluate([tiny_generator_folder], **options | wrong)
@@ -198,11 +198,11 @@ def test_same_seed_same_row(judge, tiny_generator_folder, tmp_path):
 def test_bad_input(judge, tiny_generator_folder, tmp_path):
     with pytest.raises(ValueError, match="no model"):
         evaluate([], out=tmp_path)
-    with pytest.raises(ValueError, match="--steps"):
+    with pytest.raises(ValueError, match="`steps` must be numbers from 1 on"):
         evaluate([tiny_generator_folder], out=tmp_path, steps=(4, 0))
     with pytest.raises(ValueError, match="no prompt"):
         evaluate([tiny_generator_folder], out=tmp_path, prompts=[" "])
-    with pytest.raises(ValueError, match="--count must be at least 1"):
+    with pytest.raises(ValueError, match="`count` must be at least 1"):
         evaluate([tiny_generator_folder], out=tmp_path, prompts=PROMPTS, count=0)
     with pytest.raises(FileNotFoundError):
         evaluate([tmp_path / "absent"], out=tmp_path, prompts=PROMPTS)
@@ -247,7 +247,7 @@ def test_auto_steps_are_those_of_the_step_policy(judge, with_steps, tiny_generat
     assert (auto["network_evaluations"], auto["steps_mean"], auto["steps_mode"]) == (8, 4, 4)
     assert auto["reward"] == fixed["reward"] and "auto: 4 (4.0)" in markdown([auto])
     assert has_step_policy(load_generator(with_steps))
-    with pytest.raises(ValueError, match="--steps auto is for models that were trained with a range"):
+    with pytest.raises(ValueError, match="`steps` auto is for models that were trained with a range"):
         evaluate([with_steps, tiny_generator_folder], steps=("auto",), **options)
 
 

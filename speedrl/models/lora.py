@@ -25,16 +25,16 @@ def add_lora(
     ValueError without peft, for a rank under 1, an alpha that is not positive, and a target that no layer has.
     """
     if rank < 1:
-        raise ValueError(f"--lora must be a rank of at least 1, got {rank}")
+        raise ValueError(f"`lora` must be a rank of at least 1, got {rank}")
     if alpha is not None and not alpha > 0:
-        raise ValueError(f"--lora-alpha must be positive, got {alpha}")
+        raise ValueError(f"`lora_alpha` must be positive, got {alpha}")
     layers = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     if targets is not None:
         wanted = [target.strip() for target in targets.split(",")]
         of = {target: [name for name in layers if f".{name}".endswith(f".{target}")] for target in wanted}
         if lacking := [target for target in wanted if not target or not of[target]]:
             kinds = sorted({name.rpartition(".")[2] for name in layers} - {"0", "2"})
-            raise ValueError(f"no linear layer is named {lacking[0]!r}: --lora-targets are out of {', '.join(kinds)}")
+            raise ValueError(f"no linear layer is named {lacking[0]!r}: `lora_targets` are out of {', '.join(kinds)}")
         layers = sorted({name for names in of.values() for name in names})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -51,7 +51,7 @@ def peft() -> Any:
     try:
         import peft
     except ImportError as error:
-        raise ValueError('--lora and adapters need the package peft: pip install -e ".[lora]" in a clone') from error
+        raise ValueError('`lora` and adapters need the package peft: pip install -e ".[lora]" in a clone') from error
     return peft
 
 

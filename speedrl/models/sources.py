@@ -35,7 +35,7 @@ def find(source: str | Path) -> Path:
             return place
     if str(source) == "embedded":
         raise FileNotFoundError("the embedded model is not in this installation: rebuild it, see experiments/")
-    advice = ": finish the run with --resume, or make a model of a checkpoint with export"
+    advice = ": finish the run with `resume`, or make a model of a checkpoint with export"
     advice = advice if (folder / "checkpoints").is_dir() else ""
     raise FileNotFoundError(f"{source} has no transformer/config.json: it is not a model or a finished run{advice}")
 
@@ -61,9 +61,9 @@ def find_text_encoder(source: str | Path) -> Path:
         return Path(source)
     what = f"the text encoder {source}"
     if not (named := HUB_ID.fullmatch(str(source))):
-        raise FileNotFoundError(f"{what} is not there: give --text-encoder a folder or a hub id of a CLIP")
+        raise FileNotFoundError(f"{what} is not there: give `text_encoder` a folder or a hub id of a CLIP")
     files = ["config.json", "model.safetensors", "model-*.safetensors", "model.fp16*.safetensors"]
-    return fetch(named, files, what, instead="give --text-encoder a folder or a hub id")
+    return fetch(named, files, what, instead="give `text_encoder` a folder or a hub id")
 
 
 def is_adapter(folder: Path) -> bool:
@@ -79,10 +79,10 @@ def base_of(adapter: Path, base: str | Path | None = None) -> Path:
         if base is not None:
             raise
         gone = f"the adapter {adapter} was trained on {recorded}, which cannot be loaded ({one_line(error)})"
-        raise FileNotFoundError(f"{gone}: give its base by --base") from error
+        raise FileNotFoundError(f"{gone}: give its base by `base`") from error
     if is_adapter(folder):
         raise ValueError(
-            f"the base of the adapter {adapter} is an adapter itself, {folder}: give a whole model by --base"
+            f"the base of the adapter {adapter} is an adapter itself, {folder}: give a whole model by `base`"
         )
     return folder
 
@@ -114,13 +114,13 @@ def resolved(source: str | Path, folder: Path) -> str:
     return f"{str(source).partition('@')[0]}@{folder.name}"  # the hub's cache names a snapshot by its commit
 
 
-def recorded_source(recorded: str, *, where: str, option: str = "--model") -> str:
+def recorded_source(recorded: str, *, where: str, option: str = "model") -> str:
     """A source as `resolve_source` gave it, for `load_generator`. FileNotFoundError where its folder is gone, naming
     it, the record `where` and the option that gives another."""
     if recorded == "embedded" or Path(recorded).is_dir() or HUB_ID.fullmatch(recorded):
         return recorded
     lost = f"{where} was trained from {recorded}, and there is no such folder here"
-    raise FileNotFoundError(f"{lost}: say by {option} where it is now")
+    raise FileNotFoundError(f"{lost}: say by `{option}` where it is now")
 
 
 def read_json(path: Path) -> dict:

@@ -106,7 +106,7 @@ def parse_quality(quality: Quality) -> dict[str, float]:
     else:
         weights = parse_weights(quality)
     if not any(weights.values()):
-        raise ValueError(f"--quality {quality!r}: every weight is 0; to train without a reward, give --quality none")
+        raise ValueError(f"`quality` {quality!r}: every weight is 0; to train without a reward, give `quality` none")
     return weights
 
 
@@ -126,11 +126,11 @@ def parse_weights(text: str) -> dict[str, float]:
         try:
             value = float(weight)
         except ValueError:
-            raise ValueError(f"--quality {part.strip()!r}: {weight!r} is not a number; write NAME=WEIGHT") from None
+            raise ValueError(f"`quality` {part.strip()!r}: {weight!r} is not a number; write NAME=WEIGHT") from None
         if not name or name.endswith("=") or name in weights or not math.isfinite(value):
-            raise ValueError(f"--quality {text!r}: write each name once, like hpsv2=1,imagereward=0.5")
+            raise ValueError(f"`quality` {text!r}: write each name once, like hpsv2=1,imagereward=0.5")
         if name == "none":
-            raise ValueError("--quality none stands alone: leave it out, or leave out the others")
+            raise ValueError("`quality` none stands alone: leave it out, or leave out the others")
         weights[name] = value
     return weights
 
@@ -148,10 +148,10 @@ def loader(name: str, *, device: torch.device | str, weights: str | None, bf16: 
     if name.startswith("clip:") and name != "clip:":
         architecture, _, published = name.removeprefix("clip:").partition(":")
         if not (weights or published):
-            raise ValueError(f"reward {name}: say which weights, clip:ARCHITECTURE:WEIGHTS, or give --reward-weights")
+            raise ValueError(f"reward {name}: say which weights, clip:ARCHITECTURE:WEIGHTS, or give `reward_weights`")
         return functools.partial(clip, architecture, weights=weights, published=published or None)
     if weights is not None:
-        raise ValueError(f"reward {name}: --reward-weights are for hpsv2, imagereward and clip only")
+        raise ValueError(f"reward {name}: `reward_weights` are for hpsv2, imagereward and clip only")
     folder = EMBEDDED if name == "embedded" else Path(name)
     if (folder / "open_clip_config.json").is_file():
         return functools.partial(clip, f"local-dir:{folder}")
@@ -267,20 +267,6 @@ def load_quality(
     return score
 
 
-def differentiable(
-    score: Score, *, device: torch.device | str = "cpu", prompts: Sequence[str] | None = None,
-    size: tuple[int, int] = SIZE,
-) -> bool:
-    """Whether a score has a gradient at its images: it is tried on two, as in `load_quality`."""
-    images, texts = samples(prompts, size, device)
-    images.requires_grad_()
-    try:
-        (slope,) = torch.autograd.grad(score(images, texts).sum(), images)
-    except Exception:  # a user's function may leave torch, and says so in its own way
-        return False
-    return bool(slope.isfinite().all() and slope.any())
-
-
 def load_qualities(
     quality: Quality,
     *,
@@ -302,7 +288,7 @@ def load_qualities(
     for given in weights:
         name, equals, path = given.partition("=")
         if not equals or name not in wanted:
-            raise ValueError(f"--reward-weights {given!r}: write NAME=PATH with a name out of {', '.join(wanted)}")
+            raise ValueError(f"`reward_weights` {given!r}: write NAME=PATH with a name out of {', '.join(wanted)}")
         files[name] = path
     scores = {}
     for name in wanted:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from speedrl.method.rewards import Moments, disagreeing, mixture, observe
 from speedrl.models.generator import Generator
-from speedrl.rewards.loading import Score, differentiable, load_qualities, rate
+from speedrl.rewards.loading import Score, load_qualities, rate
 
 TREND = 20  # iterations over which qualities are watched for disagreement
 
@@ -72,12 +72,3 @@ def open_reward(
     scores, shares = load_qualities(quality, device=device, weights=weights, bf16=bf16, prompts=prompts,
                                     size=generator.size)
     return Reward(scores, shares, clip=clip, device=device)
-
-
-def check_gradient(reward: Reward, generator: Generator, prompts: Sequence[str]) -> None:
-    """ValueError where a rewarded score has no gradient at the images."""
-    for name, score in reward.scores.items():
-        if reward.weights[name] and not differentiable(
-            score, device=reward.device, prompts=prompts, size=generator.size
-        ):
-            raise ValueError(f"--reward-gradient needs a gradient at the images, and the reward {name} has none")

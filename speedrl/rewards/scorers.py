@@ -24,7 +24,7 @@ Score = Callable[[Tensor, list[str]], Tensor]
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's CLIP, all three
 IMAGE_REWARD_MEAN, IMAGE_REWARD_STD = 0.16717362830052426, 1.0333394966054072  # what its package subtracts, divides by
 IMAGE_REWARD_WORDS = 35
-INSTEAD = "give it by --reward-weights"
+INSTEAD = "give it by `reward_weights`"
 REMEMBERED = 16_384  # prompts whose features are kept
 
 
@@ -73,7 +73,7 @@ def in_parts(score: Score, size: int) -> Score:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """A state dict from a .pt or .safetensors file; the part "state_dict" of it where there is one."""
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}: give another by --reward-weights")
+        raise FileNotFoundError(f"there is no file {path}: give another by `reward_weights`")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

@@ -196,7 +196,7 @@ def restore(
         wrong = wanted.keys() ^ held.keys() or {name for name in wanted if wanted[name].shape != held[name].size}
         if wrong:
             now = changed(record.get("settings", {}), settings, only=SHAPING)
-            why = f"it was trained with {'; '.join(now)}: give what it was, or another --out" if now else ""
+            why = f"it was trained with {'; '.join(now)}: give what it was, or another `out`" if now else ""
             raise ValueError(why or f"{len(wrong)} tensors do not fit, such as {min(wrong)}")
         read_tensors(folder, wanted)
         if not averaged:  # it begins here
@@ -221,7 +221,7 @@ def make_folder(out: Path) -> None:
         if not os.access(out, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(out))
     except OSError as error:
-        raise OSError(f"{out} cannot be written ({one_line(error)}): choose another --out") from error
+        raise OSError(f"{out} cannot be written ({one_line(error)}): choose another `out`") from error
 
 
 def holds_run(out: Path) -> bool:
@@ -241,10 +241,10 @@ def start(out: Path, *, resume: bool) -> tuple[Path | None, list[str]]:
     """
     if not resume and holds_model(out):
         what, use = "a finished run" if holds_run(out) else "a model", f"`speedrl sample PROMPT --model {out}`"
-        further = ", go on by --resume and more --iterations" if all_checkpoints(out) else ""
-        raise ValueError(f"{out} holds {what}: use it by {use}{further}, or give another --out")
+        further = ", go on by `resume` and more `iterations`" if all_checkpoints(out) else ""
+        raise ValueError(f"{out} holds {what}: use it by {use}{further}, or give another `out`")
     if not resume and holds_run(out):
-        raise ValueError(f"{out} holds a run that has not finished: go on with --resume, or give another --out")
+        raise ValueError(f"{out} holds a run that has not finished: go on with `resume`, or give another `out`")
     folder, complaints = newest(out) if resume else (None, [])
     if folder is None and complaints:
         raise ValueError(f"{'; '.join(complaints)}; none is whole: start the run anew in another folder")
@@ -295,7 +295,7 @@ def to_jsonable(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def changed(before: Mapping[str, Any], now: Mapping[str, Any], *, only: Collection[str] = ()) -> list[str]:
-    """The settings that make a difference to what is learned, and differ: "--lr 3e-05, now 0.0001". What `loading`
+    """The settings that make a difference to what is learned, and differ: "`lr` 3e-05, now 0.0001". What `loading`
     holds has names of its own; `only` are some."""
     free = ("out", "resume", "iterations", "save_every", "keep_checkpoints", "device", "compile", "micro_batch",
             "checkpointing", "parallel", "offload", "trackers", "max_skipped")
@@ -305,5 +305,5 @@ def changed(before: Mapping[str, Any], now: Mapping[str, Any], *, only: Collecti
     def told(value: Any) -> str:
         return "not given" if value is None else str(value)
 
-    return [f"--{name.replace('_', '-')} {told(before[name])}, now {told(now[name])}" for name in names
+    return [f"`{name}` {told(before[name])}, now {told(now[name])}" for name in names
             if not only or name in only]

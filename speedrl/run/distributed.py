@@ -42,11 +42,11 @@ def join(device: torch.device | str, *, parallel: str = "ddp", minutes: float = 
     not find each other.
     """
     if parallel not in ("ddp", "fsdp"):
-        raise ValueError(f"--parallel must be ddp or fsdp, got {parallel!r}")
+        raise ValueError(f"`parallel` must be ddp or fsdp, got {parallel!r}")
     try:
         device = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(f"--device {device} cannot be used: {one_line(error)}") from error
+        raise ValueError(f"`device` {device} cannot be used: {one_line(error)}") from error
     if "RANK" in os.environ and not dist.is_initialized():
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -58,7 +58,7 @@ def join(device: torch.device | str, *, parallel: str = "ddp", minutes: float = 
         except RuntimeError as error:
             raise ConnectionError(f"rank {os.environ['RANK']} did not find the others: {one_line(error)}") from error
     if parallel == "fsdp" and not dist.is_initialized():
-        raise ValueError("--parallel fsdp needs ranks: start with torchrun --nproc-per-node N -m speedrl train")
+        raise ValueError("`parallel` fsdp needs ranks: start with torchrun --nproc-per-node N -m speedrl train")
     return str(device)
 
 
@@ -99,7 +99,7 @@ def local_slice(count: int, *, times: int = 1) -> slice:
     ValueError where ranks would get different numbers of groups.
     """
     if count % world():
-        raise ValueError(f"--groups {count} cannot be shared by {world()} ranks: give a multiple of {world()}")
+        raise ValueError(f"`groups` {count} cannot be shared by {world()} ranks: give a multiple of {world()}")
     each = count // world() * times
     return slice(rank() * each, (rank() + 1) * each)
 
@@ -198,7 +198,7 @@ def shard(transformer: nn.Module, *, device: torch.device | str, offload: bool =
     # what features returns is a view, and nothing changes it in place
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     if not isinstance(transformer, MeissonicTransformer):
-        raise ValueError("--parallel fsdp shards Meissonic's transformer only: train this model with --parallel ddp")
+        raise ValueError("`parallel` fsdp shards Meissonic's transformer only: train this model with `parallel` ddp")
     kind = torch.device(device).type
     low = torch.bfloat16 if bf16 and kind != "cpu" else None
     mesh = init_device_mesh(kind, (world(),))

@@ -87,7 +87,7 @@ def export(
         record = read_record(folder)
         settings = dict(record["settings"])
         if merge and settings["lora"] is None:
-            raise ValueError("--merge is for an adapter, and the run trained whole weights: leave it out")
+            raise ValueError("`merge` is for an adapter, and the run trained whole weights: leave it out")
         settings["model"] = str(model or recorded_source(settings["model"], where=f"the checkpoint {folder}"))
         names = {"text_encoder": "text_encoder", "size": "size", "negative": "negative_prompt",
                  "micro_conds": "micro_conds"}

@@ -24,6 +24,7 @@ from speedrl.run.display import Display
 from speedrl.run.trackers import open_trackers
 from speedrl.system.errors import Stopped, interruptible, one_line
 from speedrl.system.files import locked
+from speedrl.system.options import as_flags
 
 LOCK = ".lock"  # in the run's folder, held while it trains
 FLAT = 5  # iterations without any spread of the reward that end a training
@@ -85,7 +86,7 @@ class Run:
 
     def warn(self, text: str) -> None:
         """Says something once."""
-        self.display.warn(text)
+        self.display.warn(as_flags(text, {}))
 
     def log(self, row: Mapping[str, Any]) -> None:
         """An iteration's metrics: to the display, metrics.jsonl and the trackers."""
@@ -101,15 +102,15 @@ class Run:
         if not finite:
             self.warn(f"iteration {iteration + 1}: the gradient is not finite; its update is skipped")
         if self.skipped >= self.settings["max_skipped"]:
-            raise ValueError(f"{self.skipped} updates in a row had a gradient that is not finite: lower --lr, or raise "
-                             "--kl-weight")
+            raise ValueError(f"{self.skipped} updates in a row had a gradient that is not finite: lower `lr`, or raise "
+                             "`kl_weight`")
         return finite
 
     def check(self, *, spread: bool, falling: Sequence[str]) -> None:
         """Warns where no group of an iteration has samples of different quality, as of a constant reward, and where
         qualities fall while the reward rises. ValueError after FLAT iterations in a row without spread."""
         self.flat = 0 if spread else self.flat + 1
-        advice = "give another --quality, or --quality none to train by the divergence alone"
+        advice = "give another `quality`, or `quality` none to train by the divergence alone"
         if not spread:
             self.warn(f"the reward is constant within every group, so there is nothing to learn: {advice}")
         if self.flat >= FLAT:
@@ -165,5 +166,5 @@ def open_run(out: Path, settings: Mapping[str, Any], *, trackers: Sequence[str] 
         except (ValueError, OSError) as error:
             if not run.inside:
                 raise
-            stands = f"the checkpoint of iteration {run.saved} stands: go on from it with --resume"
+            stands = f"the checkpoint of iteration {run.saved} stands: go on from it with `resume`"
             raise type(error)(f"{one_line(error)}; {stands if run.saved else 'nothing was saved yet'}") from error

@@ -36,7 +36,7 @@ CURVES = {"quality": "quality of the rollouts", "steps": "steps of the rollouts"
 def all_ablations() -> dict[str, dict[str, dict]]:
     """Every ablation by name: its variants, each with the options of `train` that it sets.
 
-    The first variant is the baseline: the default, but with --steps-reward 4 in speed-reward, likelihood and method.
+    The first variant is the baseline: the default, but with `steps_reward` 4 in speed-reward, likelihood and method.
     AGAIN is the baseline with other seeds (an A/A pair): a difference no larger than its own is no result. group-size:
     always 128 images an iteration. method: what each part of the method gives; "no reward" trains by the divergence
     from the guided reference alone.
@@ -143,7 +143,7 @@ def ablate(
     chosen = known if name == "all" else {name: known[name]}
     set_here = {*next(iter(chosen.get(name, {}).values()), {})}  # by the baseline: what the ablation is about
     if clash := sorted(set_here & options.keys()):
-        flags = ", ".join(f"--{option.replace('_', '-')}" for option in clash)
+        flags = ", ".join(f"`{option}`" for option in clash)
         raise ValueError(f"the ablation {name} sets {flags} itself: leave it out")
     evaluation = {
         "steps": tuple(eval_steps), "count": eval_count, "seeds": eval_seeds, "images": 0, "figure": False,

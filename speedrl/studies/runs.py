@@ -38,10 +38,10 @@ def refuse_other(folder: Path, options: dict) -> None:
     if not path.exists():
         return
     before, now = json.loads(path.read_text(encoding="utf-8")), to_jsonable(options)
-    differing = [f"--{name.replace('_', '-')} {before.get(name, 'not given')}, now {now.get(name, 'not given')}"
+    differing = [f"`{name}` {before.get(name, 'not given')}, now {now.get(name, 'not given')}"
                  for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
     if differing:
-        raise ValueError(f"{folder} holds a run of other options ({'; '.join(differing)}): give another --out, or the "
+        raise ValueError(f"{folder} holds a run of other options ({'; '.join(differing)}): give another `out`, or the "
                          "same options")
 
 

@@ -19,7 +19,7 @@ def unsaved(iteration: int) -> Iterator[None]:
         yield
     except Exception as error:  # safetensors and tokenizers have their own for what the system refuses
         stands = f"the checkpoint of iteration {iteration} stands" if iteration else "no checkpoint was saved"
-        advice = f"{stands}: mend that, and give the same command with --resume"
+        advice = f"{stands}: mend that, and give the same command with `resume`"
         raise OSError(f"the trained model cannot be saved ({one_line(error)}); {advice}") from error
 
 

@@ -50,7 +50,7 @@ def open_locked(path: Path) -> tuple[int, str | None]:
         except (BlockingIOError, PermissionError):  # as systems have it
             holder = os.read(handle, 300).decode("utf-8", "replace") or "another process"
             os.close(handle)
-            advice = "wait until it ends, or give another --out"
+            advice = "wait until it ends, or give another `out`"
             raise BlockingIOError(f"{path.parent} is in use by {holder}: {advice}") from None
         except OSError as error:
             missing = one_line(error)

@@ -112,7 +112,7 @@ def check_device(device: torch.device | str) -> None:
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device} cannot be used: {one_line(error)}") from error
+        raise ValueError(f"`device` {device} cannot be used: {one_line(error)}") from error
 
 
 def pick_device(device: str) -> str:
