@@ -193,7 +193,7 @@ def test_an_adapter_whose_base_has_moved_names_it_and_takes_another(tiny_generat
     write_adapter(tmp_path / "run/adapter", base=str(base))
     before = load_generator(tmp_path / "run")
     base.rename(tmp_path / "moved")
-    with pytest.raises(FileNotFoundError, match=r"the adapter \S+/run/adapter was trained on \S+/base, .* by --base$"):
+    with pytest.raises(FileNotFoundError, match=r"the adapter \S+/run/adapter was trained on \S+/base, .* by `base`$"):
         load_generator(tmp_path / "run")
     after = load_generator(tmp_path / "run", base=tmp_path / "moved")
     assert torch.equal(*(g.transformer.embed.conv.weight for g in (before, after)))
@@ -212,16 +212,16 @@ def test_a_source_is_recorded_so_that_it_holds_elsewhere(tiny_generator_folder, 
     monkeypatch.chdir(tmp_path)
     for kept in ("embedded", str(tiny_generator_folder), f"someone/tiny@{COMMIT}"):
         assert recorded_source(kept, where="the run") == kept
-    with pytest.raises(FileNotFoundError, match="the run was trained from /nowhere/tiny, .* say by --model"):
+    with pytest.raises(FileNotFoundError, match="the run was trained from /nowhere/tiny, .* say by `model`"):
         recorded_source("/nowhere/tiny", where="the run")
 
 
 def write_checkpoint(out: Path, generator, *, model: str, **more) -> None:
     """A run's checkpoint as training writes it, with the weights doubled."""
     learned = dict(generator.transformer.named_parameters())
-    nothing = ("text_encoder", "size", "negative_prompt", "micro_conds", "temperature", "schedule", "order", "remask",
-               "lora", "lora_alpha", "lora_targets")
-    settings = {"model": model, "steps": "2", "guidance": 1.0} | dict.fromkeys(nothing)
+    nothing = (*generator.sampler.settings(), "text_encoder", "size", "negative_prompt", "micro_conds", "lora",
+               "lora_alpha", "lora_targets")
+    settings = dict.fromkeys(nothing) | {"model": model, "steps": "2", "guidance": 1.0}
     doubled = {name: torch.nn.Parameter(p.detach() * 2) for name, p in learned.items()}
     found = tensors(doubled, torch.optim.SGD(list(doubled.values())), {})
     save(out, 1, found, {}, {"settings": settings | more}, keep=1)
@@ -229,7 +229,7 @@ def write_checkpoint(out: Path, generator, *, model: str, **more) -> None:
 
 def test_export_finds_a_base_that_has_moved_by_model(tiny_generator_folder, tiny_generator, tmp_path):
     write_checkpoint(tmp_path / "run", tiny_generator, model=str(tmp_path / "gone"))
-    with pytest.raises(FileNotFoundError, match=r"trained from \S+/gone, .* --model"):
+    with pytest.raises(FileNotFoundError, match=r"trained from \S+/gone, .* `model`"):
         export(tmp_path / "run", out=tmp_path / "out")
     assert export(tmp_path / "run", out=tmp_path / "out", model=str(tiny_generator_folder)) == tmp_path / "out/model"
     write_checkpoint(tmp_path / "auto", tiny_generator, model=str(tiny_generator_folder), steps="auto:4")

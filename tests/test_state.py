@@ -196,15 +196,15 @@ def test_resuming_what_has_no_checkpoint_yet_starts_and_another_models_is_refuse
     shutil.rmtree(run / "checkpoints")
     train(out=run, iterations=2, resume=True, **options)
     assert [row["iteration"] for row in metrics(run)] == [1, 2]
-    with pytest.raises(ValueError, match="another model's .*: it was trained with --lora not given, now 2: give what"):
+    with pytest.raises(ValueError, match="another model's .*: it was trained with `lora` not given, now 2: give what"):
         train(out=run, iterations=4, resume=True, lora=2, **options)
-    with pytest.raises(ValueError, match="another model's .*: it was trained with --steps 2, now 1-2: give what"):
+    with pytest.raises(ValueError, match="another model's .*: it was trained with `steps` 2, now 1-2: give what"):
         train(out=run, iterations=4, resume=True, **options | {"steps": "1-2"})
     train(out=run, iterations=3, resume=True, **options | {"lr": 1e-3})
     assert "other settings: --lr 0.003, now 0.001" in " ".join(capsys.readouterr().out.split())
     assert changed({"lr": 1.0, "out": "a"}, {"lr": 1.0, "out": "b", "ema": None}) == []
     now = changed({"loading": None}, {"loading": {"size": [16, 32]}})
-    assert now == ["--size not given, now [16, 32]"] and changed({"loading": {}}, {"loading": None}) == []
+    assert now == ["`size` not given, now [16, 32]"] and changed({"loading": {}}, {"loading": None}) == []
 
 
 class Brightness:
@@ -392,7 +392,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_counted_and_in_the_end_fatal(o
     assert not all(torch.equal(a, b) for a, b in zip(seen[0], seen[1], strict=True))
     assert "iteration 2: the gradient is not finite" in capsys.readouterr().out
     bad = set(range(len(seen) + 2, 100))
-    with pytest.raises(ValueError, match="3 updates in a row .* lower --lr"):
+    with pytest.raises(ValueError, match="3 updates in a row .* lower `lr`"):
         train(out=tmp_path / "bad", iterations=9, max_skipped=3, **options)
     held = load_file(newest(tmp_path / "bad")[0] / "tensors.safetensors")
     assert all(value.isfinite().all() for value in held.values())
@@ -512,12 +512,12 @@ def test_a_checkpoint_of_an_unfinished_run_is_exported_as_the_model_that_a_finis
         export(tmp_path / "run/checkpoints/000002", out=tmp_path / "other")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for folder, what in (("out", "a model"), ("run", "a model")):
-        with pytest.raises(ValueError, match=f"{folder} holds {what}, which stays: give another --out"):
+        with pytest.raises(ValueError, match=f"{folder} holds {what}, which stays: give another `out`"):
             export(tmp_path / "run/checkpoints/000001", out=tmp_path / folder)
     shutil.copytree(tmp_path / "run/checkpoints", tmp_path / "unfinished/checkpoints")
-    with pytest.raises(ValueError, match="unfinished holds another run, which stays: give another --out"):
+    with pytest.raises(ValueError, match="unfinished holds another run, which stays: give another `out`"):
         export(tmp_path / "run/checkpoints/000001", out=tmp_path / "unfinished")
-    with pytest.raises(ValueError, match="out holds a model: use it by `speedrl sample .*`, or give another --out"):
+    with pytest.raises(ValueError, match="out holds a model: use it by `speedrl sample .*`, or give another `out`"):
         train(out=tmp_path / "out", iterations=1, **options)
     assert {path: path.read_bytes() for path in before} == before
     export(tmp_path / "unfinished/checkpoints/000001", out=tmp_path / "unfinished")  # its own

@@ -326,7 +326,7 @@ def test_a_constant_reward_warns_at_once_and_ends_after_five_iterations_with_adv
     options |= {"quality": "tests.test_train:constant"}
     train(out=tmp_path / "short", iterations=1, **options)
     assert "--quality none" in " ".join(capsys.readouterr().out.split())
-    with pytest.raises(ValueError, match="5 iterations .*constant.* --quality none"):
+    with pytest.raises(ValueError, match="5 iterations .*constant.* `quality` none"):
         train(out=tmp_path / "run", iterations=9, **options)
     assert len(metrics(tmp_path / "run")) == 5
 
