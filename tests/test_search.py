@@ -70,7 +70,7 @@ def test_a_samplers_own_table_is_what_its_rollouts_take():
     own = rollout(rising_logits, steps, noise, Sampler(scalars=table))
     given = rollout(rising_logits, steps, noise, Sampler(), scalars=scalars_at(table, steps))
     for name, value in vars(own).items():
-        assert name in ("order", "mask_id") or torch.equal(value, getattr(given, name)), name
+        assert not isinstance(value, torch.Tensor) or torch.equal(value, getattr(given, name)), name
     assert not torch.equal(own.logit_scale, rollout(rising_logits, steps, noise, Sampler()).logit_scale)
 
 
