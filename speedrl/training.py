@@ -79,7 +79,8 @@ def grpo_loss(
     rollout the ratio is 1, so that rounding does not clip; `hindsight` adds a dense reward of the reference.
     """
     sampled = kl in SAMPLED
-    at = positions_of(trajectory, trained, all_drawn=sampled or needs_all_drawn(likelihood, trajectory.order))
+    at = positions_of(trajectory, trained, all_drawn=sampled or needs_all_drawn(likelihood, trajectory.order),
+                      all_unknown=finished is not None)
     teacher = None
     if reference is not None and finished is not None:
         teacher = teacher_features(reference, finished, mask_id=trajectory.mask_id)

@@ -33,8 +33,9 @@ def hidden_sets(tokens: torch.Tensor, count: int):
 
 
 def closed_form(policy: Toy, reference: Toy, every: Trajectory, p: torch.Tensor, count: int) -> torch.Tensor:
-    """Expected sum over tokens of KL(pi(. | state that drew it) || r(. | the finished sample with hidden tokens)), by
-    plain loops over samples, hidden sets, steps and positions; in double precision."""
+    """Expected sum over tokens of KL(pi(. | state that drew it) || r(. | the finished sample with hidden tokens)), and
+    where the state knows nothing, of KL(r(. | state) || pi(. | state)) at all positions: by plain loops over samples,
+    hidden sets, steps and positions; in double precision."""
     total, sets = torch.zeros((), dtype=torch.float64), list(itertools.combinations(range(LENGTH), count))
     zero = torch.zeros(1, dtype=torch.int64)
     timestep = {1: 13, 2: 29, 3: 63}[count]  # of 64 cosine steps: cos(pi / 2 * (63 - t) / 64) is just above count / 3
@@ -47,6 +48,12 @@ def closed_form(policy: Toy, reference: Toy, every: Trajectory, p: torch.Tensor,
             for s in range(int(every.steps[i])):
                 state = policy.features(every.states[i, s][None], every.timestep[i, s][None], zero)[0, 0].double()
                 student = (state * every.logit_scale[i, s]).softmax(-1)
+                if (every.states[i, s] == CODES).all():
+                    with torch.no_grad():
+                        given = (every.states[i, s][None], every.timestep[i, s][None], zero)
+                        held = (reference.features(*given)[0, 0].double() * every.logit_scale[i, s]).softmax(-1)
+                    total = total + p[i] * (held * (held / student).log()).sum() / len(sets)
+                    continue
                 for place in places:
                     if every.kept[i, s, place]:
                         q = teacher[place].clamp(min=torch.tensor(-12.0).exp().item())
@@ -155,14 +162,20 @@ def test_exactly_the_share_is_hidden_of_every_sample_and_the_rest_stays(share, c
         assert hidden.any(0).all(), "each position has its turn"
 
 
-def test_only_tokens_that_were_hidden_and_kept_count_and_all_samples_alike():
+def test_tokens_that_were_hidden_and_kept_count_and_all_where_nothing_is_known():
     trajectory = sampled(START, [1, 2, 3])
     finished = trajectory.tokens.clone()
     finished[0, 0] = finished[1, :2] = finished[2] = CODES  # one, two and three hidden
     at = positions_of(trajectory, all_drawn=True)
     weights = torch.zeros(trajectory.states.shape).index_put(at.place, hindsight_weights(trajectory, at, finished))
-    assert torch.equal(weights > 0, trajectory.kept & (finished == CODES)[:, None])
-    torch.testing.assert_close(weights.sum((1, 2)), torch.full((3,), float(LENGTH)))
+    first, later = weights[:, 0], weights[:, 1:]
+    assert torch.equal(first, torch.ones(3, LENGTH)), "in the first step nothing is known"
+    share = torch.tensor([1 / 3, 2 / 3, 1.0])[:, None, None]
+    torch.testing.assert_close(later, trajectory.kept[:, 1:] * (finished == CODES)[:, None] / share)
+    assert later.any()
+    scored = positions_of(trajectory, all_unknown=True)
+    found = torch.zeros(trajectory.states.shape, dtype=torch.bool).index_put(scored.place, torch.tensor(True))
+    assert torch.equal(found, trajectory.kept | trajectory.masked.all(-1, keepdim=True))
 
 
 class Noting(Toy):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from speedrl.method.divergences import DIVERGENCES, SAMPLED, count_weights, kl, reverse_kl
+from speedrl.method.divergences import DIVERGENCES, SAMPLED, count_weights, hindsight_divergence, kl
 
 CODES = 5
 KINDS = list(DIVERGENCES)
@@ -105,12 +105,29 @@ def test_estimates_at_drawn_tokens_need_them_and_the_others_do_not():
             assert kl(*logits(), kind=kind) > 0.1
 
 
-def test_what_the_other_excludes_counts_as_the_floor():
-    policy, other = torch.zeros(2), torch.tensor([0.0, -100.0])  # log-probabilities of about 0 and -100
+def test_what_the_teacher_excludes_counts_as_its_floor():
+    policy, teacher = torch.zeros(1, 2), torch.tensor([[0.0, -100.0]])  # log-probabilities of about 0 and -100
     half = torch.tensor(0.5).log()
-    by_hand = 0.5 * half + 0.5 * (half + 12)
-    torch.testing.assert_close(reverse_kl(policy, other, floor=-12.0), by_hand)
-    torch.testing.assert_close(reverse_kl(policy, other), 0.5 * half + 0.5 * (half + 100))
+    found = hindsight_divergence(policy, policy, teacher, None, torch.tensor([False]))
+    torch.testing.assert_close(found, (0.5 * half + 0.5 * (half + 12))[None])
+
+
+def test_hindsight_is_the_divergence_from_the_teacher_and_where_nothing_is_known_from_the_reference():
+    policy, reference, teacher = torch.randn(3, 2, CODES, generator=torch.Generator().manual_seed(1)).unbind(0)
+    found = hindsight_divergence(policy, reference, teacher, None, torch.tensor([False, True]))
+    torch.testing.assert_close(found[0], exact(policy[0], teacher[0]))
+    torch.testing.assert_close(found[1], exact(reference[1], policy[1]))
+
+
+def test_hindsight_given_the_noise_of_the_draw_weighs_the_codes_that_it_favours():
+    policy, teacher = torch.randn(2, 1, CODES, generator=torch.Generator().manual_seed(1)).unbind(0)
+    log_p, log_q, known = policy.log_softmax(-1), teacher.log_softmax(-1), torch.tensor([False])
+    noise = torch.linspace(-1, 2, CODES)[None]
+    found = hindsight_divergence(policy, policy, teacher, noise, known)
+    torch.testing.assert_close(found, ((policy + noise).softmax(-1) * (log_p - log_q)).sum(-1))
+    for code in range(CODES):  # noise so strong that it decides the draw
+        certain = hindsight_divergence(policy, policy, teacher, 1e4 * torch.eye(CODES)[code][None], known)
+        torch.testing.assert_close(certain, (log_p - log_q)[:, code])
 
 
 def test_fewer_steps_than_sixteen_are_held_less_by_a_power_of_their_share():

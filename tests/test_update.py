@@ -250,20 +250,23 @@ def test_the_loss_takes_sampled_estimators_at_all_drawn_tokens():
 
 def test_policy_and_reference_get_the_same_logit_scale():
     logits, other, scale = torch.randn(5, 4), torch.randn(5, 4), torch.tensor([1.0, 2.0, 0.5, 1.5, 3.0])
-    tokens = torch.tensor([0, 1, 2, 3, 0])
+    tokens, known = torch.tensor([0, 1, 2, 3, 0]), torch.zeros(5, dtype=torch.bool)
     for kl in DIVERGENCES.values():
-        token, away, missed = score_logits(logits, other, None, tokens, scale, kl=kl)
+        token, away, missed = score_logits(logits, other, None, None, tokens, scale, known, kl=kl)
         torch.testing.assert_close(away, kl(logits * scale[:, None], other * scale[:, None], tokens))
-        assert not score_logits(logits, logits, None, tokens, scale, kl=kl).kl.any() and not missed.any()
+        assert not score_logits(logits, logits, None, None, tokens, scale, known, kl=kl).kl.any() and not missed.any()
     torch.testing.assert_close(token, (logits * scale[:, None]).log_softmax(-1)[torch.arange(5), tokens])
-    assert not score_logits(logits, other, None, tokens, scale, kl=None).kl.any()
+    assert not score_logits(logits, other, None, None, tokens, scale, known, kl=None).kl.any()
 
 
 def test_the_teacher_is_taken_at_its_own_scale():
-    logits, teacher, scale = torch.randn(5, 4), torch.randn(5, 4), torch.tensor([1.0, 2.0, 0.5, 1.5, 3.0])
-    found = score_logits(logits, None, teacher, torch.zeros(5, dtype=torch.int64), scale, kl=None)
-    p, q = (logits * scale[:, None]).softmax(-1), teacher.softmax(-1)
-    torch.testing.assert_close(found.hindsight, (p * (p / q).log()).sum(-1))
+    random = torch.Generator().manual_seed(0)
+    (logits, other, teacher), scale = torch.randn(3, 5, 4, generator=random), torch.tensor([1.0, 2.0, 0.5, 1.5, 3.0])
+    unknown = torch.tensor([False, True, False, False, True])
+    found = score_logits(logits, other, teacher, None, torch.zeros(5, dtype=torch.int64), scale, unknown, kl=None)
+    p, q, r = (logits * scale[:, None]).softmax(-1), teacher.softmax(-1), (other * scale[:, None]).softmax(-1)
+    expected = torch.where(unknown, (r * (r / p).log()).sum(-1), (p * (p / q).log()).sum(-1))
+    torch.testing.assert_close(found.hindsight, expected)
     assert not found.kl.any()
 
 

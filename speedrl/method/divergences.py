@@ -13,6 +13,7 @@ from speedrl.method.likelihoods import log_probs
 
 Divergence = Callable[[Tensor, Tensor, Tensor], Tensor]
 FULL = 16  # steps from which on the divergence has its whole weight
+TEACHER_FLOOR = -12.0  # of a teacher's log-probabilities: what it excludes does not outweigh all else
 
 
 def ce_kl(logits: Tensor, reference: Tensor, tokens: Tensor | None = None) -> Tensor:
@@ -24,9 +25,9 @@ def ce_kl(logits: Tensor, reference: Tensor, tokens: Tensor | None = None) -> Te
     return expected_log_ratio(reference.detach(), logits)
 
 
-def reverse_kl(logits: Tensor, reference: Tensor, tokens: Tensor | None = None, *, floor: float = -torch.inf) -> Tensor:
-    """KL(pi || r) over the whole codebook; no log r counts as less than `floor`."""
-    return expected_log_ratio(logits, reference.detach(), floor=floor)
+def reverse_kl(logits: Tensor, reference: Tensor, tokens: Tensor | None = None) -> Tensor:
+    """KL(pi || r) over the whole codebook."""
+    return expected_log_ratio(logits, reference.detach())
 
 
 def k2(logits: Tensor, reference: Tensor, tokens: Tensor) -> Tensor:
@@ -59,6 +60,21 @@ def kl(logits: Tensor, reference: Tensor, tokens: Tensor | None = None, *, kind:
     return DIVERGENCES[kind](logits, reference, tokens)
 
 
+def hindsight_divergence(
+    logits: Tensor, reference: Tensor, teacher: Tensor, noise: Tensor | None, unknown: Tensor
+) -> Tensor:
+    """How far the policy is from what the reference says with hindsight: [P, V] each, unknown bool [P] -> float32 [P].
+
+    sum_k w(k) (log pi(k) - log q(k)), q the teacher, which sees a part of the finished image. w is pi, and the sum is
+    KL(pi || q); where all positions drew by the same Gumbel noise [P, V], w is pi given that noise, softmax(log pi +
+    noise), so that images which differ by their noise are not drawn to one mode. Where the state knows nothing yet,
+    KL(r || pi) from the reference of that state: what is still open stays open.
+    """
+    log_p, log_q = logits.float().log_softmax(-1), teacher.detach().float().log_softmax(-1).clamp(min=TEACHER_FLOOR)
+    weights = log_p.exp() if noise is None else (log_p + noise).softmax(-1)
+    return torch.where(unknown, ce_kl(logits, reference), (weights * (log_p - log_q)).sum(-1))
+
+
 def count_weights(steps: Tensor, *, falloff: float = 2.0) -> Tensor:
     """Weight of the divergence for samples of so many steps: int64 [B] -> float32 [B], (steps / 16)^2 and at most 1.
 
@@ -68,9 +84,9 @@ def count_weights(steps: Tensor, *, falloff: float = 2.0) -> Tensor:
     return (steps / FULL).clamp(max=1) ** falloff
 
 
-def expected_log_ratio(logits: Tensor, other: Tensor, *, floor: float = -torch.inf) -> Tensor:
+def expected_log_ratio(logits: Tensor, other: Tensor) -> Tensor:
     """KL(softmax(logits) || softmax(other)) over the last dimension, float32."""
     log_p = logits.float().log_softmax(-1)
-    difference = log_p - other.float().log_softmax(-1).clamp(min=floor)
+    difference = log_p - other.float().log_softmax(-1)
     # a code that logits exclude contributes 0, not 0 times infinity
     return (log_p.exp() * difference.masked_fill(log_p == -torch.inf, 0)).sum(-1)

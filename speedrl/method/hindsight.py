@@ -32,10 +32,13 @@ def teacher_features(reference: Scored, finished: Tensor, *, mask_id: int, steps
 
 
 def hindsight_weights(trajectory: Trajectory, at: Positions, finished: Tensor) -> Tensor:
-    """Weight of each of P positions: 1 over the hidden share where the finished token was hidden, else 0: float32 [P].
+    """Weight of each of P positions in the hindsight divergence: float32 [P].
 
-    finished int64 [B, L], as of `hide`. A token that is not hidden is known to the teacher, and teaches nothing.
+    1 over the hidden share where the step set a token that was hidden in finished int64 [B, L] (`hide`), else 0: one
+    that is not hidden is known to the teacher, and teaches nothing. 1 in states where nothing is known yet.
     """
     sample, _, position = at.place
+    unknown = trajectory.masked[at.sample, at.step].all(-1)[at.row]
     hidden = (finished == trajectory.mask_id).float()
-    return trajectory.kept[at.place] * (hidden / hidden.mean(1, keepdim=True))[sample, position]
+    weights = trajectory.kept[at.place] * (hidden / hidden.mean(1, keepdim=True))[sample, position]
+    return torch.where(unknown, 1.0, weights)

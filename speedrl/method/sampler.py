@@ -34,7 +34,7 @@ class Sampler:
     shared_noise: bool = False
     scalars: Tensor | None = dataclasses.field(default=None, compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 1 <= self.guidance < math.inf:
             raise ValueError(f"`guidance` must be at least 1, got {self.guidance:g}; 1 is without guidance")
         mask_ratio(torch.zeros(()), kind=self.schedule)

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from speedrl.method.divergences import Divergence, reverse_kl
+from speedrl.method.divergences import Divergence, hindsight_divergence
 from speedrl.method.likelihoods import log_probs
 from speedrl.method.sampling import Trajectory
 
 AT_ONCE = 2**24  # logits
-TEACHER_FLOOR = -12.0  # of a teacher's log-probabilities: what it excludes does not outweigh all else
 
 
 class Scored(Protocol):
@@ -53,7 +52,7 @@ class Scores(NamedTuple):
 
     log_probs: Tensor  # of the drawn tokens
     kl: Tensor  # divergence from the reference policy, 0 without one
-    hindsight: Tensor  # divergence from the teacher, 0 without one
+    hindsight: Tensor  # as of `hindsight_divergence`, 0 without a teacher
 
 
 def visited_steps(steps: Tensor) -> Tensor:
@@ -70,10 +69,19 @@ def trained_steps(steps: Tensor, count: int | None, generator: torch.Generator) 
     return (visited & (score.argsort(dim=-1, descending=True).argsort(dim=-1) < count)).to(steps.device)
 
 
-def positions_of(trajectory: Trajectory, steps: Tensor | None = None, *, all_drawn: bool = False) -> Positions:
-    """The positions that the steps bool [B, S] set; with `all_drawn` all at which they drew. None is every step."""
+def positions_of(
+    trajectory: Trajectory, steps: Tensor | None = None, *, all_drawn: bool = False, all_unknown: bool = False
+) -> Positions:
+    """The positions that the steps bool [B, S] set; None is every step.
+
+    With `all_drawn` all at which they drew, with `all_unknown` these in states where nothing is known yet.
+    """
     sample, step = (visited_steps(trajectory.steps) if steps is None else steps).nonzero(as_tuple=True)
-    at = trajectory.masked[sample, step] if all_drawn else trajectory.kept[sample, step]
+    masked, at = trajectory.masked[sample, step], trajectory.kept[sample, step]
+    if all_drawn:
+        at = masked
+    elif all_unknown:
+        at = at | masked.all(-1, keepdim=True)
     return Positions(sample, step, *at.nonzero(as_tuple=True))
 
 
@@ -107,21 +115,27 @@ def score_logits(
     logits: Tensor,
     reference: Tensor | None,
     teacher: Tensor | None,
+    noise: Tensor | None,
     tokens: Tensor,
     scale: Tensor,
+    unknown: Tensor,
     *,
     kl: Divergence | None,
 ) -> Scores:
     """Scores of logits [P, V] for drawn tokens int64 [P].
 
     `scale` float32 [P] is a factor on the logits of policy and reference [P, V], as they sample with it; the teacher's
-    are taken as they are. Fit for torch.compile.
+    are taken as they are. `noise` [P, V] over the codes, that drew the tokens, and `unknown` bool [P], where a state
+    knows nothing yet, are for `hindsight_divergence`. Fit for torch.compile.
     """
     logits = logits.float() * scale[:, None]
     found = log_probs(logits, tokens)
     none = torch.zeros_like(found)
-    away = none if reference is None or kl is None else kl(logits, reference.float() * scale[:, None], tokens)
-    missed = none if teacher is None else reverse_kl(logits, teacher.float(), floor=TEACHER_FLOOR)
+    if reference is None:
+        return Scores(found, none, none)
+    reference = reference.float() * scale[:, None]
+    away = none if kl is None else kl(logits, reference, tokens)
+    missed = none if teacher is None else hindsight_divergence(logits, reference, teacher, noise, unknown)
     return Scores(found, away, missed)
 
 
@@ -143,10 +157,10 @@ def score(
     that the head works in chunks of positions, and again in the backward pass, as keeping [P, V] would take more memory
     than all else. The head is a small part of the network, so that costs little.
     """
-    sample, _, position = at.place
+    sample, step, position = at.place
     features, of_reference, of_teacher = features_at(policy, trajectory, at), None, None
     with torch.no_grad():
-        if reference is not None and kl is not None:
+        if reference is not None and (kl is not None or teacher is not None):
             of_reference = features_at(reference, trajectory, at)
         if teacher is not None:
             of_teacher = torch.stack([part[sample, position] for part in teacher], 1)
@@ -157,13 +171,15 @@ def score(
         with torch.no_grad():
             return of.logits(features)
 
-    def chunk(features: Tensor, ref: Tensor | None, hindsight: Tensor | None, tokens: Tensor, scale: Tensor) -> Scores:
-        logits = policy.logits(features)
-        return score_logits(logits, head(reference, ref), head(reference, hindsight), tokens, scale, kl=kl)
+    def chunk(features: Tensor, ref: Tensor | None, hindsight: Tensor | None, which: Tensor, *given: Tensor) -> Scores:
+        noise = None if trajectory.codes is None or hindsight is None else trajectory.codes[sample[which], step[which]]
+        return score_logits(policy.logits(features), head(reference, ref), head(reference, hindsight), noise, *given,
+                            kl=kl)
 
     size = max(1, at_once // (policy.codes * features.shape[1]))
-    inputs: tuple[Any, ...] = (features, of_reference, of_teacher, trajectory.drawn[at.place],
-                               trajectory.logit_scale[at.place[:2]])
+    unknown = trajectory.masked[at.sample, at.step].all(-1)[at.row]
+    inputs: tuple[Any, ...] = (features, of_reference, of_teacher, torch.arange(len(position), device=position.device),
+                               trajectory.drawn[at.place], trajectory.logit_scale[sample, step], unknown)
     if len(position) <= size:
         return chunk(*inputs)
     parts = zip(*(itertools.repeat(None) if x is None else x.split(size) for x in inputs), strict=False)
