@@ -133,7 +133,7 @@ def compare_after(compare: Annotated[bool, Opt("End with a comparison of the mod
     """What `speedrl train` has beside the options of `train`."""
 
 
-def run_command(name: str, function: Callable, *, compare: bool = False, **options: Any) -> None:
+def run_command(name: str, function: Callable, /, *, compare: bool = False, **options: Any) -> None:
     """Calls the function of a command; a training ends with a comparison."""
     from speedrl.system.platform import pick_device, quiet_allocator
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from speedrl.generation import draw, make_policy, sample
+from speedrl.method.sampler import Sampler
 from speedrl.method.sampling import draw_noise, rollout
 from speedrl.method.schedules import timesteps
 from speedrl.models.generator import decode, encode_prompts
@@ -102,7 +103,7 @@ def same_draws(monkeypatch, uniform: torch.Tensor, gumbel: torch.Tensor) -> None
 def test_the_kind_comes_from_the_files(generator):
     assert type(generator.transformer).__name__ == "AmusedTransformer"
     assert (generator.grid, generator.size, generator.mask_id, generator.codes) == ((4, 4), (16, 16), MASK, CODES)
-    assert (generator.steps, generator.guidance, generator.temperature) == (12, 10.0, 2.0)
+    assert (generator.steps, generator.sampler) == (12, Sampler(guidance=10.0))
 
 
 def test_logits_are_diffusers_own(generator, theirs):
@@ -148,7 +149,7 @@ def test_the_sampler_decides_as_diffusers_scheduler_on_the_same_draws(generator,
     length, counts = 16, torch.tensor([steps, steps])
     noise, every = draw_noise(2, steps, length, seed=3), torch.arange(length).expand(2, -1)
     policy = make_policy(generator, ["an owl", "a cat"], guidance=guidance)
-    ours = rollout(policy, counts, noise, grid=(4, 4), mask_id=MASK)
+    ours = rollout(policy, counts, noise, Sampler())
     seen = ours.states.unbind(1)
     scheduler = AmusedScheduler(MASK)
     scheduler.set_timesteps(steps)
@@ -167,7 +168,7 @@ def test_the_sampler_decides_as_diffusers_scheduler_on_the_same_draws(generator,
 
 def test_the_pipeline_draws_the_same_picture_from_the_same_draws(generator, theirs, monkeypatch):
     noise = draw_noise(2, 5, 16, seed=0, names=["0,an owl", "0,a cat"])
-    ours = sample(generator, ["an owl", "a cat"], steps=5, guidance=3.0)
+    ours = sample(generator, ["an owl", "a cat"], steps=5, sampler=generator.sampler.replace(guidance=3.0))
     same_draws(monkeypatch, noise.uniform, noise.gumbel)
     pictures = theirs(["an owl", "a cat"], num_inference_steps=5, guidance_scale=3.0, output_type="pt").images
     torch.testing.assert_close(ours, pictures, atol=1e-5, rtol=1e-5)
@@ -178,10 +179,9 @@ def test_what_training_saves_loads_in_the_pipeline_and_draws_the_same(generator,
 
     trained = copy.deepcopy(generator.transformer)
     torch.nn.init.normal_(trained.mlm_layer.conv2.weight, std=0.5)
-    settings = generator.scheduler | {"num_inference_steps": 3, "guidance_scale": 1.0, "temperature": 2.0}
-    save_generator(generator._replace(transformer=trained, scheduler=settings), tmp_path / "run/model")
+    save_generator(generator._replace(transformer=trained, steps=3, sampler=Sampler()), tmp_path / "run/model")
     again = load_generator(tmp_path / "run")
-    assert (again.steps, again.guidance) == (3, 1.0)
+    assert (again.steps, again.sampler) == (3, Sampler())
     made = AmusedPipeline.from_pretrained(tmp_path / "run/model")
     made.set_progress_bar_config(disable=True)
     tokens, _ = draw(again, ["an owl"], steps=3)
@@ -215,7 +215,7 @@ def test_it_learns_to_choose_its_steps_and_the_pipeline_still_loads_it(folder, t
         search=0, lr=1e-2, warmup=0,
     )
     again = load_generator(tmp_path / "run")
-    assert again.sampler["steps.choices"].tolist() == [1, 2, 4] and again.sampler["steps.bias"].abs().max() > 0
+    assert again.step_policy["choices"].tolist() == [1, 2, 4] and again.step_policy["bias"].abs().max() > 0
     assert set(draw(again, ["an owl", "a cat"])[1].tolist()) <= {1, 2, 4}
     made = AmusedPipeline.from_pretrained(tmp_path / "run/model")
     made.set_progress_bar_config(disable=True)
@@ -244,12 +244,15 @@ def test_known_tokens_stay_in_half_precision_where_the_published_scheduler_masks
 
     ours = []
 
-    def policy(tokens, timestep, samples, positions):
-        ours.append(tokens)
-        found = outputs[len(ours) - 1][samples]
-        return found.gather(1, positions[..., None].expand(-1, -1, found.shape[-1]))
+    class Fixed:
+        grid, mask_id = (16, 16), MASK
+
+        def __call__(self, tokens, timestep, samples, positions):
+            ours.append(tokens)
+            found = outputs[len(ours) - 1][samples]
+            return found.gather(1, positions[..., None].expand(-1, -1, found.shape[-1]))
 
     noise = draw_noise(batch, steps, length, seed=0)
-    done = rollout(policy, torch.full((batch,), steps), noise, grid=(16, 16), mask_id=MASK)
+    done = rollout(Fixed(), torch.full((batch,), steps), noise, Sampler())
     assert forgotten([*ours, done.tokens]) == 0
     assert (forgotten(theirs) > 0) == (dtype == torch.float16)

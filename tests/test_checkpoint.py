@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from speedrl.generation import draw as draw_tokens
 from speedrl.generation import sample
+from speedrl.method.sampler import Sampler
 from speedrl.models.generator import decode, encode_prompts, index_prompts, repeat_prompts
 from speedrl.models.loading import load_generator, save_generator
 
@@ -34,7 +35,7 @@ def states(generator):
 def test_what_is_read_from_the_folder(tiny_generator):
     g = tiny_generator
     assert (g.grid, g.size, g.mask_id, g.codes) == ((4, 4), (16, 16), 39, 32)
-    assert (g.steps, g.guidance, g.temperature) == (6, 3.0, 1.5)
+    assert (g.steps, g.sampler) == (6, Sampler(guidance=3.0, temperature=1.5))
     assert not any(module.training for module in (g.transformer, g.vqvae, g.text_encoder))
     assert all(p.requires_grad for p in g.transformer.parameters())
     assert not any(p.requires_grad for module in (g.vqvae, g.text_encoder) for p in module.parameters())
@@ -47,7 +48,7 @@ def test_a_released_scheduler_and_configuration_leave_the_rest_to_defaults(damag
     (damaged / "transformer/config.json").write_text(json.dumps(config), encoding="utf-8")
     g = load_generator(damaged)
     assert (g.grid, g.size, g.mask_id) == ((64, 64), (256, 256), 39)
-    assert (g.steps, g.guidance, g.temperature) == (64, 9.0, 2.0)
+    assert (g.steps, g.sampler) == (64, Sampler(guidance=9.0))
     assert g.negative.startswith("worst quality") and g.micro_conds == (256, 256, 0, 0, 6)
 
 
@@ -75,8 +76,7 @@ def test_size_negative_prompt_and_micro_conditions_can_be_chosen_and_are_saved(t
     assert (g.grid, g.size) == ((4, 8), (16, 32))
     assert torch.equal(encode_prompts(g, ["a", "b"]).micro_conds, torch.tensor([[1.0, 2, 3, 4, 5]] * 2))
     assert sample(g, ["an owl"], steps=2).shape == (1, 3, 16, 32)
-    kept = {"negative_prompt": g.negative, "micro_conds": g.micro_conds}
-    save_generator(g._replace(scheduler=g.scheduler | kept), tmp_path / "model")
+    save_generator(g, tmp_path / "model")
     again = load_generator(tmp_path / "model")
     assert (again.grid, again.negative, again.micro_conds) == (g.grid, g.negative, g.micro_conds)
     with pytest.raises(ValueError, match="multiples of 8 pixels, got 16 and 20"):
@@ -84,10 +84,11 @@ def test_size_negative_prompt_and_micro_conditions_can_be_chosen_and_are_saved(t
 
 
 def test_guidance_leads_away_from_the_negative_prompt(tiny_generator):
-    draw = {"steps": 3, "guidance": 4.0, "seed": 1}
+    own = tiny_generator.sampler
+    draw = {"steps": 3, "sampler": own.replace(guidance=4.0), "seed": 1}
     away = drawn(tiny_generator._replace(negative="an owl"), ["cat"] * 8, **draw)
     assert not torch.equal(away, drawn(tiny_generator, ["cat"] * 8, **draw))
-    alone = drawn(tiny_generator, ["cat"] * 8, **draw | {"guidance": 1.0})
+    alone = drawn(tiny_generator, ["cat"] * 8, **draw | {"sampler": own.replace(guidance=1.0)})
     # from a prompt to itself there is no way
     assert torch.equal(drawn(tiny_generator._replace(negative="cat"), ["cat"] * 8, **draw), alone)
 
@@ -120,7 +121,8 @@ def test_saving_and_loading_changes_nothing(tiny_generator, tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["model"]
     before, after = states(tiny_generator), states(again)
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
-    assert again[5:] == tiny_generator[5:] and again.config == tiny_generator.config
+    assert again[6:] == tiny_generator[6:] and again.config == tiny_generator.config
+    assert tiny_generator.scheduler.items() <= again.scheduler.items()
     assert again.config["_class_name"] == "Transformer2DModel"
     prompts = ["an owl", ""]
     for one, other in zip(encode_prompts(tiny_generator, prompts), encode_prompts(again, prompts), strict=True):
@@ -254,7 +256,7 @@ def test_a_damaged_folder_says_what_is_wrong_in_one_line(damaged, harm, kind, sa
         ("scheduler/scheduler_config.json", {"mask_token_id": 40}, "beside the codes, 32 to 39, got 40"),
         ("scheduler/scheduler_config.json", {"mask_token_id": 31}, "32 to 39, got 31"),
         ("transformer/config.json", {"_class_name": "Mixer"}, r"class Mixer: load_generator\(..., transformer=Mixer\)"),
-        ("transformer/config.json", {"sample_size": [4, 8]}, "do not say its size: give --size"),
+        ("transformer/config.json", {"sample_size": [4, 8]}, "do not say its size: give `size`"),
     ],
 )
 def test_a_configuration_that_does_not_fit_is_one_line(damaged, part, change, says):
@@ -316,5 +318,5 @@ def test_a_pickle_is_refused(damaged):
 
 
 def test_an_unknown_device_is_one_line(tiny_generator_folder):
-    with pytest.raises(ValueError, match="device bogus cannot be used"):
+    with pytest.raises(ValueError, match="`device` bogus cannot be used"):
         load_generator(tiny_generator_folder, device="bogus")

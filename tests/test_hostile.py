@@ -82,16 +82,17 @@ BELOW_ONE = st.integers(max_value=0).map(str)
 NEGATIVE = st.floats(max_value=-1e-9, allow_infinity=False).map(repr)
 WORDS = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=12).filter(lambda t: not t.startswith("-"))
 WORDS = WORDS.map(lambda text: f"no-{text}")
+NO_LISTS = (NOT_NUMBERS | NOT_FINITE).filter(lambda text: text != "1,2")
 COUNTS = NOT_NUMBERS | NOT_FINITE | BELOW_ONE | st.just("1.5")
 BAD = {  # each value of each option is bad whatever the others are
     **dict.fromkeys(("--iterations", "--groups", "--micro-batch", "--updates", "--save-every",
                      "--lora", "--train-steps"), COUNTS),
     "--group-size": COUNTS | st.just("1"),
     "--seed": NOT_NUMBERS | st.integers(min_value=2**63).map(str),
-    "--steps": NOT_NUMBERS | BELOW_ONE | st.sampled_from(["8-2", "1-", "-", "99", "1-17", "9" * 5000]),
+    "--steps": NO_LISTS | BELOW_ONE | st.sampled_from(["8-2", "1-", "-", "99", "1-17", "9" * 5000]),
     **dict.fromkeys(("--lr", "--clip-range"),
                     NOT_NUMBERS | NOT_FINITE | NEGATIVE | st.just("0")),
-    **dict.fromkeys(("--kl-weight", "--steps-reward", "--reward-gradient",
+    **dict.fromkeys(("--kl-weight", "--steps-reward", "--hindsight",
                      "--temperature", "--quality-clip"),
                     NOT_NUMBERS | NOT_FINITE | NEGATIVE),
     **dict.fromkeys(("--quality-gate", "--guidance"), NOT_NUMBERS | NOT_FINITE),
@@ -112,13 +113,12 @@ SWITCHES = {"--offload": ""}  # contradictory without --parallel fsdp
 SHARED = {name: BAD[name] for name in ("--schedule", "--order", "--device", "--size", "--micro-conds", "--model",
                                        "--text-encoder", "--no-such-flag")}
 SHARED |= {"--precision": WORDS, "--count": COUNTS}
-NO_LISTS = (NOT_NUMBERS | NOT_FINITE).filter(lambda text: text != "1,2")
 OF_OTHERS = {  # the options of the other commands; "" is what has no flag
     "sample": SHARED | {"--seed": NOT_NUMBERS, "--steps": BAD["--steps"], "--guidance": NOT_NUMBERS | NOT_FINITE,
                         "--temperature": BAD["--temperature"], "--remask": BAD["--remask"],
                         "": st.sampled_from(["", " ", "\ud800"])},
     "eval": SHARED | {"--steps": NO_LISTS | BELOW_ONE | st.sampled_from(["8-2", "2,0", "auto", "9" * 5000]),
-                      **dict.fromkeys(("--guidance", "--temperature", "--remask"), NO_LISTS),
+                      **dict.fromkeys(("--guidance", "--temperature", "--remask", "--shared-noise"), NO_LISTS),
                       "--prompts": WORDS, "--held-out": WORDS, "--quality": BAD["--quality"].filter(bool),
                       "--reward-weights": BAD["--reward-weights"],
                       "--seeds": COUNTS, "--batch": COUNTS, "--images": NOT_NUMBERS},
@@ -203,7 +203,7 @@ def test_bad_flags_of_the_other_commands_are_one_line_and_lose_no_file(place, ti
              "eval": model | prompts | {"--out": "new", "--steps": "2", "--quality": "tests.test_hostile:dark"},
              "ablate": model | {"--out": "new"}, "export": {"--out": "new"}}
 
-    @examples(110)
+    @examples(150)
     @hypothesis.given(st.data())
     def bad(data):
         command, flag = data.draw(st.sampled_from([(name, flag) for name, of in OF_OTHERS.items() for flag in of]))

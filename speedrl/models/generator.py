@@ -80,6 +80,12 @@ class Prompts(NamedTuple):
     micro_conds: Tensor  # float32 [B, 5], as Generator's
 
 
+def check_text(prompts: Sequence[str]) -> None:
+    """ValueError for a prompt with surrogates, which an argument's stray bytes become."""
+    if any("\ud800" <= letter <= "\udfff" for letter in "".join(prompts)):
+        raise ValueError("a prompt is not valid UTF-8: start Python with PYTHONUTF8=1, or give the prompts in a file")
+
+
 def encode_prompts(generator: Generator, prompts: list[str], *, batch: int = 256) -> Prompts:
     """Text conditioning of B prompts, "" for the empty one of guidance; equal prompts are encoded once.
 
@@ -87,8 +93,7 @@ def encode_prompts(generator: Generator, prompts: list[str], *, batch: int = 256
     """
     if not prompts:
         raise ValueError("there is no prompt: give at least one")
-    if any("\ud800" <= letter <= "\udfff" for letter in "".join(prompts)):  # what an argument's stray bytes become
-        raise ValueError("a prompt is not valid UTF-8: start Python with PYTHONUTF8=1, or give the prompts in a file")
+    check_text(prompts)
     different = list(dict.fromkeys(prompts))
     encoder = generator.text_encoder
     device = encoder.text_projection.weight.device
@@ -114,6 +119,7 @@ def token_limit(generator: Generator) -> int:
 
 def cut_prompts(generator: Generator, prompts: Sequence[str], *, batch: int = 1024) -> int:
     """How many prompts are longer than the text encoder reads: their ends have no effect."""
+    check_text(prompts)
     limit, found = token_limit(generator), 0
     for start in range(0, len(prompts), batch):
         ids = generator.tokenizer(list(prompts[start : start + batch]), verbose=False).input_ids
