@@ -48,7 +48,7 @@ from speedrl.run.trackers import TRACKERS
 from speedrl.system.errors import unsaved
 from speedrl.system.memory import MicroBatches
 from speedrl.system.options import MEMORY, OUTPUT, RANKS, REWARD, RL, SAMPLER, Opt
-from speedrl.system.platform import bf16_autocast, bf16_is_fast, can_compile, pick_device
+from speedrl.system.platform import bf16_autocast, bf16_is_fast, can_compile, compile_seconds, pick_device
 
 
 def grpo_loss(
@@ -153,7 +153,7 @@ def train(
         choices=SCALES)] = "group",
     hindsight: Annotated[float, Opt(
         "Weight of the dense reward: the reference's log-likelihood of each token, given a part of the finished image.",
-        RL, least=0)] = 0.0,
+        RL, least=0)] = 1.0,
     hindsight_share: Annotated[float, Opt("Share of the tokens that are hidden from the reference.", RL, above=0,
                                           most=1)] = 0.75,
     train_steps: Annotated[int | None, Opt("Steps of each rollout that enter the loss. [default: all]", RL,
@@ -270,7 +270,7 @@ def train(
         decide, scoring = (compiled_step(), compiled_score()) if compile else (step, score_logits)
         for iteration in run.iterations():
             # ROLLOUT of this rank's samples; prompts, counts and noise do not depend on the number of ranks
-            began = time.time()
+            began, compiling = time.time(), compile_seconds()
             chosen = [texts[i] for i in draw_prompts(len(texts), groups, random)]
             asked = [text for text in chosen for _ in range(group_size)][local]
             prompt = index_prompts(encode_prompts(generator, chosen), of_group.to(device))
@@ -327,7 +327,9 @@ def train(
             # METRICS and checkpoints
             totals = distributed.total_stats(batches.totals)
             row = iteration_metrics(iteration + 1, rewards, grouped(qualities), counts, keep, norm, totals)
-            run.log(row | part_means(parts) | {"images_per_second": samples / (time.time() - began)})
+            compiling = compile_seconds() - compiling
+            rate = {"images_per_second": samples / (time.time() - began - compiling), "compile_seconds": compiling}
+            run.log(row | part_means(parts) | rate)
             run.check(spread=row["group_std"] > 0 or not reward.scores, falling=reward.falling())
             table = None if sampler.scalars is None else sampler.scalars.tolist()
             run.save(iteration + 1, reward.record() | {"search": table, "gap": gap})

@@ -35,7 +35,7 @@ def test_compiled_training_is_eager_training_and_compiles_in_the_first_iteration
     assert compiled[1:] == compiled[:1] * 3, f"compiled again after the first iteration: {compiled}"
     train(out=tmp_path / "eager", iterations=2, compile=False, **options)
     for one, other in zip(metrics(tmp_path / "compiled"), metrics(tmp_path / "eager"), strict=False):
-        for name in one.keys() - {"images_per_second"}:
+        for name in one.keys() - {"images_per_second", "compile_seconds"}:
             assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-5), name
     first, second = (
         load_file(tmp_path / name / "checkpoints/000002/tensors.safetensors") for name in ("compiled", "eager")

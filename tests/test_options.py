@@ -143,7 +143,7 @@ def run_once(flags: str, place: Path, model: Path) -> dict[str, Any]:
     found = {"status": result.exit_code, "said": result.stderr, "out": str(out), **seen}
     if result.exit_code == 0:
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        found["rows"] = [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows]
+        found["rows"] = [{k: v for k, v in row.items() if k not in ("images_per_second", "compile_seconds")} for row in rows]
         saved = sorted(path for path in out.rglob("*") if path.is_file())
         found["files"] = sorted({str(path.relative_to(out).parent) for path in saved})
         kept = [path for path in saved if path.relative_to(out).parts[0] in ("model", "adapter")]

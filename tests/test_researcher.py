@@ -101,7 +101,7 @@ def test_a_divergence_and_a_likelihood_of_ones_own_train_as_the_built_in_ones_th
         model = generator._replace(transformer=copy.deepcopy(generator.transformer))
         speedrl.train(model=model, reference_guidance=2.0, **how, **options | {"out": tmp_path / name})
     for own, built in zip(rows(tmp_path / "own"), rows(tmp_path / "built"), strict=True):
-        for name in built.keys() - {"images_per_second"}:
+        for name in built.keys() - {"images_per_second", "compile_seconds"}:
             assert own[name] == pytest.approx(built[name], rel=1e-3, abs=1e-5), name
     assert built["kl"] > 1e-4 and built["grad_norm"] > 0
 

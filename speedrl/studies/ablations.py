@@ -56,6 +56,8 @@ def all_ablations() -> dict[str, dict[str, dict]]:
         "likelihood": {"token": token, "exact": fast | {"likelihood": "exact"}}
         | {"token, random order": token | {"order": "random"}, "token, 4 updates": token | {"updates": 4}}
         | {"sequence, 4 updates": fast | {"likelihood": "sequence", "updates": 4}},
+        "hindsight": each("hindsight", 1.0, 0.0) | {"hindsight alone": {"quality": "none"}},
+        "shared-noise": {"shared noise": {"shared_noise": None}, "independent noise": {"shared_noise": False}},
         "kl": weights | kinds | {"none": {"kl_weight": 0.0}},
         "percentile": each("percentile", 10.0, 0.0, 25.0, 50.0, 75.0),
         "low-quality": each("min_quality", -2.0, float("-inf"), -1.0, 0.0),
@@ -84,7 +86,7 @@ def with_pair(variants_of: dict[str, dict]) -> dict[str, dict]:
 
 def ablate(
     name: Annotated[str, Opt(
-        "speed-reward, likelihood, kl, percentile, low-quality, advantage-std, group-size, train-steps, updates, "
+        "speed-reward, likelihood, hindsight, shared-noise, kl, percentile, low-quality, advantage-std, group-size, train-steps, updates, "
         "guidance, remask, search, lr, order, method or all.", positional=True)] = "all",
     *,
     out: Annotated[str | Path, Opt("Folder of the runs and the report; finished runs are kept.",
