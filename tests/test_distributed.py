@@ -57,7 +57,8 @@ def trained(out, options):
 
 def rows(folder):
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in ("images_per_second", "compile_seconds")} for line in lines]
+    timed = ("images_per_second", "compile_seconds")
+    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
 
 
 def close(one, other, *, to=1e-5):

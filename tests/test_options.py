@@ -99,7 +99,8 @@ CASES = {
 }
 BASE = (
     "--model {model} --prompts {folder}/p.txt --quality tests.test_options:red --steps 6-8 --iterations 2 --groups 2 "
-    "--group-size 4 --lr 3e-3 --search 0 --no-compare --no-compile --no-bf16 --device cpu --out {folder}/run"
+    "--group-size 4 --hindsight 0 --lr 3e-3 --search 0 --no-compare --no-compile --no-bf16 --device cpu "
+    "--out {folder}/run"
 )
 
 
@@ -143,7 +144,8 @@ def run_once(flags: str, place: Path, model: Path) -> dict[str, Any]:
     found = {"status": result.exit_code, "said": result.stderr, "out": str(out), **seen}
     if result.exit_code == 0:
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        found["rows"] = [{k: v for k, v in row.items() if k not in ("images_per_second", "compile_seconds")} for row in rows]
+        timed = ("images_per_second", "compile_seconds")
+        found["rows"] = [{k: v for k, v in row.items() if k not in timed} for row in rows]
         saved = sorted(path for path in out.rglob("*") if path.is_file())
         found["files"] = sorted({str(path.relative_to(out).parent) for path in saved})
         kept = [path for path in saved if path.relative_to(out).parts[0] in ("model", "adapter")]

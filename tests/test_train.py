@@ -40,7 +40,7 @@ def options(tiny_generator_folder, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a b\nc d\ne f\n", encoding="utf-8")
     return dict(model=str(tiny_generator_folder), prompts=str(prompts), quality="tests.test_train:red", steps="3",
-                groups=2, group_size=4, search=0, compile=False, bf16=False, lr=3e-3)
+                groups=2, group_size=4, search=0, compile=False, bf16=False, lr=3e-3, hindsight=0.0)
 
 
 def metrics(folder):
@@ -191,7 +191,8 @@ def test_in_bf16_the_ratio_is_one_and_the_mismatch_is_logged(options, tmp_path, 
 def test_hindsight_brings_the_policy_to_what_the_reference_says_of_its_images(options, tmp_path):
     """Without a reward and without the divergence: the dense reward alone trains."""
     options |= {"quality": "none", "kl_weight": 0.0, "guidance": 1.0}
-    train(out=tmp_path / "run", iterations=15, hindsight=1.0, reference_guidance=3.0, warmup=0, **options)
+    more = {"hindsight": 1.0, "reference_guidance": 3.0, "warmup": 0}
+    train(out=tmp_path / "run", iterations=15, **options | more)
     rows = metrics(tmp_path / "run")
     assert all(row["quality"] == row["kl"] == 0 and row["grad_norm"] > 0 for row in rows)
     assert sum(row["hindsight"] for row in rows[-3:]) < sum(row["hindsight"] for row in rows[:3]) * 0.8
@@ -284,7 +285,8 @@ def test_an_error_of_settings_names_the_arguments_and_nothing_is_written(options
 
 
 def refused(options, *more):
-    flags = {"model": options["model"], "prompts": options["prompts"], "quality": options["quality"], "search": 0}
+    flags = {"model": options["model"], "prompts": options["prompts"], "quality": options["quality"], "search": 0,
+             "hindsight": 0}
     given = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
     out = f"{options['prompts']}-run"
     result = CliRunner().invoke(app, ["train", "--no-compile", "--no-compare", "--out", out, *given, *more])

@@ -158,8 +158,8 @@ def step(
     [B], temperature float32 [B], uniform and gumbel float32 [B, K]. All but masked_after positions are kept: those with
     the highest log p(drawn) + T gumbel, or the highest gumbel with order "random", or those whose turn comes first in a
     fixed order, with `turns` int64 [K] or [B, K]. With `codes` float32 [B, V], Gumbel noise that all positions share,
-    the token drawn is argmax(logits + codes), whose distribution is that of the logits. Static shapes, no host synchronisation, float32: fit for
-    torch.compile. (MaskGIT, arXiv 2202.04200, section 3.2.)
+    the token drawn is argmax(logits + codes), whose distribution is that of the logits. Static shapes, no host
+    synchronisation, float32: fit for torch.compile. (MaskGIT, arXiv 2202.04200, section 3.2.)
     """
     masked = tokens == mask_id
     if codes is None:

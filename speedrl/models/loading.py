@@ -268,7 +268,8 @@ def scheduler_of(generator: Generator) -> dict[str, Any]:
     return generator.scheduler | {
         "mask_token_id": generator.mask_id, "num_inference_steps": generator.steps, "guidance_scale": sampler.guidance,
         "temperature": sampler.temperature, "masking_schedule": sampler.schedule, "reveal_order": sampler.order,
-        "remask_share": sampler.remask, "shared_noise": sampler.shared_noise, "negative_prompt": generator.negative, "micro_conds": generator.micro_conds,
+        "remask_share": sampler.remask, "shared_noise": sampler.shared_noise,
+        "negative_prompt": generator.negative, "micro_conds": generator.micro_conds,
     }
 
 

@@ -86,8 +86,8 @@ def with_pair(variants_of: dict[str, dict]) -> dict[str, dict]:
 
 def ablate(
     name: Annotated[str, Opt(
-        "speed-reward, likelihood, hindsight, shared-noise, kl, percentile, low-quality, advantage-std, group-size, train-steps, updates, "
-        "guidance, remask, search, lr, order, method or all.", positional=True)] = "all",
+        "speed-reward, likelihood, hindsight, shared-noise, kl, percentile, low-quality, advantage-std, group-size, "
+        "train-steps, updates, guidance, remask, search, lr, order, method or all.", positional=True)] = "all",
     *,
     out: Annotated[str | Path, Opt("Folder of the runs and the report; finished runs are kept.",
                                    cli=Path)] = "runs/ablate",
