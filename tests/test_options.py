@@ -78,6 +78,7 @@ CASES = {
     "schedule": Case("--schedule linear"),
     "temperature": Case("--temperature 9"),
     "remask": Case("--remask 0"),
+    "shared_noise": Case("--no-shared-noise"),
     "search": Case("--search 1"),
     "quality_gate": Case("--quality-gate 0.9"),
     "quality_clip": Case("--quality-clip 0.1"),
