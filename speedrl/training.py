@@ -256,7 +256,8 @@ def train(
     batches = MicroBatches(micro_batch, undo=learner.optimizer.zero_grad, halve=not sharded)
     grouped, flat = (partial(rearrange, pattern=p, n=group_size) for p in ("(g n) -> g n", "g n -> (g n)"))
 
-    with open_run(Path(out), settings, trackers=trackers) as run:
+    with open_run(Path(out), settings, iterations=iterations, resume=resume, trackers=trackers, save_every=save_every,
+                  keep_checkpoints=keep_checkpoints, max_skipped=max_skipped, sharded=sharded) as run:
         record = run.restore(learner.learned, learner.optimizer, learner.average, random, device)
         reward.restore(record)
         warn_of_prompts(run.warn, generator, texts, (sampler.guidance, reference_guidance))

@@ -35,10 +35,13 @@ class Run:
 
     def __init__(
         self, out: Path, settings: Mapping[str, Any], *, checkpoint: Path | None, display: Display,
-        track: Callable[[Mapping[str, Any]], list[str]], stopped: Callable[[], int],
+        track: Callable[[Mapping[str, Any]], list[str]], stopped: Callable[[], int], iterations: int, resumed: bool,
+        save_every: int, keep_checkpoints: int, max_skipped: int, sharded: bool,
     ):
-        self.out, self.settings, self.checkpoint = out, settings, checkpoint
+        self.out, self.settings, self.checkpoint, self.resumed = out, settings, checkpoint, resumed
         self.display, self.track, self.stopped = display, track, stopped
+        self.last, self.save_every, self.keep_checkpoints = iterations, save_every, keep_checkpoints
+        self.max_skipped, self.sharded = max_skipped, sharded
         self.first, self.saved, self.inside = 0, 0, False
         self.skipped, self.skipped_total, self.flat = 0, 0, 0
         self.unwritten: list[str] = []
@@ -63,7 +66,7 @@ class Run:
         )
         for line in changed(record.get("settings", {}), self.settings):
             self.warn(f"the run goes on with other settings: {line}")
-        if distributed.is_main() and self.settings["resume"]:
+        if distributed.is_main() and self.resumed:
             drop_metrics(self.out, self.first)
         self.display.begin(self.first)
         return record
@@ -71,7 +74,7 @@ class Run:
     def iterations(self) -> Iterator[int]:
         """The iterations that are left."""
         self.inside = True
-        yield from range(self.first, self.settings["iterations"])
+        yield from range(self.first, self.last)
         self.inside = False
 
     def stage(self, text: str, total: int = 0) -> None:
@@ -101,7 +104,7 @@ class Run:
         self.skipped_total += not finite
         if not finite:
             self.warn(f"iteration {iteration + 1}: the gradient is not finite; its update is skipped")
-        if self.skipped >= self.settings["max_skipped"]:
+        if self.skipped >= self.max_skipped:
             raise ValueError(f"{self.skipped} updates in a row had a gradient that is not finite: lower `lr`, or raise "
                              "`kl_weight`")
         return finite
@@ -124,12 +127,12 @@ class Run:
         `record` is what the checkpoint holds beside tensors. `Stopped` after a signal of `interruptible`.
         """
         stop = int(distributed.total(torch.tensor(self.stopped()), largest=True))
-        if done % self.settings["save_every"] == 0 or done == self.settings["iterations"] or stop:
+        if done % self.save_every == 0 or done == self.last or stop:
             held = record | {"settings": self.settings, "skipped": self.skipped, "flat": self.flat,
                              "skipped_total": self.skipped_total}
             try:
                 save(self.out, done, tensors(*self.held), random_states(self.random, self.device), held,
-                     keep=self.settings["keep_checkpoints"], sharded=self.settings["parallel"] == "fsdp")
+                     keep=self.keep_checkpoints, sharded=self.sharded)
                 self.saved = done
             except OSError as error:
                 self.warn(f"{error}; training goes on, and the checkpoints before it stand")
@@ -139,25 +142,30 @@ class Run:
 
 
 @contextmanager
-def open_run(out: Path, settings: Mapping[str, Any], *, trackers: Sequence[str] = ()) -> Iterator[Run]:
+def open_run(
+    out: Path, settings: Mapping[str, Any], *, iterations: int, resume: bool = False, trackers: Sequence[str] = (),
+    save_every: int = 10, keep_checkpoints: int = 3, max_skipped: int = 10, sharded: bool = False,
+) -> Iterator[Run]:
     """A run's folder and all that surrounds its loop.
 
-    `settings` as of `to_jsonable`; of these it reads resume, iterations, save_every, keep_checkpoints, max_skipped and
-    parallel. ValueError where the folder holds a run that is not resumed; OSError where it cannot be written or another
-    process trains in it. An error inside the loop that a user can mend says what is saved.
+    `settings` as of `to_jsonable` are what its checkpoints record. ValueError where the folder holds a run that is not
+    resumed; OSError where it cannot be written or another process trains in it. An error inside the loop that a user
+    can mend says what is saved.
     """
     main = distributed.is_main()
     make_folder(out)
     with ExitStack() as stack:
         # the ranks of a run share its lock
         unlocked = distributed.on_all_ranks(lambda: stack.enter_context(locked(out / LOCK)) if main else None)
-        checkpoint, complaints = start(out, resume=settings["resume"])
+        checkpoint, complaints = start(out, resume=resume)
         if unlocked:
             complaints.append(f"nothing keeps another training out of {out}: {unlocked}")
-        track = open_trackers(trackers if main else (), out, settings, resume=settings["resume"])
-        display = stack.enter_context(Display(total=settings["iterations"], quiet=not main))
+        track = open_trackers(trackers if main else (), out, settings, resume=resume)
+        display = stack.enter_context(Display(total=iterations, quiet=not main))
         stopped = stack.enter_context(interruptible())
-        run = Run(out, settings, checkpoint=checkpoint, display=display, track=track, stopped=stopped)
+        run = Run(out, settings, checkpoint=checkpoint, display=display, track=track, stopped=stopped,
+                  iterations=iterations, resumed=resume, save_every=save_every, keep_checkpoints=keep_checkpoints,
+                  max_skipped=max_skipped, sharded=sharded)
         for line in complaints:
             run.warn(line)
         try:
