@@ -310,7 +310,7 @@ def test_what_goes_wrong_on_one_rank_stops_all_with_the_reason(options, tmp_path
     logs = [(tmp_path / f"rank-{rank}.log").read_text(encoding="utf-8") for rank in (0, 1)]
     assert all("gives nan, not a finite number, for 32 of 32 images" in log for log in logs)
     assert finish(start_ranks(cannot, 2, tmp_path, str(tmp_path / "odd"), options | {"groups": 3})) == [2, 2]
-    assert "--groups 3 cannot be shared by 2 ranks: give a multiple of 2" in (tmp_path / "rank-0.log").read_text(
+    assert "`groups` 3 cannot be shared by 2 ranks: give a multiple of 2" in (tmp_path / "rank-0.log").read_text(
         encoding="utf-8"
     )
 
