@@ -33,7 +33,7 @@ kill:
 
 # `just train --iterations 200`
 train *options:
-    .venv/bin/speedrl train --steps-reward 4 {{options}}
+    .venv/bin/speedrl train --steps-reward 0.5 {{options}}
 
 # every ablation of the paper and its report; `just ablate kl --seeds 0,1,2,3,4`, `just ablate --quick`
 ablate *options:

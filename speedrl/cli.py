@@ -34,7 +34,7 @@ COMMANDS = {
     ), MEMORY),
     "train": Command("training:train", "Train a model to need fewer steps, save it in the run's folder, and compare it "
                      "with what it was.", (
-        "speedrl train --steps-reward 4",
+        "speedrl train --steps-reward 0.5",
         "speedrl train --model MeissonFlow/Meissonic --prompts hpsv2 --quality hpsv2 --lora 16 --micro-batch 1 "
         "--device cuda",
     ), "give a smaller --micro-batch, --groups or --group-size, --checkpointing, --lora 16, --train-steps 2 or a "

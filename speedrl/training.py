@@ -31,7 +31,8 @@ from speedrl.run.exporting import save_trained, whole_generator
 from speedrl.run.metrics import iteration_metrics, part_means
 from speedrl.run.prompts import as_list
 from speedrl.run.session import open_run
-from speedrl.run.settings import (
+from speedrl.run.settings import check_sampler, check_settings
+from speedrl.run.shared_options import (
     PROMPTS,
     QUALITY,
     REWARD_WEIGHTS,
@@ -41,8 +42,6 @@ from speedrl.run.settings import (
     NegativePrompt,
     Size,
     TextEncoder,
-    check_sampler,
-    check_settings,
 )
 from speedrl.run.trackers import TRACKERS
 from speedrl.system.errors import unsaved

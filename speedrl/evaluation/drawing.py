@@ -11,7 +11,7 @@ from speedrl.generation import sample
 from speedrl.method.sampler import ORDERS
 from speedrl.models.generator import Generator, cut_prompts
 from speedrl.models.loading import load_generator
-from speedrl.run.settings import (
+from speedrl.run.shared_options import (
     Base,
     Device,
     MicroConds,

@@ -34,7 +34,7 @@ from speedrl.models.loading import load_generator
 from speedrl.models.sources import parts_of
 from speedrl.rewards.loading import Score, load_qualities
 from speedrl.run.prompts import read_prompts
-from speedrl.run.settings import (
+from speedrl.run.shared_options import (
     PROMPTS,
     QUALITY,
     REWARD_WEIGHTS,

@@ -1,9 +1,8 @@
 """What a training's settings must be, each by itself and beside the others. A setting that cannot act is refused."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from speedrl.method.filters import dropped_groups
 from speedrl.method.sampler import Sampler
@@ -11,31 +10,7 @@ from speedrl.method.steps import step_choices
 from speedrl.models.generator import Generator
 from speedrl.models.sources import find, is_adapter, resolve_source, resolve_text_encoder
 from speedrl.run.checkpoints import to_jsonable
-from speedrl.system.options import MODEL, Opt, check_options
-
-QUALITY = (
-    "Names and weights, like hpsv2=1,clip=0.5: embedded, hpsv2, imagereward, clip, a folder, MODULE:FUNCTION, "
-    "FILE.py:FUNCTION; or none"
-)
-PROMPTS = (
-    "A file: text with one prompt a line, JSON, JSONL, CSV or TSV; or a set by name: hpsv2, hpsv2-photo, -anime, "
-    "-concept-art or -paintings, partiprompts, geneval. [default: the embedded model's]"
-)
-REWARD_WEIGHTS = "NAME=FILE: weights of a quality in place of the published ones."
-
-# options that several commands have
-Model = Annotated[str | Path | Generator, Opt("embedded, a folder, a run's folder or a hub id.", cli=str)]
-Device = Annotated[str, Opt("auto, cpu, cuda, mps; auto takes the first of cuda, mps and cpu that works.")]
-TextEncoder = Annotated[str | Path | None, Opt("A CLIP's folder or hub id. [default: the model's own]", MODEL,
-                                               cli=str | None)]
-Size = Annotated[str | tuple[int, int] | None, Opt(
-    "Height and width in pixels, like 512x768. [default: the model's]", MODEL, cli=str | None)]
-NegativePrompt = Annotated[str | None, Opt("What guidance leads away from. [default: the model's]", MODEL)]
-MicroConds = Annotated[str | Sequence[float] | None, Opt(
-    "Width, height, crop top, crop left, aesthetic score. [default: the size,0,0,6]", MODEL, cli=str | None)]
-Base = Annotated[str | Path | None, Opt("The base of an adapter, if it is no longer where it was.", MODEL,
-                                        cli=str | None)]
-Precision = Annotated[str, Opt("Of transformer and text encoder.", MODEL, choices=("fp32", "bf16", "fp16"))]
+from speedrl.system.options import check_options
 
 
 def check_settings(function: Callable, settings: Mapping[str, Any]) -> dict[str, Any]:

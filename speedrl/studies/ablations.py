@@ -19,7 +19,7 @@ from speedrl.evaluation.measuring import (
     prompt_sets,
     table,
 )
-from speedrl.run.settings import PROMPTS, QUALITY, Model
+from speedrl.run.shared_options import PROMPTS, QUALITY, Model
 from speedrl.studies.intervals import caution, interval, paired
 from speedrl.studies.plots import plot_curves
 from speedrl.studies.runs import DEFAULTS, commands_of, metrics_file, refuse_other, run_all, run_folder
