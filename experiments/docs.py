@@ -1,6 +1,6 @@
 """The generated parts of the documentation, written by `python -m experiments.docs`.
 
-docs/cli.md comes from the code; what stands between the marks of docs/results.md, docs/ablations.md and README.md from
+docs/cli.md comes from the code; what stands between the marks of docs/results.md and docs/ablations.md from
 the measurements in experiments/results/ablations, and of docs/performance.md from experiments/results/bench.
 """
 

@@ -1,25 +1,22 @@
 """The generated parts of the pages of results, from files of `speedrl ablate NAME` in experiments/results/ablations.
 
-The ablation MAIN fills the table of README.md and docs/results.md, the others fill docs/ablations.md. Any subset of
+The ablation MAIN fills docs/results.md, the others fill docs/ablations.md. Any subset of
 variants and steps will do.
 """
 
 import json
 import re
-import textwrap
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from speedrl.evaluation.measuring import columns_of, grid, nfe_of
-from speedrl.evaluation.reports import AFTER, BEFORE, SEARCHED
-from speedrl.studies.ablations import AGAIN, COMPARED, TITLES, all_ablations, differences_of, floors, is_result
+from speedrl.evaluation.measuring import columns_of, grid
+from speedrl.evaluation.reports import BEFORE, SEARCHED
+from speedrl.studies.ablations import AGAIN, COMPARED, all_ablations, differences_of, floors, is_result
 from speedrl.studies.intervals import caution
 from speedrl.studies.runs import command
 
 RESULTS = Path(__file__).parent / "results" / "ablations"
 MAIN, SPEED, START = "method", "speed-reward", "start"
-SHOWN = ("reward", "judge_r1", "judge_margin", "diversity")  # on the front page
-FRONT = ("auto", 1, 2, 4, 8, 16)  # the front page shows the first two of these that base and trained model both have
 FIGURE, FRONTIER = "quality_against_nfe.svg", "speed_reward_front.svg"
 KEPT = ("model", "steps", "NFE")  # columns that every table has
 HIDDEN = ("prompts", "s/image")  # and none: there is a table for each set of prompts, and times need an idle machine
@@ -55,10 +52,9 @@ def named(found: dict) -> dict:
 
 
 def result_pages(found: Mapping[str, dict]) -> dict[str, str]:
-    """What stands between the marks of the pages of results, by path; of README.md where MAIN is there."""
+    """What stands between the marks of the pages of results, by path."""
     made = {"docs/results.md": MISSING.format(name=MAIN), "docs/ablations.md": ablation_sections(found)}
     if MAIN in found:
-        made["README.md"] = front_page(found[MAIN])
         made["docs/results.md"] = section(found[MAIN], f"![Quality against network evaluations]({FIGURE})\n")
     return made
 
@@ -94,39 +90,6 @@ def section(found: dict, figure: str = "") -> str:
         words = f"`just results {found['ablation']}` measures it. The commands of its runs, where N is a seed:\n"
         parts.append("\n".join([words, "```sh", *dict.fromkeys(commands), "```", ""]))
     return "\n".join(part for part in parts if part)
-
-
-def front_page(found: dict) -> str:
-    """The table of README.md: the base at its own cost, then base and trained model in few steps."""
-    rows, trained = found["rows"], found["baseline"]
-    other = SEARCHED if any(row["model"] == SEARCHED for row in rows) else BEFORE
-    guidance = {row["guidance"] for row in rows if row["model"] == trained}
-
-    def at(model: str | None, steps: int | str) -> list[dict]:
-        return [row for row in rows if (row["model"], row["steps"]) == (model, steps) and row["guidance"] in guidance]
-
-    def number(row: dict, metric: str) -> str:
-        value, width = row.get(metric), row.get(f"{metric}_interval")
-        return "–" if value is None else f"{value:.3f}" + ("" if width is None else f"±{width:.3f}")
-
-    base = [row for row in rows if row["model"] == BEFORE]
-    most = max((row["network_evaluations"] for row in base), default=0)
-    shown = [(BEFORE, [row for row in base if row["network_evaluations"] == most])] if base else []
-    for steps in [steps for steps in FRONT if at(other, steps) and at(trained, steps)][:2]:
-        shown += [(other, at(other, steps)), (AFTER, at(trained, steps))]
-    sets, runs = dict.fromkeys(row["prompts"] for row in rows), max(row["runs"] for row in rows)
-    header = ["", "NFE", f"reward, {' / '.join(sets)} prompts", *(TITLES[metric] for metric in SHOWN[1:])]
-    lines = [[name, " / ".join(dict.fromkeys(map(nfe_of, own))),
-              *(" / ".join(number(row, metric) for row in own) for metric in SHOWN)] for name, own in shown]
-    (options, *_) = all_ablations()[MAIN].values()
-    text = (f"Trained: mean of {runs} training{'s' * (runs > 1)} by `speedrl ablate {MAIN}` ({flags_of(options)}); "
-            "± is the 95 % interval.")
-    if floor := floors(found["differences"]):
-        pair = max(one["seeds"] for one in found["differences"] if one["variant"] == AGAIN)
-        largest = [f"{TITLES[metric]} by {floor[metric]:.3f}" for metric in SHOWN if metric in floor]
-        text += f" {pair} other seeds (A/A) change {', '.join(largest)} at most."
-    text = textwrap.fill(f"{text} [All rows](docs/results.md).", 120, break_long_words=False, break_on_hyphens=False)
-    return f"{grid(header, lines)}\n{text}\n"
 
 
 def tables(rows: list[dict]) -> list[str]:
