@@ -258,6 +258,7 @@ def test_the_learning_rate_of_the_policy_warms_up_and_that_of_the_step_policy_st
         ({"hindsight_share": 0.0, "hindsight": 1.0}, "`hindsight_share` must be above 0 and at most 1"),
         ({"hindsight_share": 1.5, "hindsight": 1.0}, "`hindsight_share` must be above 0 and at most 1"),
         ({"hindsight_share": 0.5}, "`hindsight_share` has no effect at `hindsight` 0"),
+        ({"hindsight_share": 0.5, "hindsight": 1.0, "steps": "1"}, "`hindsight_share` has no effect with `steps` 1"),
         ({"iterations": 0}, "`iterations` 0 searches"), ({"order": "best"}, "`order` must be confidence"),
         ({"schedule": "cubic"}, "'cubic'"), ({"schedule": "power:0"}, "`schedule` power:X takes a positive"),
         ({"likelihood": "half"}, "`likelihood` must be token, sequence, exact"),

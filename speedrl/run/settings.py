@@ -68,6 +68,9 @@ def idle(
          "`reference_guidance` has no effect at `kl_weight` 0 and `hindsight` 0: leave it out"),
         ("hindsight_share" in given and not has("hindsight"),
          "`hindsight_share` has no effect at `hindsight` 0: leave it out"),
+        ("hindsight_share" in given and most == 1,
+         "`hindsight_share` has no effect with `steps` 1, where the state knows nothing and the reference of it is the "
+         "target: leave it out"),
         ("clip_range" in given and has("updates") == 1,
          f"`clip_range` {has('clip_range'):g} has no effect with one update of each rollout, whose ratio is 1: give "
          "`updates` 2 or more, or leave it out"),
